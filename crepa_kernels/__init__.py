@@ -1,0 +1,49 @@
+"""Cross-frame Representation Alignment (CREPA, arXiv 2506.09229) for video diffusion transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .frames import frame_indices, select_frames
+from .grid import resample_tokens
+from .loss import CrepaOutput, available_backends, crepa_loss, similarity_matrix
+from .projector import CrepaProjector
+
+if TYPE_CHECKING:
+    from .config import CrepaConfig
+    from .families import supported_families
+    from .regularizer import CrepaRegularizer
+    from .schedule import CrepaSchedule
+
+__version__ = "0.1.0"
+
+# The loss needs torch alone; these bring pydantic and, at use, the model libraries.
+_LAZY = {
+    "CrepaConfig": "config",
+    "CrepaRegularizer": "regularizer",
+    "CrepaSchedule": "schedule",
+    "supported_families": "families",
+}
+
+__all__ = [
+    "CrepaConfig",
+    "CrepaOutput",
+    "CrepaProjector",
+    "CrepaRegularizer",
+    "CrepaSchedule",
+    "available_backends",
+    "crepa_loss",
+    "frame_indices",
+    "resample_tokens",
+    "select_frames",
+    "similarity_matrix",
+    "supported_families",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

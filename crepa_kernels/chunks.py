@@ -1,0 +1,54 @@
+"""Which frames are worked on together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .problem import Problem
+
+# Tokens worked on at a time: a CPU's caches like few, a GPU's launches want many.
+_CHUNK_TOKENS = {"cpu": 1024}
+_CHUNK_TOKENS_ELSEWHERE = 65536
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames [start, stop) of one clip, and where their rows begin among all the rows that are worked on."""
+
+    clip: int
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def frames(self) -> int:
+        return self.stop - self.start
+
+
+def plan_chunks(problem: Problem) -> list[Chunk]:
+    """Runs of frames in the loss, a cache's worth of tokens each.
+
+    On a CPU the mask is at hand, and frames outside the loss are skipped. Elsewhere reading it would synchronise, so
+    all frames are worked on and masked afterwards.
+    """
+    batch, frames, tokens = problem.hidden_states.shape[:3]
+    mask, device = problem.frame_mask, problem.hidden_states.device.type
+    skip = mask is not None and device == "cpu" and not torch.compiler.is_compiling()
+    in_loss = mask.numpy() if skip and mask is not None else None
+    limit = _CHUNK_TOKENS.get(device, _CHUNK_TOKENS_ELSEWHERE)
+    most = max(1, limit // max(tokens, problem.plan.tokens))
+    chunks: list[Chunk] = []
+    row = 0
+    for clip in range(batch):
+        start = 0
+        while start < frames:
+            stop = start
+            while stop < min(start + most, frames) and (in_loss is None or in_loss[clip, stop]):
+                stop += 1
+            if stop > start:
+                chunks.append(Chunk(clip, start, stop, row))
+                row += (stop - start) * problem.plan.tokens
+            start = max(stop, start + 1)
+    return chunks

@@ -1,0 +1,112 @@
+"""Token grids: which side is resampled, and the resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from .ops.resample import resample_tokens_op
+
+Grid = tuple[int, int]
+SpatialAlign = Literal["student", "teacher", "smaller", "pool"]
+Change = Literal["keep", "resample", "pool"]
+
+
+def as_grid(grid: Sequence[int], name: str) -> Grid:
+    """``grid`` as (height, width); a ValueError names it when it is not two positive integers."""
+    values = tuple(grid)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name} must be (height, width), two positive integers, got {values}")
+    return values[0], values[1]
+
+
+def count(grid: Grid) -> int:
+    """Tokens on ``grid``."""
+    return grid[0] * grid[1]
+
+
+@dataclass(frozen=True)
+class SpatialPlan:
+    """What happens to each side so that both lie on one grid of ``tokens`` tokens a frame."""
+
+    student_grid: Grid
+    teacher_grid: Grid
+    grid: Grid
+    student: Change
+    teacher: Change
+    antialias: bool
+
+    @property
+    def tokens(self) -> int:
+        """M."""
+        return count(self.grid)
+
+    def align(self, features: torch.Tensor, side: Literal["student", "teacher"]) -> torch.Tensor:
+        """(..., tokens of that side's grid, C) -> (..., M, C), differentiable."""
+        change, source = (self.student, self.student_grid) if side == "student" else (self.teacher, self.teacher_grid)
+        if change == "pool":
+            return features.mean(dim=-2, keepdim=True)
+        if change == "resample":
+            return resample_tokens_op(features, source, self.grid, self.antialias)
+        return features
+
+
+def plan_alignment(
+    spatial_align: SpatialAlign,
+    student_grid: Sequence[int],
+    teacher_grid: Sequence[int],
+    antialias: bool = True,
+) -> SpatialPlan:
+    """Chooses the common grid of a frame's student and teacher tokens.
+
+    ``"student"``: the teacher is resampled to the student's grid. ``"teacher"``: the student to the teacher's.
+    ``"smaller"``: the side with more tokens to the other's grid; with equal counts the teacher to the student's.
+    ``"pool"``: where the grids differ, both sides become one averaged token a frame.
+
+    Raises:
+        ValueError: for another name, or a grid that is not two positive integers.
+    """
+    student, teacher = as_grid(student_grid, "student_grid"), as_grid(teacher_grid, "teacher_grid")
+    if spatial_align not in get_args(SpatialAlign):
+        raise ValueError(f"spatial_align must be one of {', '.join(get_args(SpatialAlign))}, got {spatial_align!r}")
+    if student == teacher:
+        return SpatialPlan(student, teacher, student, "keep", "keep", antialias)
+    if spatial_align == "pool":
+        return SpatialPlan(student, teacher, (1, 1), "pool", "pool", antialias)
+    student_moves = spatial_align == "teacher" or (spatial_align == "smaller" and count(student) > count(teacher))
+    if student_moves:
+        return SpatialPlan(student, teacher, teacher, "resample", "keep", antialias)
+    return SpatialPlan(student, teacher, student, "keep", "resample", antialias)
+
+
+def resample_tokens(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool = True
+) -> torch.Tensor:
+    """Bilinear resampling of token-major features with half-pixel centres.
+
+    Args:
+        tokens: (..., N, C), N tokens in raster order on ``source_grid``, floating point.
+        source_grid: (height, width) with height x width = N.
+        target_grid: (height, width) of the result.
+        antialias: where an axis shrinks, widen the filter by the scale so that every token takes part
+            (``F.interpolate(..., antialias=True)``); False gives the plain four-point filter.
+
+    Returns:
+        (..., height x width of ``target_grid``, C), contiguous, in the type of ``tokens``; differentiable any number
+        of times.
+
+    Raises:
+        ValueError: if the grid does not match N, a grid is not two positive integers, or the type is not floating.
+    """
+    source, target = as_grid(source_grid, "source_grid"), as_grid(target_grid, "target_grid")
+    if tokens.dim() < 2 or tokens.shape[-2] != count(source):
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)} do not lie on source_grid {source}: "
+            f"the last axis but one must be {source[0]} x {source[1]} = {count(source)}"
+        )
+    if not tokens.is_floating_point():
+        raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
+    return resample_tokens_op(tokens, source, target, antialias)

@@ -1,0 +1,167 @@
+"""The drop-in call: ``crepa_loss``, the choice of backend, and the similarity matrix for plots."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import nn
+
+from .grid import SpatialAlign, plan_alignment
+from .neighbours import Neighbours
+from .problem import CrepaOutput, Problem, build_problem
+from .projector import CrepaProjector
+from .reference import crepa_reference, reference_matrix
+from .torch_backend import crepa_torch
+
+__all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
+
+logger = logging.getLogger(__name__)
+
+_BACKENDS: dict[str, Callable[[Problem], CrepaOutput]] = {"reference": crepa_reference, "torch": crepa_torch}
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names that ``crepa_loss(backend=...)`` takes on this machine, slowest first, without ``"auto"``."""
+    return tuple(_BACKENDS)
+
+
+@cache
+def _auto_backend(device_type: str) -> str:
+    choice = available_backends()[-1]
+    logger.info("crepa_loss(backend='auto') takes %r for tensors on %s", choice, device_type)
+    return choice
+
+
+def crepa_loss(
+    hidden_states: torch.Tensor,
+    teacher_features: torch.Tensor,
+    projector: nn.Module,
+    *,
+    student_grid: Sequence[int],
+    teacher_grid: Sequence[int],
+    distance: int = 1,
+    tau: float = 1.0,
+    cumulative: bool = False,
+    normalize_neighbour_sum: bool = False,
+    normalize_by_frames: bool = True,
+    spatial_align: SpatialAlign = "student",
+    antialias: bool = True,
+    frame_index: torch.Tensor | Sequence[int] | None = None,
+    frame_mask: torch.Tensor | None = None,
+    teacher_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> CrepaOutput:
+    """Cross-frame Representation Alignment of one block's hidden states with a frozen teacher's features.
+
+    Equation (arXiv 2506.09229), with p = projector(h), unit rows, M tokens a frame on the common grid and
+    ``s[b,f,k] = mean over M of <p[b,f], y[b,k]>``::
+
+        total[b,f] = s[b,f,f] + sum over neighbours k of exp(-|k-f|/tau) s[b,f,k]
+        loss       = -mean_b( sum_f total[b,f] / T )
+
+    Args:
+        hidden_states: (B, T, P, D), the block's video tokens in raster order; any floating type.
+        teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
+        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear.
+        student_grid: (height, width) of the P tokens.
+        teacher_grid: (height, width) of the N tokens.
+        distance: d in frames; 0 aligns each frame with its own teacher frame only. Clamped to the clip's existing
+            teacher frames - 1.
+        tau: decay of the neighbours' weight, in frames.
+        cumulative: every offset 1..d in both directions instead of d alone.
+        normalize_neighbour_sum: divide total[b,f] by 1 + the sum of its weights.
+        normalize_by_frames: divide by the number of the clip's frames in the loss.
+        spatial_align: which side is resampled to the other's grid: ``"student"`` (the teacher is resampled),
+            ``"teacher"``, ``"smaller"`` or ``"pool"`` (both averaged to one token where the grids differ).
+        antialias: widen the filter where an axis shrinks, so that every token takes part.
+        frame_index: (T,) or (B, T) integers, the teacher frame of each student frame; without it S must equal T.
+        frame_mask: (B, T) bool, student frames in the loss; conditioning frames and padding are False.
+        teacher_mask: (B, T) bool, teacher frames that exist, after ``frame_index``; padding is False. A student frame
+            whose own teacher frame does not exist is not in the loss.
+        backend: ``"auto"`` or a name of ``available_backends()``.
+
+    Returns:
+        ``CrepaOutput``; ``loss`` carries the gradients to the hidden states (in their type) and to the projector (in
+        its weights' types). Products are taken in the hidden states' type with fp32 sums, inside and outside
+        autocast.
+
+    Raises:
+        ValueError: for grids that do not match the token counts, widths that do not match the projector, types that
+            are not floating point, devices that differ, and options out of range; the message holds the numbers.
+    """
+    neighbours = Neighbours(distance, tau, cumulative, normalize_neighbour_sum)
+
+    def run() -> CrepaOutput:
+        problem = build_problem(
+            hidden_states,
+            teacher_features,
+            projector,
+            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            neighbours,
+            normalize_by_frames=normalize_by_frames,
+            frame_index=frame_index,
+            frame_mask=frame_mask,
+            teacher_mask=teacher_mask,
+        )
+        return _BACKENDS[name](problem)
+
+    name = _auto_backend(hidden_states.device.type) if backend == "auto" else backend
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}")
+    return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
+
+
+_ONLY_IN_THE_LOSS = {
+    "distance", "tau", "cumulative", "normalize_neighbour_sum", "normalize_by_frames", "backend",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def similarity_matrix(
+    hidden_states: torch.Tensor,
+    teacher_features: torch.Tensor,
+    projector: nn.Module,
+    *,
+    student_grid: Sequence[int],
+    teacher_grid: Sequence[int],
+    spatial_align: SpatialAlign = "student",
+    antialias: bool = True,
+    frame_index: torch.Tensor | Sequence[int] | None = None,
+    frame_mask: torch.Tensor | None = None,
+    teacher_mask: torch.Tensor | None = None,
+    **loss_options: object,
+) -> torch.Tensor:
+    """``s[b,f,k] = mean over tokens of <p[b,f], y[b,k]>`` for every student frame f and teacher frame k, for plots.
+
+    Takes the arguments of ``crepa_loss``; those that weigh frames against each other (``loss_options``) change
+    nothing here.
+
+    Returns:
+        (B, T, S) in fp32 (fp64 for fp64 hidden states), detached. With ``frame_index``, S counts the teacher's own
+        frames and the loss's pair of frame f is ``[b, f, frame_index[b, f]]``. Rows of frames outside the loss are 0;
+        without ``frame_index`` so are the columns of teacher frames that do not exist.
+
+    Raises:
+        ValueError: as ``crepa_loss``.
+        TypeError: for an argument that ``crepa_loss`` does not have.
+    """
+    if unknown := loss_options.keys() - _ONLY_IN_THE_LOSS:
+        raise TypeError(f"similarity_matrix() got unexpected arguments: {', '.join(sorted(unknown))}")
+
+    def run() -> torch.Tensor:
+        problem = build_problem(
+            hidden_states,
+            teacher_features,
+            projector,
+            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            Neighbours(distance=0),
+            frame_index=frame_index,
+            frame_mask=frame_mask,
+            teacher_mask=teacher_mask,
+        )
+        return reference_matrix(problem)
+
+    return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()

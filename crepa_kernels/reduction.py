@@ -1,0 +1,72 @@
+"""From per-frame similarities to the loss and its metrics: (B, T) numbers, the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .problem import CrepaOutput, Problem
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How each frame counts.
+
+    Attributes:
+        mask: (B, T) bool, frames in the loss; None: all.
+        divisor: (B or 1, T), 1 + the sum of the frame's neighbour weights.
+        loss_divisor: the same if ``normalize_neighbour_sum``, else ones.
+        frame_weight: (B, T), d(-loss)/d(total of the frame as the loss uses it).
+        frame_share: (B, T), 1 / the number of frames in the loss, 0 outside it.
+    """
+
+    mask: torch.Tensor | None
+    divisor: torch.Tensor
+    loss_divisor: torch.Tensor
+    frame_weight: torch.Tensor
+    frame_share: torch.Tensor
+
+
+def plan_reduction(problem: Problem, weights: torch.Tensor) -> Reduction:
+    """Weights of the frames, from the masks and the neighbour weights (B or 1, T, T); nothing is read to the host.
+
+    A clip without a frame in the loss is left out of the batch mean, and with no clip left every weight is 0.
+    """
+    batch, frames = problem.hidden_states.shape[:2]
+    divisor = 1 + weights.sum(dim=-1)
+    loss_divisor = divisor if problem.neighbours.normalize_sum else torch.ones_like(divisor)
+    mask = problem.frame_mask
+    if mask is None:
+        share = weights.new_full((batch, frames), 1 / (batch * frames))
+        return Reduction(None, divisor, loss_divisor, share if problem.normalize_by_frames else share * frames, share)
+    counted = mask.to(weights.dtype)
+    per_clip = counted.sum(dim=1, keepdim=True)  # (B, 1)
+    clips = (per_clip > 0).sum().clamp(min=1)
+    frame_weight = counted / clips
+    if problem.normalize_by_frames:
+        frame_weight = frame_weight / per_clip.clamp(min=1)
+    return Reduction(mask, divisor, loss_divisor, frame_weight, counted / per_clip.sum().clamp(min=1))
+
+
+def reduce_frames(own: torch.Tensor, total: torch.Tensor, reduction: Reduction) -> CrepaOutput:
+    """Equation: ``loss = -mean_b(sum_f total[b, f] / T)``.
+
+    Args:
+        own: (B, T), s[b, f, f].
+        total: (B, T), s[b, f, f] + the weighted sum over the neighbours, not divided.
+        reduction: how each frame counts.
+    """
+    if reduction.mask is not None:
+        # A frame outside the loss may hold anything, NaN included.
+        own, total = own.where(reduction.mask, 0), total.where(reduction.mask, 0)
+    score = total / reduction.loss_divisor
+    loss = -(score * reduction.frame_weight).sum()
+    own, total, score = own.detach(), total.detach(), score.detach()
+    return CrepaOutput(
+        loss=loss,
+        similarity=(total / reduction.divisor * reduction.frame_share).sum(),
+        self_similarity=(own * reduction.frame_share).sum(),
+        alignment_score=(score * reduction.frame_share).sum(),
+        frame_similarity=own,
+    )
