@@ -1,0 +1,98 @@
+"""Forward + backward of the loss: the backends, torch.compile of the reference, and the transposed eager form.
+
+    make bench
+
+Each shape keeps its tokens, widths and grids; a CPU takes fewer frames of it (``Shape.cpu_frames``). pytest-benchmark
+stores each call's own times; the ratios in ``extra_info`` come from interleaved rounds of all calls of the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benches.measure import interleaved_medians, kept_bytes, peak_bytes
+from benches.peers import eager_transposed
+from benches.shapes import RESAMPLED, SAME_GRID, TARGETS, Shape
+from crepa_kernels import CrepaProjector, crepa_loss
+
+CALLS = ["transposed", "reference", "compiled", "torch"]
+
+
+class Case:
+    """The inputs of one shape and a loss function by the name of each call."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        torch.manual_seed(0)
+        dtype = getattr(torch, shape.dtype)
+        students = shape.student_grid[0] * shape.student_grid[1]
+        teachers = shape.teacher_grid[0] * shape.teacher_grid[1]
+        self.hidden_states = torch.randn(1, shape.cpu_frames, students, shape.hidden_size).to(dtype).requires_grad_()
+        self.teacher_features = torch.randn(1, shape.cpu_frames, teachers, shape.feature_size).to(dtype)
+        self.projector = CrepaProjector(shape.hidden_size, shape.feature_size)
+        self.losses: dict[str, Callable[[], torch.Tensor]] = {
+            "transposed": self._transposed,
+            "reference": lambda: self._backend("reference"),
+            "compiled": torch.compile(lambda: self._backend("reference"), fullgraph=True),
+            "torch": lambda: self._backend("torch"),
+        }
+
+    def _backend(self, backend: str) -> torch.Tensor:
+        shape = self.shape
+        return crepa_loss(
+            self.hidden_states,
+            self.teacher_features,
+            self.projector,
+            student_grid=shape.student_grid,
+            teacher_grid=shape.teacher_grid,
+            spatial_align=shape.spatial_align,
+            antialias=shape.antialias,
+            backend=backend,
+        ).loss
+
+    def _transposed(self) -> torch.Tensor:
+        shape = self.shape
+        return eager_transposed(
+            self.hidden_states, self.teacher_features, self.projector, shape.student_grid, shape.teacher_grid
+        )
+
+    def step(self, name: str) -> Callable[[], None]:
+        """Forward + backward with fresh gradients."""
+
+        def run() -> None:
+            self.hidden_states.grad = None
+            self.projector.zero_grad()
+            self.losses[name]().backward()
+
+        return run
+
+
+@pytest.fixture(scope="module", params=TARGETS + SAME_GRID + RESAMPLED, ids=lambda shape: shape.id)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def medians(case: Case) -> dict[str, float]:
+    rounds = 15 if case.shape in TARGETS else 3
+    return interleaved_medians({name: case.step(name) for name in CALLS}, rounds, warmup=2 if rounds > 3 else 1)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def bench_loss(benchmark: Any, case: Case, medians: dict[str, float], call: str) -> None:
+    step = case.step(call)
+    inputs = [case.hidden_states, case.teacher_features, *case.projector.parameters()]
+    benchmark.group = case.shape.id
+    benchmark.extra_info.update(
+        call=call,
+        frames=case.shape.cpu_frames,
+        interleaved_median_s=medians[call],
+        times_faster_than_transposed=medians["transposed"] / medians[call],
+        peak_bytes=peak_bytes(step),
+        kept_bytes=kept_bytes(case.losses[call], inputs),
+    )
+    benchmark.pedantic(step, rounds=1, warmup_rounds=0)

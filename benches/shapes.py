@@ -1,0 +1,56 @@
+"""The shapes that people train (DESIGN section 6): what the benches and their tables go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crepa_kernels.grid import Grid, SpatialAlign
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One loss call: T latent frames of a student grid, width D, against a teacher grid, width E."""
+
+    name: str
+    hidden_size: int
+    frames: int
+    student_grid: Grid
+    teacher_grid: Grid
+    feature_size: int
+    spatial_align: SpatialAlign = "student"
+    antialias: bool = True
+    dtype: str = "float32"
+    cpu_frames: int = 2
+
+    @property
+    def id(self) -> str:
+        filter_name = "" if self.antialias else "-plain"
+        grids = "x".join(map(str, self.student_grid)) + "-to-" + "x".join(map(str, self.teacher_grid))
+        return f"{self.name}-{grids}-E{self.feature_size}{filter_name}-{self.dtype}"
+
+
+# The two calls for which a CPU target is stated, in both types that CPUs multiply.
+TARGETS = [
+    Shape("target", 1536, 5, grid, (16, 16) if grid == (30, 52) else grid, 384, "smaller", False, dtype, cpu_frames=5)
+    for grid in ((30, 52), (16, 26))
+    for dtype in ("float32", "bfloat16")
+]
+
+SAME_GRID = [
+    Shape("wan-1.3b-480p", 1536, 21, (30, 52), (30, 52), 1536),
+    Shape("wan-14b-480p", 5120, 21, (30, 52), (30, 52), 1536),
+    Shape("wan-14b-720p", 5120, 21, (45, 80), (45, 80), 1536),
+    Shape("wan2.2-5b-720p", 3072, 31, (22, 40), (22, 40), 1536),
+    Shape("ltx-2b", 2048, 16, (16, 24), (16, 24), 1536, cpu_frames=4),
+    Shape("ltx-13b", 4096, 16, (22, 38), (22, 38), 1536),
+    Shape("sanavideo-2b-480p", 2240, 21, (30, 52), (30, 52), 1536),
+    Shape("kandinsky5-lite", 1792, 16, (32, 48), (32, 48), 1536),
+    Shape("kandinsky5-pro", 4096, 16, (32, 48), (32, 48), 1536),
+    Shape("cogvideox-5b", 3072, 13, (30, 45), (30, 45), 1536),
+    Shape("hunyuanvideo", 3072, 16, (30, 53), (30, 53), 1536),
+]
+
+RESAMPLED = [
+    Shape("wan-14b-480p", 5120, 21, (30, 52), (37, 37), 1536, "teacher"),
+    Shape("wan-14b-720p", 5120, 21, (45, 80), (16, 16), 384, "teacher"),
+]
