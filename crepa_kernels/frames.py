@@ -87,7 +87,7 @@ def select_frames(
     `num_frames`: each clip's own pixel frames, at most K, where clips are padded at the end (default K).
     `num_latents`: each clip's own latent frames, at most T = `latent_frames` (default T); the padded frames
     after them repeat the last one. `patch` > 1 gives one frame for each group of `patch` latents.
-    "mean" is computed in fp32 at least and returned in the features' type.
+    "mean" accumulates in fp32 at least and returns the features' type.
     ValueError: a rule, count or shape that does not fit.
     """
     _check_rule(rule)
@@ -135,6 +135,4 @@ def _select(features: Tensor, rule: str, groups: list[tuple[int, int]]) -> Tenso
     # Slices instead of an index tensor: a list copied to a GPU would make the host wait.
     if rule != "mean":
         return torch.stack([features[:, _teacher_frame(rule, group)] for group in groups], dim=1)
-    precision = torch.promote_types(features.dtype, torch.float32)
-    means = [features[:, start : end + 1].mean(dim=1, dtype=precision) for start, end in groups]
-    return torch.stack(means, dim=1).to(features.dtype)
+    return torch.stack([features[:, start : end + 1].mean(dim=1) for start, end in groups], dim=1)
