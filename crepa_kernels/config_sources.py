@@ -1,0 +1,86 @@
+"""Where `CrepaConfig` reads its keys from: a JSON file, a command line, one set of values over another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config_rules import KEY_ALIASES, PREFIX, UNSUPPORTED, UNSUPPORTED_KEYS, ConfigError, nearest
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError with the file's name: not JSON, not an object, a key twice."""
+    try:
+        loaded = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"not JSON: {error}"], str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not JSON: not UTF-8 text: {error}"], str(path)) from None
+    except RecursionError:
+        raise ConfigError(["not usable: nested too deeply"], str(path)) from None
+    except ValueError as error:
+        raise ConfigError([str(error)], str(path)) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"must hold one JSON object, not {type(loaded).__name__}"], str(path))
+    return loaded
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = ", ".join(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"each key may appear once; repeated: {repeated}")
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, Any]) -> None:
+    """One option for each field, alias and unsupported key; what is not given is not in the namespace."""
+    group = parser.add_argument_group("CREPA")
+
+    def add(key: str, text: str) -> None:
+        group.add_argument(
+            f"--{key}",
+            nargs="?",
+            const=True,
+            type=_json_or_word,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text.replace("%", "%%"),
+        )
+
+    for key, field in fields.items():
+        add(key, f"{field.description} (default: {json.dumps(field.default)})")
+    for alias, key in KEY_ALIASES.items():
+        add(alias, f"the same as --{key}")
+    for key, off in UNSUPPORTED_KEYS.items():
+        add(key, f"{UNSUPPORTED} (accepted: {json.dumps(off)})")
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def unknown_options(words: Iterable[str], fields: Mapping[str, Any]) -> list[str]:
+    """A line for each word that looks like an option of CREPA, with the nearest one that exists."""
+    problems = []
+    for word in words:
+        if word.startswith((f"--{PREFIX}", "--crepa-")):
+            option = word.split("=", 1)[0]
+            match = nearest(option[2:], [*fields, *KEY_ALIASES])
+            problems.append(f"{option}: unknown option" + (f"; did you mean --{match}?" if match else ""))
+    return problems
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` over `base`; what `base` says of the same thing under another key gives way too."""
+    same = [{alias, key} for alias, key in KEY_ALIASES.items()]
+    same.append({"crepa_feature_source", "crepa_use_backbone_features"})
+    superseded = {key for names in same for key in names if names & set(overrides)}
+    return {**{key: value for key, value in base.items() if key not in superseded}, **overrides}
