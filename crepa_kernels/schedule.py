@@ -1,0 +1,290 @@
+"""The weight of the loss over training, and its cutoff by similarity (SPEC section 6)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import CrepaConfig
+
+logger = logging.getLogger(__name__)
+
+# Steps between the step that measures and the first one that its measurement may change.
+LAG = 2
+
+
+def crepa_weight(config: CrepaConfig, step: int, max_train_steps: int) -> float:
+    """Scheduled weight at an optimiser step (from 0), before any similarity cutoff.
+
+    Warm-up, for every scheduler: `λ step / warmup`. Then, with `x = (step - warmup) / decay` clamped to [0, 1]
+    and `decay` the rest of the run where `crepa_decay_steps` is 0:
+
+    - constant: `λ`
+    - linear: `λ_end + (λ - λ_end)(1 - x)`
+    - cosine: `λ_end + (λ - λ_end)(1 + cos(πx))/2`
+    - polynomial: `λ_end + (λ - λ_end)(1 - x)^power`
+
+    0 from `crepa_cutoff_step` on, where that is not 0.
+    """
+    start, end, warmup = config.crepa_lambda, config.crepa_lambda_end, config.crepa_warmup_steps
+    if step_cutoff(config, step):
+        return 0.0
+    if step < warmup:
+        return start * (step / warmup)
+    if config.crepa_scheduler == "constant":
+        return start
+    past, decay = step - warmup, config.crepa_decay_steps or max_train_steps - warmup
+    progress = past / decay if past < decay else float(past > 0)
+    left = 1.0 - progress
+    if config.crepa_scheduler == "cosine":
+        left = (1.0 + math.cos(math.pi * progress)) / 2.0
+    elif config.crepa_scheduler == "polynomial":
+        left = left**config.crepa_power
+    # Exactly λ at the start and exactly λ_end at the end.
+    return start * left + end * (1.0 - left)
+
+
+def step_cutoff(config: CrepaConfig, step: int) -> bool:
+    """Whether `crepa_cutoff_step` has come."""
+    return 0 < config.crepa_cutoff_step <= step
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one optimiser step does.
+
+    `weight` multiplies the loss. `run` False: nothing of CREPA runs. `cutoff`: the weight is 0 because of
+    `crepa_cutoff_step` or the similarity, not because of warm-up or decay. `probe`: CREPA runs with weight 0,
+    only to measure.
+    """
+
+    weight: float
+    run: bool
+    cutoff: bool
+    probe: bool
+
+
+@dataclass
+class _Measurement:
+    """Sum and count of the metric over the unmasked frames of one optimiser step, on its way to the host."""
+
+    step: int
+    updates: int
+    total: Tensor | None = None
+    host: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+    numbers: tuple[float, float] | None = None
+
+    def add(self, metric_sum: Tensor, count: Tensor) -> None:
+        # MPS has no float64.
+        dtype = torch.float32 if metric_sum.device.type == "mps" else torch.float64
+        pair = torch.stack([metric_sum.detach().reshape(()).to(dtype), count.detach().reshape(()).to(dtype)])
+        if self.numbers is not None:
+            self.total, self.numbers = torch.tensor(self.numbers, dtype=dtype, device=pair.device), None
+        self.total = pair if self.total is None else self.total + pair
+
+    def send(self) -> None:
+        """Starts the copy to the host. No more is added after this."""
+        if self.total is None or self.host is not None:
+            return
+        total = _reduced(self.total)
+        if total.device.type == "cuda":
+            self.host = torch.empty(2, dtype=total.dtype, device="cpu", pin_memory=True)
+            self.host.copy_(total, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(total.device))
+        else:
+            self.host = total
+        self.total = None
+
+    def read(self) -> tuple[float, float]:
+        """Sum and count on the host. Waits for the copy: without cost when it was sent a step ago."""
+        if self.numbers is not None:
+            return self.numbers
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        source = self.total if self.host is None else self.host
+        metric_sum, count = (0.0, 0.0) if source is None else source.tolist()
+        return metric_sum, count
+
+
+def _reduced(total: Tensor) -> Tensor:
+    """Sum and count (2,) of all ranks, from one rank's: the place of the one all-reduce of a step.
+
+    One process: the same two numbers.
+    """
+    return total
+
+
+class CrepaSchedule:
+    """Decides, for each optimiser step, the weight and whether CREPA runs.
+
+    A step is one call of `decide` or several with the same number (micro-batches); `observe` follows each of
+    them when a threshold is set. The metric of step s decides from step s + 2 on, on every device: on CUDA its
+    copy to pinned memory has arrived by then, so the host does not wait for the device, and a resumed run takes
+    the same decisions. Steps may start anywhere, and may not go back.
+
+    The similarity's moving average starts at its first value and is updated once a step from the sums over
+    micro-batches. A step without an unmasked frame does not count. Nor does one whose metric is NaN or
+    infinite, which is logged once: in the average it would stay for good.
+
+    While the average is at or above the threshold the weight is 0: for good in the mode `permanent`; in
+    `recoverable` until it drops, with a probe each time `crepa_probe_interval` steps have passed since CREPA
+    last ran. A probe counts as that many updates. Where the scheduled weight itself is 0, nothing is probed.
+
+    Args:
+        config: the settings.
+        max_train_steps: optimiser steps of the whole run.
+
+    Raises:
+        ValueError: `max_train_steps` is not an integer >= 1.
+    """
+
+    def __init__(self, config: CrepaConfig, max_train_steps: int) -> None:
+        if isinstance(max_train_steps, bool) or not isinstance(max_train_steps, int) or max_train_steps < 1:
+            raise ValueError(f"max_train_steps must be an integer >= 1, got {max_train_steps!r}")
+        self.config = config
+        self.max_train_steps = max_train_steps
+        self._ema: float | None = None
+        self._similar = False
+        self._step: int | None = None
+        self._last_run: int | None = None
+        self._under_way: list[_Measurement] = []
+        self._decision: Decision | None = None
+        self._warned = False
+        self._tell_threshold()
+
+    def _tell_threshold(self) -> None:
+        other = self.config.threshold_on_other_scale()
+        if other is not None:
+            threshold, metric = self.config.crepa_similarity_threshold, self.config.crepa_similarity_metric
+            # A warning, so that it is seen where logging was not configured.
+            logger.warning("crepa_similarity_threshold: %g on %s is %.3g on %s", threshold, metric, other[1], other[0])
+
+    def weight(self, step: int) -> float:
+        """The scheduled weight at `step`, whatever the similarity: a pure function, see `crepa_weight`."""
+        return crepa_weight(self.config, _checked(step), self.max_train_steps)
+
+    @property
+    def ema(self) -> float | None:
+        """The metric's moving average as of the last decided step; None before its first value."""
+        return self._ema
+
+    def decide(self, step: int) -> Decision:
+        """What the optimiser step `step` (from 0) does; the same answer for each of its micro-batches.
+
+        ValueError: `step` is not an integer >= 0, or is before the last one (here or in the loaded state).
+        """
+        _checked(step)
+        if self._step is not None and step < self._step:
+            raise ValueError(f"step {step} comes after step {self._step}: steps must not go back")
+        if step == self._step and self._decision is not None:
+            return self._decision
+        if step != self._step:
+            for measurement in self._under_way:
+                measurement.send()
+            self._take_until(step - LAG)
+        self._step = step
+        self._decision = self._decide(step)
+        if self._decision.run:
+            self._last_run = step
+        return self._decision
+
+    def _decide(self, step: int) -> Decision:
+        scheduled = self.weight(step)
+        if not self._similar:
+            return Decision(scheduled, scheduled > 0.0, step_cutoff(self.config, step), probe=False)
+        # A step that is decided again after load_state_dict is its own last run.
+        due = self._last_run in (None, step) or step - self._last_run >= self.config.crepa_probe_interval
+        probe = due and scheduled > 0.0 and self.config.crepa_threshold_mode == "recoverable"
+        return Decision(0.0, run=probe, cutoff=True, probe=probe)
+
+    def observe(self, step: int, metric_sum: Tensor, count: Tensor) -> None:
+        """Adds one micro-batch of the decided step: the metric's sum over unmasked frames, and their number.
+
+        Both are tensors of one element on one device; nothing waits for it. Without a threshold nothing is done.
+        ValueError: not the step of the last `decide`, a step in which nothing runs, other shapes or devices.
+        """
+        if self.config.crepa_similarity_threshold is None:
+            return
+        if self._decision is None or step != self._step:
+            raise ValueError(f"observe(step={step!r}) must follow decide() of that step, the last is {self._step}")
+        if not self._decision.run:
+            raise ValueError(f"nothing of CREPA runs in step {step}, so there is nothing to observe")
+        if metric_sum.numel() != 1 or count.numel() != 1 or metric_sum.device != count.device:
+            raise ValueError(
+                "metric_sum and count must have one element each on one device, got shapes "
+                f"{tuple(metric_sum.shape)} on {metric_sum.device} and {tuple(count.shape)} on {count.device}"
+            )
+        if not self._under_way or self._under_way[-1].step != step:
+            updates = self.config.crepa_probe_interval if self._decision.probe else 1
+            self._under_way.append(_Measurement(step, updates))
+        self._under_way[-1].add(metric_sum, count)
+
+    def _take_until(self, step: int) -> None:
+        while self._under_way and self._under_way[0].step <= step:
+            measurement = self._under_way.pop(0)
+            self._update(*measurement.read(), measurement.updates)
+
+    def _update(self, metric_sum: float, count: float, updates: int) -> None:
+        if count == 0.0:
+            return
+        value = metric_sum / count
+        if not math.isfinite(value):
+            if not self._warned:
+                logger.warning("%s is %s and is left out of its average", self.config.crepa_similarity_metric, value)
+                self._warned = True
+            return
+        kept = self.config.crepa_similarity_ema_decay**updates
+        self._ema = value if self._ema is None else value + kept * (self._ema - value)
+        threshold = self.config.crepa_similarity_threshold
+        reached = threshold is not None and self._ema >= threshold
+        self._similar = reached or (self._similar and self.config.crepa_threshold_mode == "permanent")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Average, flag, steps and measurements still under way as plain numbers, fit for JSON.
+
+        Waits for the device, where something is under way.
+        """
+        under_way = []
+        for measurement in self._under_way:
+            metric_sum, count = measurement.read()
+            numbers = {"step": measurement.step, "updates": measurement.updates}
+            under_way.append({**numbers, "sum": metric_sum, "count": count})
+        return {
+            "ema": self._ema,
+            "similarity_cutoff": self._similar,
+            "step": self._step,
+            "last_run_step": self._last_run,
+            "under_way": under_way,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict()`: at its step (another micro-batch of it) or any later one.
+
+        ValueError: keys are missing or unknown.
+        """
+        wanted = self.state_dict().keys()
+        if set(state) != set(wanted):
+            raise ValueError(f"the schedule's state must have the keys {sorted(wanted)}, got {sorted(state)}")
+        self._ema = state["ema"]
+        self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
+        self._step, self._last_run = state["step"], state["last_run_step"]
+        self._under_way = [
+            _Measurement(entry["step"], entry["updates"], numbers=(entry["sum"], entry["count"]))
+            for entry in state["under_way"]
+        ]
+        self._decision = None
+
+
+def _checked(step: int) -> int:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be an integer >= 0, got {step!r}")
+    return step
