@@ -1,0 +1,166 @@
+"""Hidden states out of a stock transformer, by forward hooks (SPEC section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .families import Family, TokenLayout
+from .projector import CrepaProjector
+
+
+class CapturedStates(NamedTuple):
+    """One block's output of the last forward: hidden_states (B, T, P, D), attached to the graph, and its layout."""
+
+    hidden_states: torch.Tensor
+    layout: TokenLayout
+
+
+class _Slot:
+    """Holds one block's output between the model's forward and the loss.
+
+    Two plain attributes and nothing that counts: a compiled frame that runs the hook recompiles on no other change.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.output: torch.Tensor | None = None
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self.armed:
+            self.output = output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
+        # A copied model (an EMA's) starts empty: a graph cannot be copied.
+        return _Slot()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"armed": False, "output": None}
+
+
+class Capture:
+    """Captures the outputs of chosen blocks during training forwards.
+
+    The hooks are armed before the model's forward and disarmed after it, so what gradient checkpointing recomputes
+    in the backward is not captured again. They are armed only while gradients are on, the model is in train mode and
+    ``enabled`` is true. The states stay until the next forward or ``release()``.
+
+    With reentrant checkpointing a block runs without gradients, but the tensor that its hook sees is the very one
+    that the checkpoint's autograd function attaches to the graph when it returns.
+
+    While gradients are on, the model's forward hook adds 0 times the sum of the projector's parameters to the output:
+    they are part of every forward's graph, as DistributedDataParallel wants it, also in steps without CREPA.
+
+    Nothing is on the model before ``attach()``.
+
+    Args:
+        transformer: the stock model.
+        family: its row of the table.
+        indices: block index by the name of the setting that chose it.
+        projector: whose parameters enter the graph of each forward.
+
+    Raises:
+        ValueError: for a block index out of range, with the valid one.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, family: Family, indices: Mapping[str, int], projector: CrepaProjector
+    ) -> None:
+        self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
+        self.enabled = True
+        self._transformer = transformer
+        self._family = family
+        self._projector = projector
+        self._slots = {index: _Slot() for index in self._blocks}
+        self._latent_shape: tuple[int, int, int] | None = None
+        self._training = False
+        self._gradients = False
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Puts the hooks on the model and on the chosen blocks."""
+        self._handles += [
+            self._transformer.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self._transformer.register_forward_hook(self._after_model),
+            *(block.register_forward_hook(self._slots[index]) for index, block in self._blocks.items()),
+        ]
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._training = module.training
+        self._gradients = torch.is_grad_enabled()
+        self._latent_shape = self._family.input_shape(args, kwargs)
+        for slot in self._slots.values():
+            slot.armed = self.enabled and self._training and self._gradients
+            slot.output = None
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for slot in self._slots.values():
+            slot.armed = False
+        if not torch.is_grad_enabled():
+            return None
+        # Inside the projector's forward, where a sharding wrapper has its weights in place.
+        zero = self._projector(None, lambda: sum(p.sum() for p in self._projector.parameters()) * 0)
+        return _add_to_sample(output, zero)
+
+    def states(self, index: int) -> CapturedStates:
+        """The output of block ``index`` in the last forward.
+
+        Raises:
+            ValueError: when the model has not run since attaching or ``release()``, or ran in a way that captures
+                nothing; the message says which and what to do.
+        """
+        if self._latent_shape is None:
+            raise ValueError(
+                "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
+                "very object that CrepaRegularizer was given (or its DDP/FSDP wrapper), not a copy of it"
+            )
+        output = self._slots[index].output
+        if output is None:
+            raise ValueError(self._why_nothing())
+        layout = self._family.layout(self._transformer, self._latent_shape)
+        tokens = layout.frames * layout.grid[0] * layout.grid[1]
+        if output.dim() != 3 or output.shape[1] != tokens:
+            raise ValueError(
+                f"block {index} returned {tuple(output.shape)}, expected (B, {tokens}, D): "
+                f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
+            )
+        return CapturedStates(output.unflatten(1, (layout.frames, -1)), layout)
+
+    def _why_nothing(self) -> str:
+        if not self._gradients:
+            return "the transformer ran without gradients (no_grad or inference mode): nothing was captured for CREPA"
+        if not self._training:
+            return "the transformer ran in eval mode: call transformer.train() before a training forward"
+        if not self.enabled:
+            return "the transformer ran after CREPA's weight became 0 for good: nothing was captured"
+        return (
+            "the transformer ran but its blocks' hooks did not: compile the blocks "
+            "(block.compile() or transformer.compile_repeated_blocks()) and not the model"
+        )
+
+    def release(self) -> None:
+        """Lets go of the captured states; ``states`` raises until the next forward."""
+        self._latent_shape = None
+        for slot in self._slots.values():
+            slot.output = None
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        self.release()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:
+    """A diffusers transformer's output (a tensor, a tuple or an output class) with a scalar added to its sample."""
+    if isinstance(output, torch.Tensor):
+        return output + scalar.to(output.dtype)
+    if isinstance(output, tuple):
+        return (output[0] + scalar.to(output[0].dtype), *output[1:])
+    return replace(output, sample=output.sample + scalar.to(output.sample.dtype))
