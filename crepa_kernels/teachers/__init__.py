@@ -1,0 +1,16 @@
+"""Teachers: whatever gives frozen features of the clip for the student to align with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..grid import Grid
+
+
+class TeacherFeatures(NamedTuple):
+    """Patch features (..., N, E) in raster order and their grid (height, width), N = height x width."""
+
+    features: torch.Tensor
+    grid: Grid

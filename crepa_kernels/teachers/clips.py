@@ -1,0 +1,184 @@
+"""From a batch of clips to one teacher frame for each student frame (SPEC section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..families import TokenLayout
+from ..frames import frame_groups, frame_indices, select_frames
+from . import TeacherFeatures
+from .dinov2 import DinoV2Teacher
+
+# Rounding of pixels that were resized or stored in a 16-bit type.
+PIXEL_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class ClipLengths:
+    """Each clip's own length: pixel frames, latent frames and student frames, in a batch padded at the end.
+
+    Attributes:
+        pixels: P of each clip.
+        latents: latent frames of each clip that they map to.
+        tokens: student frames of each clip (``latents`` / temporal patch, rounded up).
+        layout: of the padded batch.
+    """
+
+    pixels: tuple[int, ...]
+    latents: tuple[int, ...]
+    tokens: tuple[int, ...]
+    layout: TokenLayout
+
+    @classmethod
+    def of(cls, num_frames: int | Sequence[int] | None, batch: int, stored: int, layout: TokenLayout) -> ClipLengths:
+        """Lengths of ``batch`` clips stored as ``stored`` pixel frames each.
+
+        Args:
+            num_frames: None: every clip fills the storage. A number: the pixel frames that all latents of every clip
+                stand for. One number a clip: its own length, where clips are padded at the end.
+
+        Raises:
+            ValueError: for a count below 1 or above ``stored``, or not one for each clip.
+        """
+        latent_frames = layout.latent_shape[0]
+        given = [num_frames] * batch if num_frames is None or isinstance(num_frames, int) else list(num_frames)
+        if len(given) != batch:
+            raise ValueError(f"num_frames must have one number for each of {batch} clips, got {len(given)}")
+        pixels = [stored if count is None else count for count in given]
+        for count in pixels:
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= stored:
+                raise ValueError(f"num_frames must be 1 to {stored}, the pixel frames given, got {count!r}")
+        latents = [latent_frames] * batch
+        if num_frames is not None and not isinstance(num_frames, int):
+            starts = [start for start, _ in frame_groups(stored, latent_frames)]
+            latents = [sum(start < count for start in starts) for count in pixels]
+        tokens = [-(-count // layout.patch) for count in latents]
+        return cls(tuple(pixels), tuple(latents), tuple(tokens), layout)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some clip is shorter than the batch."""
+        return min(self.tokens) < self.layout.frames
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """(B, T) bool, the student frames that are in each clip; None where all are."""
+        if not self.padded:
+            return None
+        ends = torch.tensor(self.tokens).to(device, non_blocking=True)
+        return torch.arange(self.layout.frames, device=device) < ends[:, None]
+
+    def within(self, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        """``mask`` (B, T), None for all frames, without the frames that are not in their clip."""
+        inside = self.mask(device)
+        if inside is None or mask is None:
+            return mask if inside is None else inside
+        return inside & mask.to(device, non_blocking=True)
+
+
+def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:
+    """Shape and type of pixels (B, P, 3, H, W), and with ``look`` their range, which waits for the device.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if pixels.dim() != 5 or pixels.shape[0] != batch or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(f"pixels must be (B, P, 3, H, W) with B = {batch}, got {tuple(pixels.shape)}")
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels must be uint8, or floating point in [0, 1], got {pixels.dtype}")
+    if look:
+        low, high = (float(value) for value in pixels.aminmax())
+        if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
+            raise ValueError(
+                f"floating-point pixels must lie in [0, 1], the first batch reaches from {low:.4g} to {high:.4g}: "
+                "scale them (from [-1, 1]: pixels / 2 + 0.5), or give uint8"
+            )
+
+
+def encode_clips(
+    teacher: DinoV2Teacher, pixels: torch.Tensor, lengths: ClipLengths, rule: str, device: torch.device
+) -> TeacherFeatures:
+    """Teacher features (B, T, N, E) of clips' pixels (B, P, 3, H, W); encodes only the frames that ``rule`` needs."""
+    layout = lengths.layout
+    chosen = [
+        frame_indices(rule, count, latents, patch=layout.patch)
+        for count, latents in zip(lengths.pixels, lengths.latents, strict=True)
+    ]
+    needed = [sorted(set(indices)) for indices in chosen]
+    # Slices instead of an index tensor: a list copied to a GPU would make the host wait.
+    frames = torch.stack([clip[index] for clip, indices in zip(pixels, needed, strict=True) for index in indices])
+    features, grid = teacher.encode(frames, layout.grid, device)
+    if rule != "mean" and all(len(indices) == layout.frames for indices in needed):
+        return TeacherFeatures(features.unflatten(0, (len(pixels), layout.frames)), grid)
+    clips = features.split([len(indices) for indices in needed])
+    if rule == "mean":
+        rows = [
+            select_frames(clip[None], rule, layout.latent_shape[0], num_latents=latents, patch=layout.patch)[0]
+            for clip, latents in zip(clips, lengths.latents, strict=True)
+        ]
+    else:
+        rows = [
+            torch.stack([clip[indices.index(own[min(f, len(own) - 1)])] for f in range(layout.frames)])
+            for clip, indices, own in zip(clips, needed, chosen, strict=True)
+        ]
+    return TeacherFeatures(torch.stack(rows), grid)
+
+
+def given_features(
+    features: torch.Tensor | TeacherFeatures,
+    grid: Sequence[int] | None,
+    num_frames: int | Sequence[int] | None,
+    rule: str,
+    batch: int,
+    layout: TokenLayout,
+) -> tuple[TeacherFeatures, ClipLengths | None]:
+    """The caller's features as (B, T, N, E) with their grid, and each clip's length where the caller gave it.
+
+    ``features``: (B, S, N, E), on ``grid`` or else on the student's, or (B, S, height, width, E). S = T is one frame
+    for each student frame (the longest of ``num_frames`` then fills them); otherwise ``num_frames`` says that they are
+    features of every pixel frame.
+
+    Raises:
+        ValueError: for another shape, or frames that are neither.
+    """
+    if isinstance(features, TeacherFeatures):
+        features, grid = features
+    if features.dim() == 5:
+        grid = (features.shape[2], features.shape[3])
+        features = features.flatten(2, 3)
+    if features.dim() != 4 or features.shape[0] != batch:
+        raise ValueError(
+            f"features must be (B, S, N, E) or (B, S, height, width, E) with B = {batch}, got {tuple(features.shape)}"
+        )
+    if grid is None:
+        grid = layout.grid
+        if features.shape[2] != grid[0] * grid[1]:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} have {features.shape[2]} tokens a frame, the student's "
+                f"grid is {grid[0]} x {grid[1]}: give feature_grid=(height, width), or (B, S, height, width, E)"
+            )
+    found = TeacherFeatures(features, (int(grid[0]), int(grid[1])))
+    stored = features.shape[1]
+    if stored == layout.frames:
+        if num_frames is None or isinstance(num_frames, int):
+            return found, None
+        return found, ClipLengths.of(num_frames, batch, max(num_frames, default=0), layout)
+    if num_frames is None:
+        raise ValueError(
+            f"features have {stored} frames, the student {layout.frames}: give one for each student frame, or "
+            "features of every pixel frame together with num_frames="
+        )
+    lengths = ClipLengths.of(num_frames, batch, stored, layout)
+    selected = select_frames(
+        features,
+        rule,
+        layout.latent_shape[0],
+        num_frames=lengths.pixels,
+        num_latents=lengths.latents,
+        patch=layout.patch,
+    )
+    return TeacherFeatures(selected, found.grid), lengths

@@ -1,0 +1,157 @@
+"""Latents to pixels: each family's own denormalise and decode."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    from ..families import Family
+
+logger = logging.getLogger(__name__)
+
+VaeSource = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
+
+
+def decode_wan(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, P, 3, H, W) in [0, 1] of clean Wan latents (B, C, T, H, W), normalised as the transformer sees them.
+
+    As ``WanPipeline``: ``vae.decode(latents * std + mean)``, then from [-1, 1] to [0, 1].
+    """
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+    # From pageable memory, so the host does not wait for the device.
+    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
+    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
+    return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+class _FreedEncoder(nn.Module):
+    """Stands where a VAE's encoder was, without weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise ValueError(
+            "this VAE's encoder was freed by crepa_drop_vae_encoder, but something still encodes with it: "
+            "set crepa_drop_vae_encoder to false, or encode every clip before training"
+        )
+
+
+def free_vae_encoder(vae: nn.Module) -> int:
+    """Replaces a VAE's encoder (and quant_conv) by one without weights that refuses to run; returns the bytes freed."""
+    freed = 0
+    for name in ("encoder", "quant_conv"):
+        part = getattr(vae, name, None)
+        if part is not None and not isinstance(part, _FreedEncoder):
+            freed += sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+            setattr(vae, name, _FreedEncoder())
+    logger.info("crepa_drop_vae_encoder: freed %.1f MB of the VAE's encoder", freed / 2**20)
+    return freed
+
+
+class LatentDecoder:
+    """Decodes clean latents by the family's VAE, which is loaded at the first call.
+
+    Args:
+        source: the VAE, a folder or hub id (of the VAE, or of a pipeline with a ``vae`` folder), a callable without
+            arguments that loads it, or None.
+        family: whose VAE it is.
+        drop_encoder: free the VAE's encoder as soon as the VAE is there.
+
+    Attributes:
+        frames_decoded: pixel frames decoded so far.
+
+    Raises:
+        ValueError: for a source of another type, or a VAE of another class than the family's.
+    """
+
+    def __init__(self, source: VaeSource | None, family: Family, *, drop_encoder: bool = False) -> None:
+        if not (source is None or isinstance(source, str | os.PathLike) or callable(source)):
+            raise ValueError(
+                f"vae must be an {family.vae}, a folder or hub id, or a callable that loads it, "
+                f"got {type(source).__name__}"
+            )
+        self.frames_decoded = 0
+        self._family = family
+        self._source = source
+        self._drop_encoder = drop_encoder
+        self._vae: Any = self._checked(source) if isinstance(source, nn.Module) else None
+
+    def decode(self, latents: torch.Tensor, latent_shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+        """Pixels (B, P, 3, H, W) in [0, 1], without gradient.
+
+        Args:
+            latents: (B, C, T, H, W), clean, normalised as the transformer sees them, not packed.
+            latent_shape: (T, H, W) that the transformer's last forward had.
+            device: where a VAE that is loaded now goes.
+
+        Raises:
+            ValueError: when there is no VAE, or the latents' shape is not the transformer's or the VAE's.
+        """
+        if latents.dim() != 5 or tuple(latents.shape[2:]) != latent_shape:
+            raise ValueError(
+                f"latents must be (B, C, T, H, W) with (T, H, W) = {latent_shape} as in the transformer's forward, "
+                f"got {tuple(latents.shape)}"
+            )
+        vae = self._vae if self._vae is not None else self._load(device)
+        channels = len(vae.config.latents_mean)
+        if latents.shape[1] != channels:
+            raise ValueError(f"latents have {latents.shape[1]} channels, the VAE decodes {channels}")
+        place = next(vae.parameters()).device
+        with torch.no_grad(), torch.autocast(place.type, enabled=False):
+            pixels = self._family.decode(vae, latents.detach().to(place))
+        self.frames_decoded += pixels.shape[0] * pixels.shape[1]
+        return pixels
+
+    def _load(self, device: torch.device) -> Any:
+        if self._source is None:
+            raise ValueError(
+                "latents were given but no VAE to decode them: pass CrepaRegularizer(vae=...) "
+                f"(an {self._family.vae}, a folder, a hub id or a callable that loads it), "
+                "or give loss() pixels= or features="
+            )
+        if isinstance(self._source, str | os.PathLike):
+            vae = self._from_pretrained(os.fspath(self._source), device)
+        else:
+            vae = self._source()
+        self._vae = self._checked(vae)
+        return self._vae
+
+    def _from_pretrained(self, source: str, device: torch.device) -> nn.Module:
+        vae_class = getattr(require("diffusers", "decoding latents"), self._family.vae)
+        subfolder = _vae_subfolder(vae_class, source)
+        # Decoding for a teacher is most of CREPA's time, and its features do not need fp32 pixels.
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        logger.info("loading the VAE from %s as %s", source, dtype)
+        vae: nn.Module = vae_class.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype).to(device)
+        return vae
+
+    def _checked(self, vae: Any) -> nn.Module:
+        if self._family.vae not in {base.__name__ for base in type(vae).__mro__}:
+            raise ValueError(f"vae must be an {self._family.vae} for {self._family.name}, got {type(vae).__name__}")
+        if self._drop_encoder:
+            free_vae_encoder(vae)
+        vae.requires_grad_(False)
+        return vae.eval()
+
+
+def _vae_subfolder(vae_class: Any, source: str) -> str | None:
+    """``"vae"`` where ``source`` is a pipeline's folder or hub id, None where it is the VAE's own."""
+    if Path(source).is_dir():
+        if (Path(source) / "config.json").is_file():
+            return None
+        if (Path(source) / "vae" / "config.json").is_file():
+            return "vae"
+        raise ValueError(f"vae = {source}: neither config.json nor vae/config.json is in that folder")
+    try:
+        vae_class.load_config(source, subfolder="vae")
+    except OSError as error:
+        logger.info("no vae/config.json in %s (%s): taking it for the VAE itself", source, error)
+        return None
+    return "vae"

@@ -1,0 +1,138 @@
+"""Which frames of a clip are encoded, and what the caller may give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import clip_pixels, tiny_dinov2
+
+from crepa_kernels.families import TokenLayout
+from crepa_kernels.frames import frame_indices
+from crepa_kernels.teachers import TeacherFeatures
+from crepa_kernels.teachers.clips import ClipLengths, check_pixels, encode_clips, given_features
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+
+CPU = torch.device("cpu")
+GRID = (2, 3)
+LAYOUT = TokenLayout(frames=3, grid=GRID, patch=1, latent_shape=(3, 4, 6))  # 9 pixel frames
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DinoV2Teacher:
+    return DinoV2Teacher(tiny_dinov2(), resize="grid")
+
+
+@pytest.mark.parametrize("rule", ["last", "center", "mean"])
+def test_a_clips_features_are_those_of_the_frames_that_the_rule_names(teacher: DinoV2Teacher, rule: str) -> None:
+    pixels = clip_pixels(2)
+    before = teacher.frames_encoded
+    found = encode_clips(teacher, pixels, ClipLengths.of(None, 2, 9, LAYOUT), rule, CPU)
+    assert teacher.frames_encoded - before == (18 if rule == "mean" else 6)
+    every = torch.stack([teacher.encode(clip, GRID, CPU).features for clip in pixels])  # [B, P, N, E]
+    if rule == "mean":
+        expected = torch.stack([every[:, :1].mean(1), every[:, 1:5].mean(1), every[:, 5:].mean(1)], dim=1)
+    else:
+        expected = every[:, {"last": [0, 4, 8], "center": [0, 2, 6]}[rule]]
+    assert found.grid == GRID
+    # Batches of other sizes add up in another order.
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["last", "center", "mean"])
+def test_a_padded_clip_is_encoded_as_if_it_were_alone(teacher: DinoV2Teacher, rule: str) -> None:
+    pixels = clip_pixels(2)
+    pixels[1, 5:] = 0  # padding
+    before = teacher.frames_encoded
+    lengths = ClipLengths.of([9, 5], 2, 9, LAYOUT)
+    assert (lengths.latents, lengths.padded) == ((3, 2), True)
+    mask = lengths.mask(CPU)
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+    found = encode_clips(teacher, pixels, lengths, rule, CPU).features
+    assert teacher.frames_encoded - before == (14 if rule == "mean" else 5)
+    alone = TokenLayout(2, GRID, 1, (2, 4, 6))
+    expected = encode_clips(teacher, pixels[1:, :5], ClipLengths.of(None, 1, 5, alone), rule, CPU).features
+    torch.testing.assert_close(found[1:, :2], expected, rtol=1e-4, atol=1e-5)  # other batch sizes
+
+
+def test_one_number_of_frames_crops_the_pixels(teacher: DinoV2Teacher) -> None:
+    pixels = clip_pixels(1, 12)
+    lengths = ClipLengths.of(9, 1, 12, LAYOUT)
+    assert not lengths.padded
+    assert lengths.mask(CPU) is None
+    found = encode_clips(teacher, pixels, lengths, "last", CPU).features
+    expected = teacher.encode(pixels[0, frame_indices("last", 9, 3)], GRID, CPU).features
+    assert torch.equal(found[0], expected)
+
+
+def test_frames_that_groups_share_are_encoded_once(teacher: DinoV2Teacher) -> None:
+    before = teacher.frames_encoded
+    found = encode_clips(teacher, clip_pixels(1, 1), ClipLengths.of(None, 1, 1, LAYOUT), "last", CPU)
+    assert teacher.frames_encoded - before == 1
+    assert found.features.shape == (1, 3, 6, 32)
+
+
+@pytest.mark.parametrize("num_frames", [[9], [9, 10], [9, 0], 10, 0, True, [9, 5.0]])
+def test_lengths_that_do_not_fit_are_refused(num_frames: Any) -> None:
+    with pytest.raises(ValueError, match="num_frames must"):
+        ClipLengths.of(num_frames, 2, 9, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(9, 3, 32, 48), r"\(B, P, 3, H, W\) with B = 2, got \(9, 3, 32, 48\)"),
+        (torch.zeros(1, 9, 3, 32, 48), "with B = 2"),
+        (torch.zeros(2, 3, 9, 32, 48), r"got \(2, 3, 9, 32, 48\)"),
+        (torch.zeros(2, 0, 3, 32, 48), r"got \(2, 0, 3, 32, 48\)"),
+        (torch.zeros(2, 9, 3, 4, 4, dtype=torch.int64), "torch.int64"),
+        (torch.full((2, 9, 3, 4, 4), -0.5), r"\[0, 1\].*reaches from -0.5 to -0.5.*pixels / 2"),
+        (torch.full((2, 9, 3, 4, 4), 255.0), "reaches from 255 to 255"),
+    ],
+)
+def test_pixels_that_are_not_what_they_should_be_are_refused(pixels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pixels(pixels, 2, look=True)
+
+
+def test_only_the_first_batch_of_pixels_is_looked_at() -> None:
+    check_pixels(torch.full((2, 9, 3, 4, 4), 255.0), 2, look=False)
+    check_pixels(torch.ones(2, 9, 3, 4, 4, dtype=torch.float16), 2, look=True)
+
+
+def test_given_features_are_taken_by_student_frame_or_by_pixel_frame() -> None:
+    every = torch.randn(2, 9, 20, 8, generator=torch.Generator().manual_seed(6))
+    chosen = every[:, [0, 4, 8]]
+    for features, grid, num_frames in (
+        (chosen, (4, 5), None),
+        (chosen.unflatten(2, (4, 5)), None, None),
+        (TeacherFeatures(chosen, (4, 5)), None, None),
+        (every, (4, 5), 9),
+        (every.unflatten(2, (4, 5)), None, [9, 9]),
+    ):
+        found, _ = given_features(features, grid, num_frames, "last", 2, LAYOUT)
+        assert found.grid == (4, 5)
+        assert torch.equal(found.features, chosen)
+
+
+@pytest.mark.parametrize("stored", [3, 9])
+def test_padded_clips_of_given_features_have_their_lengths(stored: int) -> None:
+    _, lengths = given_features(torch.randn(2, stored, 6, 8), None, [9, 5], "last", 2, LAYOUT)
+    assert lengths is not None
+    assert lengths.latents == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "message"),
+    [
+        ((3, 6, 8), None, r"\(B, S, N, E\).*got \(3, 6, 8\)"),
+        ((1, 3, 6, 8), None, "with B = 2"),
+        ((2, 4, 6, 8), None, "4 frames, the student 3.*num_frames"),
+        ((2, 3, 20, 8), None, "20 tokens a frame, the student's grid is 2 x 3: give feature_grid"),
+    ],
+)
+def test_given_features_that_do_not_fit_are_refused(shape: tuple[int, ...], grid: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given_features(torch.zeros(shape), grid, None, "last", 2, LAYOUT)

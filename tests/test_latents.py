@@ -1,0 +1,92 @@
+"""Latents to pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, WanPipeline
+from tiny import tiny_pipeline, tiny_vae, tiny_wan
+
+from crepa_kernels.families import family_of
+from crepa_kernels.teachers.latents import LatentDecoder, free_vae_encoder
+
+CPU = torch.device("cpu")
+
+
+def latents(batch: int = 2, frames: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 4, frames, 4, 6, generator=torch.Generator().manual_seed(5))
+
+
+def decoder(vae: Any, **options: Any) -> LatentDecoder:
+    return LatentDecoder(vae, family_of(tiny_wan()), **options)
+
+
+def pipeline_pixels(pipeline: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """The end of WanPipeline.__call__."""
+    config = pipeline.vae.config
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    inverse = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        video = pipeline.vae.decode(latents / inverse + mean, return_dict=False)[0]
+    return pipeline.video_processor.postprocess_video(video, output_type="pt")
+
+
+def test_latents_are_decoded_as_the_pipeline_does_it(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path)
+    expected = pipeline_pixels(pipeline, latents())
+    # The VAE by itself, by its folder, by the pipeline's folder, and by a callable.
+    for source in (pipeline.vae, tmp_path / "vae", str(tmp_path), tiny_vae):
+        one = decoder(source)
+        found = one.decode(latents(), (3, 4, 6), CPU)
+        assert found.shape == (2, 9, 3, 32, 48)
+        assert one.frames_decoded == 18
+        # Dividing by 1/std and multiplying by std round differently.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert 0 <= found.min() < found.max() <= 1
+    assert not found.requires_grad
+
+
+def test_without_a_vae_the_error_says_what_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"CrepaRegularizer\(vae=\.\.\.\).*pixels= or features="):
+        decoder(None).decode(latents(), (3, 4, 6), CPU)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 4, 3, 4), r"\(T, H, W\) = \(3, 4, 6\).*got \(2, 4, 3, 4\)"),
+        ((2, 4, 4, 4, 6), r"\(T, H, W\) = \(3, 4, 6\).*got \(2, 4, 4, 4, 6\)"),
+        ((2, 5, 3, 4, 6), "5 channels, the VAE decodes 4"),
+    ],
+)
+def test_latents_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder(tiny_vae()).decode(torch.zeros(shape), (3, 4, 6), CPU)
+
+
+def test_another_vae_is_refused(tmp_path: Path) -> None:
+    image_vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    with pytest.raises(ValueError, match="must be an AutoencoderKLWan for wan, got AutoencoderKL"):
+        decoder(image_vae)
+    with pytest.raises(ValueError, match="got AutoencoderKL"):
+        decoder(lambda: image_vae).decode(latents(), (3, 4, 6), CPU)
+    with pytest.raises(ValueError, match="got int"):
+        decoder(3)
+    with pytest.raises(ValueError, match=r"neither config.json nor vae/config.json"):
+        decoder(tmp_path).decode(latents(), (3, 4, 6), CPU)
+
+
+def test_freeing_the_vae_encoder_leaves_decoding_as_it_was() -> None:
+    vae = tiny_vae()
+    expected = decoder(vae).decode(latents(), (3, 4, 6), CPU)
+    size = sum(parameter.nbytes for parameter in vae.parameters())
+    encoder = sum(p.nbytes for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
+    freeing = decoder(vae, drop_encoder=True)
+    assert sum(parameter.nbytes for parameter in vae.parameters()) == size - encoder < size
+    assert torch.equal(freeing.decode(latents(), (3, 4, 6), CPU), expected)
+    with pytest.raises(ValueError, match="freed by crepa_drop_vae_encoder"):
+        vae.encode(torch.zeros(1, 3, 5, 32, 48))
+    assert free_vae_encoder(vae) == 0
