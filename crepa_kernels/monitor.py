@@ -1,0 +1,48 @@
+"""Says once which side a NaN came from, without waiting for the device."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SIDES = ("the transformer's hidden states", "the teacher's features")
+
+
+class NonFiniteMonitor:
+    """Watches the loss; when it is not finite, one warning names the side that is not finite either.
+
+    Three numbers a step are copied to pinned memory without blocking and read at the first call after they have
+    arrived; on a CPU at once. A sum is not finite when one of its terms is not.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._under_way: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
+
+    @torch.no_grad()
+    def watch(self, step: int, loss: torch.Tensor, hidden_states: torch.Tensor, features: torch.Tensor) -> None:
+        """Queues this step's check and reports those that have arrived."""
+        if self._told:
+            return
+        numbers, arrived = torch.stack([t.sum(dtype=torch.float32) for t in (loss, hidden_states, features)]), None
+        if numbers.is_cuda:
+            host = torch.empty(3, dtype=torch.float32, pin_memory=True)
+            arrived = torch.cuda.Event()
+            numbers = host.copy_(numbers, non_blocking=True)
+            arrived.record(torch.cuda.current_stream(loss.device))
+        self._under_way.append((step, numbers, arrived))
+        while self._under_way and (self._under_way[0][2] is None or self._under_way[0][2].query()):
+            self._report(*self._under_way.pop(0)[:2])
+
+    def _report(self, step: int, numbers: torch.Tensor) -> None:
+        loss, *sides = numbers.tolist()
+        if math.isfinite(loss) or self._told:
+            return
+        self._told = True
+        found = [name for name, value in zip(_SIDES, sides, strict=True) if not math.isfinite(value)]
+        source = " and ".join(found) or "the projector: hidden states and teacher features are finite"
+        logger.warning("the CREPA loss at step %d is %s; it came from %s (said once)", step, loss, source)

@@ -1,0 +1,341 @@
+"""`CrepaRegularizer`: CREPA on a stock diffusers transformer, in one object for a training step (SPEC section 8)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .attach import attach_projector, check_attachable, check_attached, check_reach
+from .capture import Capture, CapturedStates
+from .config import CrepaConfig
+from .families import family_of
+from .loss import CrepaOutput, crepa_loss
+from .monitor import NonFiniteMonitor
+from .projector import CrepaProjector
+from .saving import check_weights, load_crepa, save_crepa
+from .schedule import CrepaSchedule, Decision
+from .teachers import TeacherFeatures
+from .teachers.dinov2 import EncoderSource
+from .teachers.latents import VaeSource
+from .teachers.source import ClipInputs, TeacherSource
+
+logger = logging.getLogger(__name__)
+
+Logs = dict[str, torch.Tensor | float | bool]
+
+
+class CrepaRegularizer:
+    """Aligns one block's hidden states with a frozen teacher's features of the clip (arXiv 2506.09229).
+
+    Attaches to the transformer: forward hooks that capture the block's output, and the projector, registered as
+    ``crepa_projector`` in fp32, so that ``transformer.parameters()`` has its weights for the optimizer. The order is
+    adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard. A disabled configuration attaches
+    nothing. ``save_pretrained`` of the transformer leaves the projector out.
+
+    VAE and encoder are loaded when the first batch needs them: never in backbone mode, with features given, or while
+    the weight is 0.
+
+    Args:
+        config: ``CrepaConfig`` or a mapping of its keys.
+        transformer: a supported diffusers transformer (``supported_families()``), not wrapped.
+        vae: decodes latents: the family's VAE, a folder or hub id (loaded in bf16 on a GPU, fp32 on a CPU), or a
+            callable without arguments that loads it. Frozen here.
+        encoder: the teacher instead of ``crepa_encoder``: a transformers DINOv2, its folder or hub id, or a callable.
+        max_train_steps: optimizer steps of the run; needed where the weight decays over the rest of the run.
+        feature_size: E, where only the caller's features know it; else it is read from the encoder's config.json.
+        vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
+
+    Attributes:
+        config, transformer: as given.
+        projector: the ``CrepaProjector``; None when disabled.
+
+    Raises:
+        ValueError: for a wrong configuration, an unsupported or wrapped transformer, a block index out of range, an
+            encoder that cannot be read, or sources of the wrong type.
+    """
+
+    def __init__(
+        self,
+        config: CrepaConfig | Mapping[str, Any],
+        transformer: nn.Module,
+        vae: VaeSource | None = None,
+        encoder: EncoderSource | None = None,
+        max_train_steps: int | None = None,
+        *,
+        feature_size: int | None = None,
+        vae_encodes: bool = False,
+    ) -> None:
+        self.config = config if isinstance(config, CrepaConfig) else CrepaConfig.from_dict(config)
+        self.transformer = transformer
+        self.projector: CrepaProjector | None = None
+        self._removed = False
+        if not self.config.crepa_enabled:
+            return
+        check_attachable(transformer)
+        if self.config.crepa_drop_vae_encoder and vae_encodes:
+            raise ValueError(
+                "crepa_drop_vae_encoder = true, but the training loop still encodes clips with the VAE: "
+                "encode them before training, or set it to false"
+            )
+        self._family = family_of(transformer)
+        blocks = {"crepa_block_index": self._block_index}
+        if self.config.crepa_feature_source == "backbone":
+            blocks["crepa_teacher_block_index"] = self._teacher_block_index
+        for key, index in blocks.items():
+            self._family.block(transformer, index, key)
+        self._schedule = CrepaSchedule(self.config, self._run_length(max_train_steps))
+        self._source = TeacherSource(self.config, self._family, vae, encoder)
+        hidden_size = self._family.hidden_size(transformer.config)
+        self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
+        self._capture = Capture(transformer, self._family, blocks, self.projector)
+        self._monitor = NonFiniteMonitor()
+        self._looked_at_adapters = False
+        self._capture.attach()
+        self._detach = attach_projector(transformer, self.projector)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        transformer: nn.Module,
+        vae: VaeSource | None = None,
+        encoder: EncoderSource | None = None,
+        max_train_steps: int | None = None,
+        *,
+        vae_encodes: bool = False,
+    ) -> CrepaRegularizer:
+        """Attaches what ``save_pretrained`` wrote into ``folder``: the settings and the trained projector.
+
+        Raises:
+            ValueError: as the constructor, or when a file is missing, damaged or of another model.
+        """
+        config, weights = load_crepa(folder)
+        size = weights["1.weight"].shape[0] if weights else None
+        crepa = cls(config, transformer, vae, encoder, max_train_steps, feature_size=size, vae_encodes=vae_encodes)
+        if crepa.projector is not None:
+            try:
+                crepa._load_projector(weights, str(folder))
+            except ValueError:
+                crepa.remove()
+                raise
+        return crepa
+
+    def _run_length(self, max_train_steps: int | None) -> int:
+        config = self.config
+        if max_train_steps is not None:
+            return max_train_steps
+        if config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0:
+            raise ValueError(
+                f"crepa_scheduler = {config.crepa_scheduler} with crepa_decay_steps = 0 decays over the rest of the "
+                "run: pass CrepaRegularizer(max_train_steps=...), or set crepa_decay_steps"
+            )
+        return 1  # Nothing depends on it.
+
+    @property
+    def _block_index(self) -> int:
+        return cast(int, self.config.crepa_block_index)  # required when enabled
+
+    @property
+    def _teacher_block_index(self) -> int:
+        return cast(int, self.config.crepa_teacher_block_index)  # required in backbone mode
+
+    @property
+    def frames_encoded(self) -> int:
+        """Frames that the teacher has encoded so far."""
+        return 0 if self.projector is None else self._source.teacher.frames_encoded
+
+    @property
+    def frames_decoded(self) -> int:
+        """Pixel frames that the VAE has decoded so far."""
+        return 0 if self.projector is None else self._source.decoder.frames_decoded
+
+    def loss(
+        self,
+        *,
+        step: int,
+        latents: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
+        features: torch.Tensor | TeacherFeatures | None = None,
+        frame_mask: torch.Tensor | None = None,
+        teacher_mask: torch.Tensor | None = None,
+        num_frames: int | Sequence[int] | None = None,
+        feature_grid: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, Logs]:
+        """The weighted CREPA loss of the transformer's last forward, to be added to the main loss, and its logs.
+
+        The teacher's side is the first given of ``features``, ``pixels`` and ``latents``; backbone mode needs none.
+
+        Args:
+            step: optimizer step from 0; the same number for each of its micro-batches.
+            latents: (B, C, T, H, W), clean, normalised as the transformer sees them; decoded by the VAE.
+            pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
+            features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
+                One frame for each latent frame, or with ``num_frames`` one for each pixel frame.
+            frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).
+            teacher_mask: (B, T) bool, latent frames whose teacher frame exists (padding does not).
+            num_frames: pixel frames that the latents stand for; one number for each clip where clips are padded at
+                the end: their padded latent frames are then masked on both sides.
+            feature_grid: (height, width) of ``features`` of shape (B, S, N, E).
+
+        Returns:
+            A scalar with gradient to the transformer and the projector (0 while the weight is 0), and the logs:
+            ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before
+            its first value), and unless the weight is 0 ``crepa_loss`` (the weighted value), ``crepa_similarity``,
+            ``crepa_similarity_self``, ``crepa_alignment_score``, as detached scalars on the device.
+
+        Raises:
+            ValueError: when forward was not called before, something in the order of attaching is wrong, nothing is
+                given to teach from, or shapes, types and ranges do not fit.
+        """
+        if self._removed:
+            raise ValueError("this CrepaRegularizer was removed from its transformer")
+        if self.projector is None:
+            return torch.zeros(()), {}
+        decision = self._schedule.decide(step)
+        # The next forward comes before anybody can know its step.
+        self._capture.enabled = not self._off_for_good(decision, step)
+        aux = torch.zeros((), device=next(self.projector.parameters()).device)
+        logs: Logs = {"crepa_weight": decision.weight, "crepa_cutoff": decision.cutoff}
+        if self.config.crepa_similarity_threshold is not None:
+            ema = self._schedule.ema
+            logs["crepa_similarity_ema"] = torch.full_like(aux, float("nan") if ema is None else ema)
+        if not decision.run:
+            return aux, logs
+        student = self._student()
+        inputs = ClipInputs(latents, pixels, features, feature_grid, num_frames)
+        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
+        if lengths is not None:
+            frame_mask, teacher_mask = (
+                lengths.within(mask, student.hidden_states.device) for mask in (frame_mask, teacher_mask)
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
+            output = self._aligned(student, teacher, frame_mask, teacher_mask)
+        self._monitor.watch(step, output.loss, student.hidden_states, teacher.features)
+        self._observe(step, output, frame_mask, teacher_mask)
+        if decision.probe:
+            return aux, logs
+        aux = decision.weight * output.loss
+        logs |= {
+            "crepa_loss": aux.detach(),
+            "crepa_similarity": output.similarity,
+            "crepa_similarity_self": output.self_similarity,
+            "crepa_alignment_score": output.alignment_score,
+        }
+        return aux, logs
+
+    def _off_for_good(self, decision: Decision, step: int) -> bool:
+        config = self.config
+        if decision.run or step < config.crepa_warmup_steps:
+            return False
+        if decision.cutoff and config.crepa_threshold_mode == "permanent":
+            return True
+        # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
+        return self._schedule.weight(step) == 0 and self._schedule.weight(2**53) == 0
+
+    def _student(self) -> CapturedStates:
+        student = self._capture.states(self._block_index)
+        if torch.is_grad_enabled():
+            check_attached(self.transformer, cast(CrepaProjector, self.projector))
+            if not self._looked_at_adapters:
+                check_reach(self.transformer, self._family, self._block_index, student.hidden_states)
+                self._looked_at_adapters = True
+        return student
+
+    def _aligned(
+        self,
+        student: CapturedStates,
+        teacher: TeacherFeatures,
+        frame_mask: torch.Tensor | None,
+        teacher_mask: torch.Tensor | None,
+    ) -> CrepaOutput:
+        projector = cast(CrepaProjector, self.projector)
+        width = teacher.features.shape[-1]
+        if width != projector.feature_size:
+            raise ValueError(
+                f"teacher features have width {width}, the projector was made for {projector.feature_size}: "
+                f"pass CrepaRegularizer(feature_size={width})"
+            )
+        return crepa_loss(
+            student.hidden_states,
+            teacher.features,
+            projector,
+            student_grid=student.layout.grid,
+            teacher_grid=teacher.grid,
+            distance=self.config.crepa_adjacent_distance,
+            tau=self.config.crepa_adjacent_tau,
+            cumulative=self.config.crepa_cumulative_neighbors,
+            normalize_neighbour_sum=self.config.crepa_normalize_neighbour_sum,
+            normalize_by_frames=self.config.crepa_normalize_by_frames,
+            spatial_align=self.config.spatial_align,
+            frame_mask=frame_mask,
+            teacher_mask=teacher_mask,
+        )
+
+    def _observe(
+        self, step: int, output: CrepaOutput, frame_mask: torch.Tensor | None, teacher_mask: torch.Tensor | None
+    ) -> None:
+        if self.config.crepa_similarity_threshold is None:
+            return
+        metric = getattr(output, self.config.crepa_similarity_metric)
+        masks = [mask.to(metric.device) for mask in (frame_mask, teacher_mask) if mask is not None]
+        if masks:
+            count = torch.stack(masks).all(dim=0).sum()
+        else:
+            count = torch.full((), output.frame_similarity.numel(), device=metric.device)
+        self._schedule.observe(step, metric * count, count)
+
+    def release(self) -> None:
+        """Lets go of the captured hidden states, which otherwise stay until the next forward."""
+        if self.projector is not None:
+            self._capture.release()
+
+    def remove(self) -> None:
+        """Takes hooks and projector off the transformer, which is then as it was found; ``loss`` raises after this."""
+        if self.projector is not None and not self._removed:
+            self._capture.remove()
+            self._detach()
+        self._removed = True
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``; call it in one process."""
+        save_crepa(folder, self.config, self.projector)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``)."""
+        if self.projector is None:
+            return {}
+        return {"projector": self.projector.state_dict(), "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what ``state_dict`` gave, so that the run goes on as if it had not stopped.
+
+        Raises:
+            ValueError: for the state of another projector, or none where CREPA is enabled.
+        """
+        if self.projector is None:
+            if state:
+                logger.warning("the checkpoint's CREPA state is not used: crepa_enabled is false")
+            return
+        if not {"projector", "schedule"} <= state.keys():
+            raise ValueError(
+                f"not a CrepaRegularizer's state, its keys are {sorted(state)}: was CREPA off in that run?"
+            )
+        self._load_projector(state["projector"], "the checkpoint")
+        self._schedule.load_state_dict(state["schedule"])
+        self._capture.enabled = True
+
+    def _load_projector(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        projector = cast(CrepaProjector, self.projector)
+        check_weights(weights, source)
+        features, hidden = weights["1.weight"].shape
+        if (hidden, features) != (projector.hidden_size, projector.feature_size):
+            raise ValueError(
+                f"{source} holds a projector from {hidden} to {features}, "
+                f"this one goes from {projector.hidden_size} to {projector.feature_size}"
+            )
+        projector.load_state_dict(weights)

@@ -1,0 +1,265 @@
+"""Attaching CREPA to a transformer, in which order, and taking it off."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_wan, wan_inputs
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from crepa_kernels import CrepaRegularizer
+
+CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
+ORDER = "adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard"
+
+
+def regularizer(transformer: Any, **settings: Any) -> CrepaRegularizer:
+    torch.manual_seed(0)  # the projector's weights
+    return CrepaRegularizer({**CONFIG, **settings}, transformer, feature_size=8)
+
+
+def features(batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, 6, 8, generator=torch.Generator().manual_seed(6))
+
+
+def add_lora(transformer: WanTransformer3DModel, target: Any = ("to_q",), name: str = "default") -> None:
+    target = target if isinstance(target, str) else list(target)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=target, init_lora_weights=False), adapter_name=name)
+
+
+# The projector
+
+
+def test_the_projector_is_a_trainable_fp32_part_of_a_frozen_bf16_model() -> None:
+    transformer = tiny_wan().to(torch.bfloat16)
+    transformer.requires_grad_(False)
+    add_lora(transformer)
+    crepa = regularizer(transformer)
+    trainable = [p for p in transformer.parameters() if p.requires_grad]
+    assert transformer.crepa_projector is crepa.projector
+    for parameter in crepa.projector.parameters():
+        assert any(parameter is one for one in trainable)
+        assert parameter.dtype == torch.float32
+    inputs = {key: v.bfloat16() if v.is_floating_point() else v for key, v in wan_inputs().items()}
+    prediction = transformer(**inputs)[0]
+    assert prediction.dtype == torch.bfloat16
+    crepa.loss(step=0, features=features())[0].backward()
+    assert all(p.grad is not None for n, p in transformer.named_parameters() if "blocks.0" in n and "lora" in n)
+
+
+def test_training_under_autocast() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = transformer(**wan_inputs())[0]
+        aux, _ = crepa.loss(step=0, features=features())
+    assert aux.dtype == torch.float32
+    (prediction.float().square().mean() + aux).backward()
+    assert all(p.grad.isfinite().all() for p in transformer.parameters() if p.grad is not None)
+    assert crepa.projector[1].weight.grad.dtype == torch.float32
+
+
+def total_gradients(transformer: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    add_lora(transformer)
+    crepa = regularizer(transformer)
+    prediction = transformer(**wan_inputs())[0]
+    (prediction.square().mean() + crepa.loss(step=0, features=features())[0]).backward()
+    return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def test_checkpointing_and_compiled_blocks_change_no_gradient() -> None:
+    expected = total_gradients(tiny_wan())
+    assert len(expected) == 3 * 2 * 2 + 4  # blocks x attentions x (A, B), the projector
+    checkpointed, both = tiny_wan(), tiny_wan()
+    for transformer in (checkpointed, both):
+        transformer.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    both.compile_repeated_blocks(backend="aot_eager")
+    for transformer in (checkpointed, both):
+        found = total_gradients(transformer)
+        for name, gradient in expected.items():
+            # Compiled chains round elsewhere.
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# Wrong orders
+
+
+def to_bf16(transformer: Any, crepa: Any) -> None:
+    transformer.to(torch.bfloat16)
+
+
+def freeze(transformer: Any, crepa: Any) -> None:
+    transformer.requires_grad_(False)
+
+
+def adapter_afterwards(transformer: Any, crepa: Any) -> None:
+    add_lora(transformer)
+
+
+def adapter_around_the_projector(transformer: Any, crepa: Any) -> None:
+    add_lora(transformer, r"crepa_projector\.1|blocks\.0\.attn1\.to_q")
+
+
+def replace(transformer: Any, crepa: Any) -> None:
+    transformer.crepa_projector = copy.deepcopy(crepa.projector)
+
+
+def delete(transformer: Any, crepa: Any) -> None:
+    del transformer.crepa_projector
+
+
+def to_meta(transformer: Any, crepa: Any) -> None:
+    transformer.crepa_projector.to("meta")
+
+
+WRONG: list[tuple[Callable[[Any, Any], None], str]] = [
+    (to_bf16, "must stay fp32, but 0.weight was cast to torch.bfloat16"),
+    (freeze, "must be trainable, but 0.weight is frozen"),
+    (adapter_afterwards, "must be trainable, but 0.weight is frozen"),
+    (adapter_around_the_projector, "was wrapped by an adapter that was added after it"),
+    (replace, "was replaced by a CrepaProjector"),
+    (delete, "is gone from the transformer"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[change.__name__ for change, _ in WRONG])
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_wrong_order_is_named_at_the_first_loss_and_whenever_it_happens(
+    change: Callable[[Any, Any], None], message: str, after: int
+) -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    for step in range(after):
+        transformer(**wan_inputs())
+        crepa.loss(step=step, features=features())
+    change(transformer, crepa)
+    inputs = wan_inputs()
+    if change is to_bf16:
+        inputs = {key: v.bfloat16() if v.is_floating_point() else v for key, v in inputs.items()}
+    transformer(**inputs)
+    with pytest.raises(ValueError, match=f"crepa_projector {message}.*{ORDER}"):
+        crepa.loss(step=after, features=features())
+
+
+def test_a_projector_without_weights_is_named() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    transformer(**wan_inputs())
+    to_meta(transformer, crepa)
+    with pytest.raises(ValueError, match=r"0.weight is on the meta device"):
+        crepa.loss(step=0, features=features())
+
+
+@pytest.fixture
+def one_process() -> Any:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(transformer: WanTransformer3DModel) -> Any:
+    return fully_shard(transformer, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (DistributedDataParallel, "wrapped in DDP"),
+        (torch.nn.DataParallel, "data-parallel"),
+        (lambda model: torch.compile(model, backend="eager"), "torch.compile"),
+        (sharded, "fully_shard"),
+        (lambda model: get_peft_model(model, LoraConfig(target_modules=["to_q"])), "get_base_model"),
+    ],
+)
+def test_a_wrapped_model_is_refused(one_process: None, wrap: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*{ORDER}"):
+        regularizer(wrap(tiny_wan()))
+
+
+def test_two_regularizers_on_one_model_and_a_model_without_weights_are_refused() -> None:
+    transformer = tiny_wan()
+    regularizer(transformer)
+    with pytest.raises(ValueError, match="already has a crepa_projector"):
+        regularizer(transformer)
+    with pytest.raises(ValueError, match="meta device"):
+        regularizer(tiny_wan().to("meta"))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("target", "reaches"),
+    [
+        (r"blocks\.2\.attn1\.to_q", False),
+        ("proj_out", False),
+        (r"blocks\.[12]\.attn1\.to_q", True),
+        (r"blocks\.0\.ffn\.net\.2", True),
+    ],
+)
+def test_a_lora_that_crepa_cannot_reach_is_warned_about_once(
+    target: str, reaches: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = tiny_wan()
+    add_lora(transformer, target)
+    crepa = regularizer(transformer)
+    for step in range(3):
+        transformer(**wan_inputs())
+        crepa.loss(step=step, features=features())
+    found = warnings_of(caplog)
+    assert len(found) == (0 if reaches else 1)
+    assert reaches or "block 1 or before it" in found[0]
+
+
+def test_reentrant_checkpointing_that_cuts_the_graph_is_an_error() -> None:
+    transformer = tiny_wan()
+    add_lora(transformer)
+    transformer.enable_gradient_checkpointing(lambda module, *args: checkpoint(module, *args, use_reentrant=True))
+    crepa = regularizer(transformer)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+        transformer(**wan_inputs())
+    with pytest.raises(ValueError, match=r"not attached to the graph.*not reentrant"):
+        crepa.loss(step=0, features=features())
+
+
+# Taking it off
+
+
+def traces(transformer: WanTransformer3DModel) -> Any:
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._state_dict_hooks)) for m in transformer.modules()
+    ]
+    return (
+        list(transformer.state_dict()),
+        sorted(transformer.__dict__),
+        hooks,
+        [id(p) for p in transformer.parameters()],
+    )
+
+
+def test_remove_leaves_the_model_as_it_was_found() -> None:
+    transformer = tiny_wan()
+    add_lora(transformer)
+    found = traces(transformer)
+    crepa = regularizer(transformer)
+    assert traces(transformer) != found
+    transformer(**wan_inputs())
+    crepa.remove()
+    assert traces(transformer) == found
+    crepa.remove()
+    with pytest.raises(ValueError, match="removed"):
+        crepa.loss(step=0, features=features())
+    regularizer(transformer)

@@ -1,0 +1,118 @@
+"""Bad input to CrepaRegularizer: one clear error before anything is attached or run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
+
+from crepa_kernels import CrepaRegularizer
+
+CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
+
+
+def regularizer(transformer: Any) -> CrepaRegularizer:
+    return CrepaRegularizer(CONFIG, transformer, feature_size=8)
+
+
+def features() -> torch.Tensor:
+    return torch.randn(1, 3, 6, 8, generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"crepa_block_index": 3}, {}, "crepa_block_index = 3: .*valid are 0 to 2"),
+        (
+            {"crepa_use_backbone_features": True, "crepa_teacher_block_index": 7},
+            {},
+            "crepa_teacher_block_index = 7: .*valid are 0 to 2",
+        ),
+        ({"crepa_lambda": -1}, {}, "crepa_lambda"),
+        ({}, {"vae": 3}, "got int"),
+        ({}, {"encoder": 3}, "got int"),
+        ({}, {"encoder": tiny_dinov2}, "pass feature_size="),
+        ({"crepa_encoder": "/no/such/encoder"}, {}, "crepa_encoder = /no/such/encoder: .*config.json"),
+        ({"crepa_scheduler": "cosine"}, {}, "max_train_steps"),
+        ({}, {"max_train_steps": 0}, "max_train_steps"),
+        ({"crepa_drop_vae_encoder": True}, {"vae_encodes": True}, "crepa_drop_vae_encoder = true.*still encodes"),
+        (
+            {"crepa_use_backbone_features": True, "crepa_teacher_block_index": 2},
+            {"feature_size": 8},
+            "feature_size = 8: in backbone mode it is the transformer's, 32",
+        ),
+    ],
+)
+def test_a_wrong_construction_attaches_nothing(settings: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    transformer = tiny_wan()
+    found = list(transformer.state_dict()), sorted(transformer.__dict__)
+    with pytest.raises(ValueError, match=message):
+        CrepaRegularizer({**CONFIG, **settings}, transformer, **options)
+    assert (list(transformer.state_dict()), sorted(transformer.__dict__)) == found
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_an_unsupported_class_says_which_families_are_supported() -> None:
+    with pytest.raises(ValueError, match=r"AutoencoderKLWan is not a supported transformer.*wan"):
+        regularizer(tiny_vae())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "one of latents=, pixels= and features="),
+        ({"features": torch.zeros(1, 3, 6, 16)}, r"width 16, .* for 8: pass CrepaRegularizer\(feature_size=16\)"),
+        ({"features": torch.zeros(1, 4, 6, 8)}, "4 frames, the student 3"),
+        ({"features": torch.zeros(1, 3, 5, 8)}, "5 tokens a frame"),
+        ({"features": torch.zeros(1, 3, 5, 8), "feature_grid": (2, 3)}, r"teacher_grid \(2, 3\)"),
+        ({"features": torch.zeros(2, 3, 6, 8)}, "B = 1"),
+        ({"features": torch.zeros(1, 3, 6, 8, dtype=torch.int64)}, "floating point"),
+        ({"features": features(), "frame_mask": torch.ones(1, 4, dtype=torch.bool)}, "frame_mask"),
+        ({"features": features(), "teacher_mask": torch.ones(1, 3)}, "teacher_mask"),
+        ({"pixels": torch.zeros(1, 9, 3, 32, 48) - 1}, r"\[0, 1\]"),
+        ({"pixels": clip_pixels(2)}, "B = 1"),
+        ({"pixels": clip_pixels(), "num_frames": 10}, "num_frames"),
+        ({"latents": torch.zeros(1, 4, 3, 4, 6)}, r"vae=\.\.\."),
+        ({"latents": torch.zeros(2, 4, 3, 4, 6)}, "2 clips, the transformer's last forward had 1"),
+        ({"latents": torch.zeros(1, 4, 5, 4, 6)}, r"\(3, 4, 6\)"),
+    ],
+)
+def test_a_wrong_batch_is_one_clear_error(given: dict[str, Any], message: str) -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    transformer(**wan_inputs())
+    with pytest.raises(ValueError, match=message):
+        crepa.loss(step=0, **given)
+
+
+def test_an_encoder_of_another_width_than_announced_is_an_error() -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer(CONFIG, transformer, encoder=tiny_dinov2, feature_size=8)
+    transformer(**wan_inputs())
+    with pytest.raises(ValueError, match="width 32, the projector was made for 8"):
+        crepa.loss(step=0, pixels=clip_pixels())
+
+
+def test_loss_before_forward_and_steps_that_go_back_are_errors() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    with pytest.raises(ValueError, match="forward was not called before loss"):
+        crepa.loss(step=0, features=features())
+    transformer(**wan_inputs())
+    crepa.loss(step=5, features=features())
+    crepa.release()
+    with pytest.raises(ValueError, match="forward was not called before loss"):
+        crepa.loss(step=5, features=features())
+    with pytest.raises(ValueError, match="step 4 comes after step 5"):
+        crepa.loss(step=4, features=features())
+
+
+def test_training_a_copy_is_an_error() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    copy.deepcopy(transformer)(**wan_inputs())
+    with pytest.raises(ValueError, match="not a copy of it"):
+        crepa.loss(step=0, features=features())

@@ -1,0 +1,60 @@
+"""Frames that are not in the loss: padding and conditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import clip_pixels, pixel_frames, tiny_dinov2, tiny_wan, wan_inputs
+
+from crepa_kernels import CrepaRegularizer
+
+CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
+
+
+def test_a_padded_clip_gives_its_own_unpadded_loss() -> None:
+    pixels = clip_pixels(2)
+    inputs = wan_inputs(batch=2)
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer({**CONFIG, "crepa_adjacent_distance": 2}, transformer, encoder=tiny_dinov2())
+    losses = []
+    for clip, length in ((0, 3), (1, 2)):
+        one = {key: value[clip : clip + 1] for key, value in inputs.items()}
+        transformer(**one)
+        # The states of the padded batch, in which attention saw the padding.
+        whole = crepa._capture.states(1).hidden_states[:, :length]
+        crepa._capture._slots[1].output = whole.flatten(1, 2)
+        crepa._capture._latent_shape = (length, 4, 6)
+        losses.append(crepa.loss(step=0, pixels=pixels[clip : clip + 1, : pixel_frames(length)])[0])
+    transformer(**inputs)
+    found, _ = crepa.loss(step=0, pixels=pixels, num_frames=[9, 5])
+    torch.testing.assert_close(found, (losses[0] + losses[1]) / 2, rtol=1e-4, atol=1e-6)  # other batch sizes
+    transformer(**inputs)
+    inside = torch.tensor([[True, True, True], [True, True, False]])
+    masked, _ = crepa.loss(step=0, pixels=pixels, frame_mask=inside, teacher_mask=inside)
+    torch.testing.assert_close(masked, found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frame_mask_leaves_conditioning_frames_out() -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer(CONFIG, transformer, feature_size=8)
+    outputs: list[torch.Tensor] = []
+    transformer.blocks[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    transformer(**wan_inputs())
+    outputs[0].retain_grad()
+    crepa.loss(step=0, features=torch.randn(1, 3, 6, 8), frame_mask=torch.tensor([[False, True, True]]))[0].backward()
+    reached = outputs[0].grad.unflatten(1, (3, 6)).abs().sum((0, 2, 3)) > 0
+    assert reached.tolist() == [False, True, True]
+
+
+def test_padding_and_a_given_mask_add_up() -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer(CONFIG, transformer, encoder=tiny_dinov2())
+    transformer(**wan_inputs(batch=2))
+    pixels = clip_pixels(2)
+    not_the_first = torch.tensor([[False, True, True]] * 2)
+    both = torch.tensor([[False, True, True], [False, True, False]])
+    inside = torch.tensor([[True, True, True], [True, True, False]])
+    found, _ = crepa.loss(step=0, pixels=pixels, num_frames=[9, 5], frame_mask=not_the_first)
+    expected, _ = crepa.loss(step=0, pixels=pixels, frame_mask=both, teacher_mask=inside)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # other batch sizes
