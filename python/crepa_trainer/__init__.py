@@ -1,0 +1,1 @@
+"""The reference trainer of crepa-kernels; its command is `crepa-train`."""

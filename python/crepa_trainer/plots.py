@@ -1,0 +1,158 @@
+"""The PNG files of a run: curves over steps, the similarity matrix, patches beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "#777777"
+
+plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """One clip at the latent frames, teacher and student on one grid, for looking at."""
+
+    name: str
+    pixels: Tensor  # (T, 3, H, W) uint8, the pixel frame that each latent frame is aligned with
+    frame_numbers: Sequence[int]  # (T,), those frames' numbers in the clip
+    teacher: Tensor  # (T, h, w, E)
+    student: Tensor  # (T, h, w, E), projected
+
+
+def plot_training(rows: Sequence[dict[str, float]], path: Path, *, constant: float | None) -> None:
+    """Losses, training similarity and weight over optimiser steps. `rows`: one dict of logged values a step."""
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8.5), sharex=True, layout="constrained")
+    _curve(axes[0], rows, "loss", ORANGE, "flow-matching + CREPA")
+    _curve(axes[0], rows, "flow_loss", BLUE, "flow matching")
+    axes[0].set_ylabel("loss")
+    _curve(axes[1], rows, "crepa_similarity", BLUE, "this step's clips, random noise level")
+    if constant is not None:
+        axes[1].axhline(constant, color=GREY, linestyle="--", label=f"best constant predictor, {constant:.3f}")
+    axes[1].set_ylabel("crepa_similarity\n(mean cosine)")
+    _curve(axes[2], rows, "crepa_weight", BLUE, "crepa_weight", smooth=False)
+    axes[2].set(ylabel="crepa_weight", xlabel="optimiser step")
+    axes[2].set_ylim(bottom=0)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0] and axis is not axes[2]:
+            axis.legend(frameon=False)
+    axes[0].set_title("Training (thin: each step; thick: running median)")
+    _save(figure, path)
+
+
+def _curve(
+    axis: Any, rows: Sequence[dict[str, float]], key: str, color: str, label: str, *, smooth: bool = True
+) -> None:
+    points = [(step, row[key]) for step, row in enumerate(rows) if key in row]
+    if not points:
+        return
+    steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    if not smooth:
+        axis.plot(steps, values, color=color, label=label)
+        return
+    half = max(1, len(values) // 30)
+    middle = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
+    axis.plot(steps, middle, color=color, linewidth=2, label=label)
+
+
+def plot_similarity_matrices(matrices: dict[str, Tensor], path: Path) -> None:
+    """s[f, k], student frame f against teacher frame k, (T, S) for each title, on one colour scale."""
+    columns = len(matrices)
+    figure, axes = plt.subplots(1, columns, figsize=(1 + 4 * columns, 4.8), layout="constrained", squeeze=False)
+    low = min(float(matrix.min()) for matrix in matrices.values())
+    high = max(float(matrix.max()) for matrix in matrices.values())
+    image = None
+    for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        image = axis.imshow(matrix.float().cpu().numpy(), vmin=low, vmax=high, cmap="viridis")
+        axis.set(title=title, xlabel="teacher frame k", xticks=range(matrix.shape[1]))
+        axis.set_yticks(range(matrix.shape[0]))
+        axis.spines[:].set_visible(False)
+    axes[0][0].set_ylabel("student frame f")
+    figure.colorbar(image, ax=axes[0].tolist(), label="s[f, k], mean cosine over patches", shrink=0.75)
+    figure.suptitle("Student against teacher, latent frame by latent frame")
+    _save(figure, path)
+
+
+def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: int = 3) -> None:
+    """Frames, and below them teacher and projected student in the same PCA colours, and their cosine.
+
+    One basis for all: the three first principal components of the unit teacher features. Student features are
+    shown in the teacher's basis, so equal colours mean equal features.
+    """
+    teacher = [F.normalize(clip.teacher.float().cpu(), dim=-1) for clip in clips]
+    student = [F.normalize(clip.student.float().cpu(), dim=-1) for clip in clips]
+    colours = _PcaColours(torch.cat([features.flatten(0, 2) for features in teacher]))
+    columns: list[tuple[str, list[Any]]] = []
+    for clip, y, p in zip(clips, teacher, student, strict=True):
+        last = len(clip.pixels) - 1
+        for f in sorted({round(i * last / max(1, frames_per_clip - 1)) for i in range(frames_per_clip)}):
+            frame = clip.pixels[f].permute(1, 2, 0).cpu().numpy()
+            columns.append(
+                (
+                    f"{clip.name}\nframe {clip.frame_numbers[f]}",
+                    [frame, colours(y[f]), colours(p[f]), (y[f] * p[f]).sum(-1).numpy()],
+                )
+            )
+    height, width = clips[0].pixels.shape[-2:]
+    labels = ("video", "teacher,\nPCA colours", "student,\nsame colours", "cosine")
+    figure, axes = plt.subplots(
+        4,
+        len(columns),
+        figsize=(1.6 + 2.1 * len(columns), 0.6 + 4 * 2.15 * height / width),
+        layout="constrained",
+        squeeze=False,
+    )
+    image = None
+    for column, (title, pictures) in enumerate(columns):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, picture in enumerate(pictures):
+            axis = axes[row][column]
+            # Every picture spans the same frame, so a patch lies where its pixels are.
+            shown = axis.imshow(
+                picture,
+                extent=(0, width, height, 0),
+                interpolation="nearest",
+                **({"vmin": -1, "vmax": 1, "cmap": "RdBu_r"} if row == 3 else {}),
+            )
+            image = shown if row == 3 else image
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(labels[row], rotation=0, ha="right", va="center")
+    figure.colorbar(image, ax=axes[3].tolist(), fraction=0.02, pad=0.01, shrink=0.9)
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0.02)
+    _save(figure, path)
+
+
+class _PcaColours:
+    """Three principal components of features (n, E) as RGB in [0, 1]; the 2nd to 98th percentile fill the range."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.mean = features.mean(0)
+        self.basis = torch.linalg.svd(features - self.mean, full_matrices=False).Vh[:3]
+        scores = (features - self.mean) @ self.basis.T
+        self.low, self.high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
+
+    def __call__(self, features: Tensor) -> np.ndarray:
+        scores = (features - self.mean) @ self.basis.T
+        return ((scores - self.low) / (self.high - self.low)).clamp(0, 1).numpy()
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,277 @@
+"""`crepa-train demo` from end to end: real video, real classes, real training."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.cli import main
+from crepa_trainer.data import ClipSpec
+from crepa_trainer.demo import DEMO_CREPA, DemoOptions, run_demo
+from crepa_trainer.models import load_transformer
+from crepa_trainer.report import Summary
+from crepa_trainer.trackers import read_csv
+from rich.console import Console
+from videos import moving_square, write_video
+
+from crepa_kernels import CrepaConfig, CrepaRegularizer
+
+SMALL_CLIPS = ClipSpec(frames=9, height=32, width=48, stride=5, clips_per_video=2)
+CREPA_COLUMNS = {
+    "crepa_loss",
+    "crepa_similarity",
+    "crepa_similarity_self",
+    "crepa_alignment_score",
+    "crepa_weight",
+    "crepa_cutoff",
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for seed in range(2):
+        write_video(folder / f"video{seed}.mp4", moving_square(33, seed=seed))
+    return folder
+
+
+def demo(options: DemoOptions, **settings: Any) -> tuple[Summary, str]:
+    config = CrepaConfig.from_dict({**DEMO_CREPA, "crepa_encoder": str(options.teacher_folder), **settings})
+    printed = io.StringIO()
+    return run_demo(options, config, Console(file=printed, width=100)), printed.getvalue()
+
+
+def small(videos: Path, output: Path, **changes: Any) -> DemoOptions:
+    options = DemoOptions(output=output, data=videos, steps=6, timed_steps=2, clips=SMALL_CLIPS)
+    return replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary, str]:
+    output = tmp_path_factory.mktemp("run") / "demo"
+    return output, *demo(small(videos, output))
+
+
+def test_it_leaves_what_it_promises(finished: tuple[Path, Summary, str]) -> None:
+    output, summary, printed = finished
+    for name in ("training.png", "similarity_matrix.png", "patches.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors", "crepa_config.json"):
+        assert (output / name).stat().st_size > 0
+    saved = json.loads((output / "summary.json").read_text())
+    assert saved["after"]["similarity"] == summary.after.similarity
+    for text in ("best constant predictor", "patches shuffled", "seconds a step", "frames encoded", str(output)):
+        assert text in " ".join(printed.split())
+
+
+def test_every_logged_value_is_in_the_csv_and_in_tensorboard(finished: tuple[Path, Summary, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, _, _ = finished
+    rows = read_csv(output / "metrics.csv")
+    assert list(rows[0]) == ["step", *list(rows[0])[1:]]
+    assert set(rows[0]) == {"step", "loss", "flow_loss"} | CREPA_COLUMNS
+    assert [int(row["step"]) for row in rows] == list(range(6))
+    (run,) = (output / "tensorboard").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    for column in events.Tags()["scalars"]:
+        # TensorBoard keeps 32-bit floats.
+        assert [event.value for event in events.Scalars(column)] == pytest.approx(
+            [float(row[column]) for row in rows], rel=1e-6
+        )
+    for row in rows:
+        parts = float(row["flow_loss"]) + float(row["crepa_loss"])
+        # One 32-bit addition of numbers below 4.
+        assert float(row["loss"]) == pytest.approx(parts, abs=1e-6)
+
+
+def test_only_the_frames_that_latents_align_with_are_encoded(finished: tuple[Path, Summary, str]) -> None:
+    _, summary, _ = finished
+    # 9 pixel frames are 3 latent frames; the evaluation's own teacher is not in this count.
+    assert summary.frames_encoded == 6 * 3
+    assert summary.frames_decoded == 0
+    assert (summary.clips, summary.frames_read, summary.frames_to_latents) == (4, 2 * 14, 4 * 9)
+
+
+def test_the_lora_loads_in_a_stock_pipeline_without_a_warning(
+    finished: tuple[Path, Summary, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from diffusers import WanPipeline
+    from safetensors.torch import load_file
+
+    output, _, _ = finished
+    saved = load_file(output / "pytorch_lora_weights.safetensors")
+    assert saved
+    assert not any("crepa" in name for name in saved)
+    pipeline = WanPipeline.from_pretrained(output / "models" / "wan", tokenizer=None, text_encoder=None)
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    for library in libraries:
+        library.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipeline.load_lora_weights(output)
+    finally:
+        for library in libraries:
+            library.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    loaded = {
+        name.replace(".default_0", ""): weight
+        for name, weight in pipeline.transformer.named_parameters()
+        if "lora_" in name
+    }
+    assert {f"transformer.{name}" for name in loaded} == set(saved)
+    for name, weight in loaded.items():
+        torch.testing.assert_close(weight, saved[f"transformer.{name}"], rtol=0, atol=0)
+    # LoRA's B starts at zero, so what is not zero has been trained.
+    trained = [name for name, weight in saved.items() if "lora_B" in name and weight.abs().max() > 0]
+    # Attention of each of six blocks, to the video and to the text, four projections each.
+    assert len(trained) == 6 * 2 * 4
+
+
+def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) -> None:
+    output, summary, _ = finished
+    transformer = load_transformer(output / "models" / "wan")
+    crepa = CrepaRegularizer.from_pretrained(output, transformer, max_train_steps=1)
+    assert crepa.projector is not None
+    assert (crepa.projector.hidden_size, crepa.projector.feature_size) == (256, 64)
+    # LayerNorm starts at ones.
+    assert (crepa.projector[0].weight != 1).any()
+    assert summary.rise > 0
+
+
+def test_the_same_seed_gives_the_same_run(finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path) -> None:
+    output, summary, _ = finished
+    again, _ = demo(small(videos, tmp_path / "again"))
+    assert read_csv(tmp_path / "again" / "metrics.csv") == read_csv(output / "metrics.csv")
+    assert (again.before, again.after) == (summary.before, summary.after)
+    other, _ = demo(small(videos, tmp_path / "other", seed=1))
+    assert other.before != summary.before
+
+
+def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> None:
+    summary, printed = demo(small(videos, tmp_path / "off"), crepa_enabled=False)
+    assert summary.after is None
+    assert summary.seconds_per_step is None
+    assert set(read_csv(tmp_path / "off" / "metrics.csv")[0]) == {"step", "loss", "flow_loss"}
+    assert "CREPA was off" in printed
+    assert not (tmp_path / "off" / "crepa_projector.safetensors").exists()
+
+
+def test_after_a_cutoff_no_frame_is_encoded(videos: Path, tmp_path: Path) -> None:
+    summary, _ = demo(small(videos, tmp_path / "cutoff"), crepa_cutoff_step=2)
+    assert summary.frames_encoded == 2 * 3
+    rows = read_csv(tmp_path / "cutoff" / "metrics.csv")
+    assert [row["crepa_similarity"] != "" for row in rows] == [True, True, False, False, False, False]
+    assert [float(row["crepa_cutoff"]) for row in rows] == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 4},
+        {"crepa_encoder_resize": "square", "crepa_encoder_image_size": 70, "crepa_frame_map": "mean"},
+        {"crepa_encoder_resize": "square", "crepa_encoder_image_size": 28, "crepa_spatial_align": "teacher"},
+    ],
+    ids=["backbone", "mean of frames", "student resampled"],
+)
+def test_other_settings_run_through_to_the_plots(videos: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    summary, _ = demo(small(videos, tmp_path / "run", steps=3), **settings)
+    assert summary.after is not None
+    assert summary.after.constant <= summary.after.position + 1e-6
+    assert (tmp_path / "run" / "patches.png").exists()
+
+
+def test_a_damaged_video_is_counted_in_the_table(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in videos.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "bad.mp4").write_bytes(b"no video")
+    summary, printed = demo(small(folder, tmp_path / "run", steps=1))
+    assert summary.videos_skipped == 1
+    assert "1" in next(line for line in printed.splitlines() if "videos skipped" in line)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(videos: Path, tmp_path: Path) -> None:
+    options = small(videos, tmp_path / "run", learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step \d: the loss is (nan|inf)"):
+        demo(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{empty}"], "{empty}: no video in this folder"),
+        (["--data", "{empty}/nowhere"], "nowhere: no such folder"),
+        (["--data", "{bad}"], "no usable clip in 1 video"),
+        (["--data", "{bad}", "--strict"], "bad.mp4: cannot be decoded"),
+        (["--crepa_lamda", "1"], "did you mean --crepa_lambda?"),
+        (["--crepa_lambda", "-1"], "crepa_lambda"),
+        (["--crepa_block_index", "6"], "valid are 0 to 5"),
+        (["--output", "{bad}/bad.mp4"], "bad.mp4"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line(
+    arguments: list[str], message: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"empty": tmp_path / "empty", "bad": tmp_path / "bad"}
+    for folder in places.values():
+        folder.mkdir()
+    (places["bad"] / "bad.mp4").write_bytes(b"no video")
+    given = [argument.format(**places) for argument in arguments]
+    if "--data" not in given:
+        given += ["--data", str(videos)]
+    if "--output" not in given:
+        given += ["--output", str(tmp_path / "run")]
+    assert main(["demo", *given, "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("crepa-train: error: ")
+    assert message.format(**places) in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--unknown"], ["--steps", "many"]])
+def test_argparse_refuses_other_mistakes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def assert_patches_answer_patches(summary: Summary) -> None:
+    assert summary.before is not None
+    assert summary.after is not None
+    after = summary.after
+    assert summary.rise >= 0.05
+    assert after.similarity > after.constant
+    assert after.similarity - after.shuffled >= 0.5 * (after.similarity - after.constant)
+    assert all(math.isfinite(value) for value in (*summary.loss, *summary.flow_loss))
+    assert summary.flow_loss[1] < summary.flow_loss[0]
+
+
+def test_on_real_video_patches_answer_patches(tmp_path: Path) -> None:
+    """A fifth of the demo's steps on its own clips; the whole of it is the slow test below."""
+    summary, printed = demo(DemoOptions(output=tmp_path, steps=60, timed_steps=1))
+    assert_patches_answer_patches(summary)
+    assert "patch answers patch" in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_the_whole_demo_knows_more_than_positions(tmp_path: Path) -> None:
+    """The demo as `make demo` runs it also beats the best predictor that knows a patch's position alone."""
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    after = saved["after"]
+    assert after["similarity"] - saved["before"]["similarity"] >= 0.05
+    assert after["similarity"] > after["position"] > after["constant"] > after["shuffled"]

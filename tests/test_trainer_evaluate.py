@@ -1,0 +1,82 @@
+"""The baselines beside crepa_similarity: that the best constant predictor is one, and the best."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from crepa_trainer.evaluate import Features, best_constants, loss_options, shuffle_patches
+
+from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
+
+E = 6
+
+
+def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Features:
+    generator = torch.Generator().manual_seed(0)
+    counts = [grid[0] * grid[1] for grid in (student_grid, teacher_grid)]
+    hidden = torch.randn(3, 5, counts[0], 8, generator=generator)
+    teacher = torch.randn(3, 5, counts[1], E, generator=generator) + torch.linspace(-1, 2, E)
+    return Features(hidden, teacher, student_grid, teacher_grid)
+
+
+def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaConfig) -> float:
+    """By the loss itself, of a projector that says `vector` whatever it sees."""
+    projector = CrepaProjector(8, E)
+    with torch.no_grad():
+        projector[1].weight.zero_()
+        projector[1].bias.copy_(vector)
+    output = crepa_loss(
+        given.hidden_states,
+        given.teacher,
+        projector,
+        student_grid=given.student_grid,
+        teacher_grid=given.teacher_grid,
+        **loss_options(config),
+    )
+    return float(output.similarity)
+
+
+@pytest.mark.parametrize("grids", [((2, 3), (2, 3)), ((2, 3), (4, 4))], ids=["equal grids", "teacher resampled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"crepa_adjacent_distance": 0},
+        {"crepa_adjacent_distance": 3, "crepa_cumulative_neighbors": True, "crepa_adjacent_tau": 2.0},
+        {"crepa_adjacent_distance": 9},
+    ],
+    ids=["default", "no neighbours", "cumulative", "distance past the clip"],
+)
+def test_no_constant_scores_higher_than_the_best_one(settings: dict, grids: tuple) -> None:
+    config = CrepaConfig.from_dict(settings)
+    given = features(*grids)
+    best = best_constants(given, config).mean(0)
+    score = similarity_of_constant(given, best, config)
+    # fp32 sums of a few hundred cosines.
+    assert score == pytest.approx(float(best.norm()), abs=1e-6)
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.1, 1.0, 10.0):
+        other = best / best.norm() + scale * torch.randn(E, generator=generator)
+        assert similarity_of_constant(given, other, config) < score
+
+
+def test_knowing_the_position_is_never_worse() -> None:
+    constants = best_constants(features((2, 3), (2, 3)), CrepaConfig())
+    assert constants.norm(dim=-1).mean() >= constants.mean(0).norm()
+
+
+def test_position_constants_are_the_mean_teacher_of_their_position() -> None:
+    """Without neighbours and with one direction a position, each is that direction with norm 1."""
+    directions = torch.nn.functional.normalize(torch.randn(6, E, generator=torch.Generator().manual_seed(2)), dim=-1)
+    given = Features(torch.zeros(2, 4, 6, 8), (3.0 * directions).expand(2, 4, 6, E), (2, 3), (2, 3))
+    torch.testing.assert_close(best_constants(given, CrepaConfig()), directions)
+
+
+def test_shuffling_moves_patches_within_their_frame_only() -> None:
+    teacher = features((2, 3), (3, 4)).teacher
+    shuffled = shuffle_patches(teacher, seed=3)
+    assert (shuffled != teacher).any()
+    torch.testing.assert_close(shuffled.sort(dim=2).values, teacher.sort(dim=2).values, rtol=0, atol=0)
+    torch.testing.assert_close(shuffled, shuffle_patches(teacher, seed=3), rtol=0, atol=0)
+    orders = {tuple(frame[:, 0].argsort().tolist()) for frame in shuffled.flatten(0, 1) - 0.0}
+    assert len(orders) > 1

@@ -1,0 +1,105 @@
+"""The training loop's own parts: noise, groups, accumulation, the CSV of logged values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from crepa_trainer.loop import Student, add_noise, draw_noise, parameter_groups, train
+from crepa_trainer.models import add_lora
+from crepa_trainer.trackers import CSVTracker, read_csv
+from tiny import CHANNELS, TEXT_DIM, tiny_wan
+from torch.utils.data import DataLoader, TensorDataset
+
+from crepa_kernels import CrepaRegularizer
+
+
+@pytest.fixture
+def transformer() -> torch.nn.Module:
+    model = tiny_wan().requires_grad_(False)
+    add_lora(model, rank=2)
+    return model
+
+
+def crepa_of(transformer: torch.nn.Module) -> CrepaRegularizer:
+    settings = {
+        "crepa_enabled": True,
+        "crepa_block_index": 0,
+        "crepa_feature_source": "backbone",
+        "crepa_teacher_block_index": 1,
+        "crepa_warmup_steps": 10,
+    }
+    return CrepaRegularizer(settings, transformer)
+
+
+def test_noise_is_a_straight_line_from_video_to_noise() -> None:
+    latents, noise = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 4, 3, 4, 6)
+    noisy = add_noise(latents, noise, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(noisy.latents[0], latents[0])
+    torch.testing.assert_close(noisy.latents[1], noise[1])
+    assert noisy.timestep.tolist() == [0.0, 1000.0]
+    half = add_noise(latents, noise, torch.tensor([0.5, 0.5]))
+    # Following the target velocity back for t = 0.5 gives the clean video.
+    torch.testing.assert_close(half.latents - 0.5 * half.target, latents)
+
+
+def test_noise_is_drawn_anew_and_repeatably() -> None:
+    latents = torch.zeros(1, 4, 3, 4, 6)
+    first, second = (draw_noise(latents, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert 0 < float(first.timestep) < 1000
+    assert float(first.timestep) != float(second.timestep)
+    torch.testing.assert_close(first.target, draw_noise(latents, torch.Generator().manual_seed(0)).target)
+
+
+def test_the_projector_has_a_group_of_its_own(transformer: torch.nn.Module) -> None:
+    crepa = crepa_of(transformer)
+    adapter, projector = parameter_groups(transformer, 1e-4, 1e-3)
+    assert {id(p) for p in projector["params"]} == {id(p) for p in crepa.projector.parameters()}
+    everything = {id(p) for p in transformer.parameters() if p.requires_grad}
+    assert {id(p) for p in adapter["params"]} | {id(p) for p in projector["params"]} == everything
+    assert (adapter["lr"], projector["lr"]) == (1e-4, 1e-3)
+
+
+def test_without_crepa_there_is_one_group(transformer: torch.nn.Module) -> None:
+    assert [group["lr"] for group in parameter_groups(transformer, 1e-4, 1e-3)] == [1e-4]
+
+
+def test_micro_batches_of_one_step_share_its_number(transformer: torch.nn.Module, tmp_path: Path) -> None:
+    tracker = CSVTracker(tmp_path / "metrics.csv")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, log_with=[tracker])
+    accelerator.init_trackers("test")
+    crepa = crepa_of(transformer)
+    optimizer = torch.optim.AdamW(parameter_groups(transformer, 1e-3, 1e-3))
+    latents, pixels = torch.randn(8, CHANNELS, 2, 4, 4), torch.zeros(8, 5, 3, 32, 32, dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(latents, pixels))
+    model, optimizer, loader = accelerator.prepare(transformer, optimizer, loader)
+    steps: list[int] = []
+    train(
+        accelerator,
+        Student(model, crepa, optimizer),
+        loader,
+        torch.randn(1, 3, TEXT_DIM),
+        steps=3,
+        generator=torch.Generator().manual_seed(0),
+        on_step=lambda step, values: steps.append(step),
+    )
+    assert steps == [0, 1, 2]
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    # A warm-up of 10 steps to 0.5 tells which step CREPA was told; counting micro-batches would give 0.05, 0.15, 0.25.
+    assert [float(row["crepa_weight"]) for row in rows] == pytest.approx([0.0, 0.05, 0.1])
+
+
+def test_a_value_first_logged_later_gets_a_column(tmp_path: Path) -> None:
+    tracker = CSVTracker(tmp_path / "new" / "metrics.csv")
+    tracker.start()
+    tracker.log({"loss": 1.5}, step=0)
+    tracker.log({"loss": 1.25, "similarity": 0.5}, step=1)
+    tracker.log({"similarity": 0.75}, step=2)
+    assert read_csv(tmp_path / "new" / "metrics.csv") == [
+        {"step": "0", "loss": "1.5", "similarity": ""},
+        {"step": "1", "loss": "1.25", "similarity": "0.5"},
+        {"step": "2", "loss": "", "similarity": "0.75"},
+    ]

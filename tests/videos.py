@@ -1,0 +1,44 @@
+"""Real video files for tests, made with PyAV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = False, rotation: int = 0) -> Path:
+    """H.264 of RGB frames (height, width, 3) uint8. `faststart` puts the index at the front, as on the web.
+
+    `rotation`: degrees by which players turn the stored picture, as a phone writes it.
+    """
+    options = {"movflags": "faststart"} if faststart else {}
+    frames = list(frames)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "10"}
+        stream.height, stream.width = frames[0].shape[:2]
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def moving_square(frames: int, height: int = 48, width: int = 80, seed: int = 0) -> list[np.ndarray]:
+    """A bright square that wanders over a coloured pattern: something to see, and different for each seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 200, (height // 16, width // 16, 3))
+    background = coarse.repeat(16, 0).repeat(16, 1).astype(np.uint8)
+    corner, step = rng.integers(0, (height - 16, width - 16)), rng.integers(1, 4, 2)
+    pictures = []
+    for f in range(frames):
+        top, left = (corner + f * step) % (height - 16, width - 16)
+        picture = background.copy()
+        picture[top : top + 16, left : left + 16] = 255
+        pictures.append(picture)
+    return pictures
