@@ -1,0 +1,60 @@
+"""What the loss is measured against: the same arithmetic as training scripts write it in eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def eager_transposed(
+    hidden_states: torch.Tensor,
+    teacher_features: torch.Tensor,
+    projector: nn.Module,
+    student_grid: Sequence[int],
+    teacher_grid: Sequence[int],
+    distance: int = 1,
+    tau: float = 1.0,
+) -> torch.Tensor:
+    """The loss of adjacent neighbours with every token projected and the larger side interpolated as transposed copies.
+
+    It is ``crepa_loss(..., spatial_align="smaller", antialias=False)``. Half-precision hidden states run under
+    autocast of their type, others in their own.
+
+    Args:
+        hidden_states: (B, T, P, D), T > distance.
+        teacher_features: (B, T, N, E).
+        projector: D -> E, applied to all tokens.
+        student_grid: (height, width) of the P tokens.
+        teacher_grid: (height, width) of the N tokens.
+        distance: neighbour offset, frames.
+        tau: decay of the neighbours' weight, frames.
+    """
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device, dtype=dtype) if half else nullcontext():
+        p, y = projector(hidden_states), teacher_features  # (B, T, P, E), (B, T, N, E)
+        if p.shape[2] > y.shape[2]:
+            p = _interpolated(p, student_grid, teacher_grid)
+        elif tuple(student_grid) != tuple(teacher_grid):
+            y = _interpolated(y, teacher_grid, student_grid)
+        p, y = F.normalize(p, dim=-1), F.normalize(y, dim=-1)
+        total = (p * y).sum(dim=-1).mean(dim=-1)  # (B, T)
+        if distance > 0:
+            weight = math.exp(-distance / tau)
+            later = (p[:, :-distance] * y[:, distance:]).sum(dim=-1).mean(dim=-1)
+            earlier = (p[:, distance:] * y[:, :-distance]).sum(dim=-1).mean(dim=-1)
+            total = total + weight * (F.pad(later, (0, distance)) + F.pad(earlier, (distance, 0)))
+        return -total.mean()
+
+
+def _interpolated(tokens: torch.Tensor, source: Sequence[int], target: Sequence[int]) -> torch.Tensor:
+    """(B, T, N, C) on ``source`` -> (B, T, M, C) on ``target``, through channels-first copies."""
+    batch, frames, _, channels = tokens.shape
+    images = tokens.reshape(batch * frames, *source, channels).permute(0, 3, 1, 2).contiguous()
+    images = F.interpolate(images, size=tuple(target), mode="bilinear", align_corners=False)
+    return images.permute(0, 2, 3, 1).contiguous().reshape(batch, frames, -1, channels)
