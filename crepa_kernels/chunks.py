@@ -27,16 +27,19 @@ class Chunk:
         return self.stop - self.start
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether the values of ``tensor`` are at hand: elsewhere than on a CPU reading them would synchronise."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def plan_chunks(problem: Problem) -> list[Chunk]:
     """Runs of frames in the loss, a cache's worth of tokens each.
 
-    On a CPU the mask is at hand, and frames outside the loss are skipped. Elsewhere reading it would synchronise, so
-    all frames are worked on and masked afterwards.
+    Frames outside the loss are skipped where the mask is readable; elsewhere all frames are worked on and masked.
     """
     batch, frames, tokens = problem.hidden_states.shape[:3]
     mask, device = problem.frame_mask, problem.hidden_states.device.type
-    skip = mask is not None and device == "cpu" and not torch.compiler.is_compiling()
-    in_loss = mask.numpy() if skip and mask is not None else None
+    in_loss = mask.tolist() if mask is not None and is_readable(mask) else None
     limit = _CHUNK_TOKENS.get(device, _CHUNK_TOKENS_ELSEWHERE)
     most = max(1, limit // max(tokens, problem.plan.tokens))
     chunks: list[Chunk] = []
@@ -45,7 +48,7 @@ def plan_chunks(problem: Problem) -> list[Chunk]:
         start = 0
         while start < frames:
             stop = start
-            while stop < min(start + most, frames) and (in_loss is None or in_loss[clip, stop]):
+            while stop < min(start + most, frames) and (in_loss is None or in_loss[clip][stop]):
                 stop += 1
             if stop > start:
                 chunks.append(Chunk(clip, start, stop, row))

@@ -106,10 +106,10 @@ def crepa_loss(
             frame_mask=frame_mask,
             teacher_mask=teacher_mask,
         )
+        name = _auto_backend(problem.hidden_states.device.type) if backend == "auto" else backend
         return _BACKENDS[name](problem)
 
-    name = _auto_backend(hidden_states.device.type) if backend == "auto" else backend
-    if name not in _BACKENDS:
+    if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}")
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 

@@ -74,7 +74,7 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     Raises:
         ValueError: if the projector is anything else, or its weights are sharded and not gathered.
     """
-    layers = list(projector.children())
+    layers = list(projector.children()) if isinstance(projector, nn.Module) else []
     plain = isinstance(projector, nn.Sequential) and [type(layer) for layer in layers] == [
         nn.LayerNorm,
         nn.Linear,
@@ -107,6 +107,8 @@ def check_tensors(h: torch.Tensor, y: torch.Tensor, weights: ProjectorWeights, p
         ("hidden_states", h, "(B, T, P, D)"),
         ("teacher_features", y, "(B, S, N, E)"),
     ):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor {symbols}, got {type(tensor).__name__}")
         if tensor.dim() != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be {symbols} with no empty axis, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -158,11 +160,11 @@ def check_frame_index(
             f"got {tuple(index.shape)}"
         )
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = index.numpy()
-        if values.min() < 0 or values.max() >= teacher_frames:
+        values = index.flatten().tolist()
+        if min(values) < 0 or max(values) >= teacher_frames:
             raise ValueError(
                 f"frame_index must lie in [0, {teacher_frames}), the teacher's frames; "
-                f"it reaches from {values.min()} to {values.max()}"
+                f"it reaches from {min(values)} to {max(values)}"
             )
     return index.to(device=device, dtype=torch.int64, non_blocking=True).expand(batch, student_frames)
 
@@ -173,6 +175,8 @@ def check_mask(
     """A (B, T) bool mask on ``device``, or None."""
     if mask is None:
         return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"{name} must be a bool tensor of shape (B, T) = {shape}, got {type(mask).__name__}")
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(f"{name} must be bool of shape (B, T) = {shape}, got {mask.dtype} of {tuple(mask.shape)}")
     return mask.to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .chunks import Chunk
+from .chunks import Chunk, is_readable
 from .ops.resample import resample
 from .problem import NORM_FLOOR, Problem
 
@@ -20,8 +20,7 @@ class TeacherRows:
         self.reach = min(problem.neighbours.distance, self.frames - 1)
         self.offsets = problem.neighbours.offsets(self.frames)
         index = problem.frame_index
-        readable = index is not None and index.device.type == "cpu" and not torch.compiler.is_compiling()
-        self.host_index = index.numpy() if readable and index is not None else None
+        self.host_index = index.tolist() if index is not None and is_readable(index) else None
         self.clip = -1
         self.rows: dict[int, torch.Tensor] = {}
 
@@ -46,7 +45,7 @@ class TeacherRows:
     def _features(self, clip: int, frame: int) -> torch.Tensor:
         features, index = self.problem.teacher_features[clip], self.problem.frame_index
         if self.host_index is not None:
-            return features[int(self.host_index[clip, frame])]
+            return features[self.host_index[clip][frame]]
         return features[frame] if index is None else features.index_select(0, index[clip, frame : frame + 1])[0]
 
     def own(self, chunk: Chunk) -> torch.Tensor:

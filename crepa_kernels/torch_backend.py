@@ -7,10 +7,10 @@ What makes it cheap, with x the normalised token (no affine part), W' = W diag(g
 2. resampling weights sum to 1 and Linear is affine, so tokens are resampled before they are projected, and only the
    tokens and frames that the loss sees are projected at all;
 3. the gradient of the total with respect to p is ``q / |p|`` with ``q = z - (<p, z> / |p|^2) p``. It is formed in p's
-   place during the forward pass; with one norm a token it is all that is kept for the backward pass;
-4. ``<q, p> = 0`` gives LayerNorm's two row sums of dx = g W' from E numbers a token, before the product:
-   ``sum dx x = -<g, c>``, and ``sum dx = 0`` once the row means are taken off W'. So on equal grids
-   ``dh = (g W' + x <g, c> / D) / std`` is one product on an initialised accumulator.
+   place during the forward pass; with two numbers a token it is all that is kept for the backward pass;
+4. ``<q, p> = 0``, but for rows below the norm's floor, gives LayerNorm's two row sums of dx = g W' from E numbers a
+   token, before the product: ``sum dx x = <g, p> - <g, c>``, and ``sum dx = 0`` once the row means are taken off W'.
+   So on equal grids ``dh = (g W' + x (<g, c> - <g, p>) / D) / std`` is one product on an initialised accumulator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .chunks import Chunk, plan_chunks
+from .chunks import Chunk, is_readable, plan_chunks
 from .grid import SpatialPlan
 from .ops.resample import resample, resample_adjoint
 from .problem import NORM_FLOOR, CrepaOutput, Problem
@@ -85,7 +85,7 @@ class _Student:
         """h and x (frames x P, D), mean and 1/std (frames x P, 1)."""
         width = self.hidden_states.shape[-1]
         tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].reshape(-1, width).to(self.narrow)
-        if self.frame_mask is not None and self.frame_mask.device.type != "cpu":
+        if self.frame_mask is not None and not is_readable(self.frame_mask):
             keep = self.frame_mask[chunk.clip, chunk.start : chunk.stop].repeat_interleave(self.hidden_states.shape[2])
             tokens = tokens.where(keep[:, None], 0)
         return tokens, *torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
@@ -151,7 +151,7 @@ class _FrameSimilarity(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
         q = hidden_states.new_empty((rows, weight.shape[0]))
-        inverse_norm = hidden_states.new_empty(rows, dtype=student.wide)
+        inverse_norm, q_dot_p = hidden_states.new_empty((2, rows), dtype=student.wide)
         for chunk in chunks:
             p = student.project(student.align(student.normalise(chunk)[1], chunk.frames))
             y = teacher.own(chunk)
@@ -168,13 +168,15 @@ class _FrameSimilarity(torch.autograd.Function):
                 torch.mul(p, y, out=scratch)
                 own[chunk.clip, span] = scratch.sum(dim=-1).mul_(inverse).view(-1, tokens).mean(dim=-1)
             if keep:
-                # Below the norm's floor the row is divided by a constant: nothing to project out.
-                along = (cosine * inverse).where(norm > NORM_FLOOR, 0)
+                # Below the norm's floor the row is divided by a constant: nothing to project out, and <q, p> stays.
+                floored = norm <= NORM_FLOOR
+                along = (cosine * inverse).where(~floored, 0)
                 out = slice(chunk.row, chunk.row + len(p))
+                q_dot_p[out] = (cosine / inverse).where(floored, 0)
                 torch.addcmul(z, p, along[:, None], value=-1, out=q[out])
                 inverse_norm[out] = inverse
         if keep:
-            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, q, inverse_norm)
+            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, q, inverse_norm, q_dot_p)
             ctx.settings, ctx.chunks = settings, chunks
         ctx.mark_non_differentiable(own)
         return own, total
@@ -182,29 +184,32 @@ class _FrameSimilarity(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_states, gamma, beta, weight, bias, q, inverse_norm = ctx.saved_tensors
-        need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
-        student = _Student(ctx.settings, hidden_states, gamma, beta, weight, bias)
-        gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
-        tokens = ctx.settings.plan.tokens
-        for chunk in ctx.chunks:
-            rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
-            scale = (grad_total[chunk.clip, chunk.start : chunk.stop] / tokens).repeat_interleave(tokens)
-            gradients.add(chunk, q[rows] * (inverse_norm[rows] * scale)[:, None])
-        # W' = W diag(gamma) and c = W beta + b, taken apart again.
-        d_folded, d_offset, weight_wide = gradients.folded, gradients.offset, weight.to(student.wide)
-        d_weight = d_gamma = None
-        if d_folded is not None and need_weight:
-            d_weight = d_folded if gamma is None else d_folded * gamma.to(student.wide)
-            if beta is not None:
-                d_weight = torch.addr(d_weight, d_offset, beta.to(student.wide))
-        if d_folded is not None and need_gamma:
-            d_gamma = (weight_wide * d_folded).sum(dim=0)
-        d_beta = weight_wide.t() @ d_offset if need_beta else None
-        d_bias = d_offset if need_bias else None
-        pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
-        weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
-        return gradients.hidden_states, *weights, None, None, None
+        # A backward pass inside autocast would cast the fp32 products below.
+        with torch.autocast(grad_total.device.type, enabled=False):
+            hidden_states, gamma, beta, weight, bias, q, inverse_norm, q_dot_p = ctx.saved_tensors
+            need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
+            student = _Student(ctx.settings, hidden_states, gamma, beta, weight, bias)
+            gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
+            tokens = ctx.settings.plan.tokens
+            for chunk in ctx.chunks:
+                rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
+                scale = (grad_total[chunk.clip, chunk.start : chunk.stop] / tokens).repeat_interleave(tokens)
+                scale *= inverse_norm[rows]
+                gradients.add(chunk, q[rows] * scale[:, None], q_dot_p[rows] * scale)
+            # W' = W diag(gamma) and c = W beta + b, taken apart again.
+            d_folded, d_offset, weight_wide = gradients.folded, gradients.offset, weight.to(student.wide)
+            d_weight = d_gamma = None
+            if d_folded is not None and need_weight:
+                d_weight = d_folded if gamma is None else d_folded * gamma.to(student.wide)
+                if beta is not None:
+                    d_weight = torch.addr(d_weight, d_offset, beta.to(student.wide))
+            if d_folded is not None and need_gamma:
+                d_gamma = (weight_wide * d_folded).sum(dim=0)
+            d_beta = weight_wide.t() @ d_offset if need_beta else None
+            d_bias = d_offset if need_bias else None
+            pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
+            weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
+            return gradients.hidden_states, *weights, None, None, None
 
 
 class _Gradients:
@@ -224,8 +229,8 @@ class _Gradients:
         if need_h and student.plan.student == "keep":
             self.centred = (weight - weight.mean(dim=1, keepdim=True)).to(student.narrow)  # W'' (E, D)
 
-    def add(self, chunk: Chunk, g: torch.Tensor) -> None:
-        """``g`` = d loss / d p of the chunk's rows, (frames x M, E) in the wide type."""
+    def add(self, chunk: Chunk, g: torch.Tensor, g_dot_p: torch.Tensor) -> None:
+        """``g`` = d loss / d p of the chunk's rows, (frames x M, E) in the wide type; ``g_dot_p`` (frames x M,)."""
         self.offset += g.sum(dim=0)
         if self.folded is None and self.hidden_states is None:
             return
@@ -241,7 +246,7 @@ class _Gradients:
             return
         out = self.hidden_states[chunk.clip, chunk.start : chunk.stop].view(tokens.shape)
         if self.centred is not None:
-            self._equal_grids(g, x, inverse_std, out)
+            self._equal_grids(g, g_dot_p, x, inverse_std, out)
         else:
             dx = student.align_adjoint(g.to(student.narrow) @ student.weight, chunk.frames)
             shape = (tokens.shape[1],)
@@ -251,16 +256,16 @@ class _Gradients:
                 )[0]
             )
 
-    def _equal_grids(self, g: torch.Tensor, x: torch.Tensor, inverse_std: torch.Tensor, out: torch.Tensor) -> None:
-        """dh = (g W'' + x <g, c> / D) / std, the second term being where the product's sum starts."""
+    def _equal_grids(
+        self, g: torch.Tensor, g_dot_p: torch.Tensor, x: torch.Tensor, inverse_std: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """dh = (g W'' + x (<g, c> - <g, p>) / D) / std, the second term being where the product's sum starts."""
         assert self.centred is not None  # for the type checker
         student, inverse_std = self.student, inverse_std.view(-1, 1).to(g.dtype)
         scaled = (g * inverse_std).to(student.narrow)
         total = out if out.dtype == student.narrow else x
-        if student.offset is None:
-            torch.mm(scaled, self.centred, out=total)
-        else:
-            along = (g @ student.offset)[:, None] * inverse_std / x.shape[1]
-            torch.mul(x, along.to(x.dtype), out=total).addmm_(scaled, self.centred)
+        along = -g_dot_p if student.offset is None else g @ student.offset - g_dot_p
+        along = along[:, None] * inverse_std / x.shape[1]
+        torch.mul(x, along.to(x.dtype), out=total).addmm_(scaled, self.centred)
         if total is not out:
             out.copy_(total)

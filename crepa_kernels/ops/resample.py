@@ -16,7 +16,12 @@ def resample(tokens: torch.Tensor, source: Sequence[int], target: Sequence[int],
     images, antialias = _images(tokens, source), _widened(source, target, antialias)
     if _needs_fp32(tokens, antialias):
         images = images.float()
-    out = F.interpolate(images, size=tuple(target), mode="bilinear", antialias=antialias)
+    if antialias and target[1] == 1:
+        # PyTorch's antialiased CPU filter reads the wrong rows where the target is one column of several rows, unless
+        # the images are channels-last. One row of several columns it gets right in every layout.
+        out = F.interpolate(images.mT, size=(1, target[0]), mode="bilinear", antialias=True).mT
+    else:
+        out = F.interpolate(images, size=tuple(target), mode="bilinear", antialias=antialias)
     return _tokens(out, tokens)
 
 
