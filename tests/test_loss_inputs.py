@@ -1,0 +1,216 @@
+"""Bad input: one clear ValueError with the numbers in it, before any work."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from crepa_kernels import CrepaProjector, available_backends, crepa_loss, resample_tokens, similarity_matrix
+
+B, T, D, E = 2, 3, 16, 8
+GRID, TEACHER_GRID = (3, 4), (2, 3)
+
+
+def arguments() -> dict[str, Any]:
+    """A valid call: (2, 3, 12, 16) hidden states, (2, 3, 6, 8) teacher features."""
+    return {
+        "hidden_states": torch.randn(B, T, 12, D),
+        "teacher_features": torch.randn(B, T, 6, E),
+        "projector": CrepaProjector(D, E),
+        "student_grid": GRID,
+        "teacher_grid": TEACHER_GRID,
+    }
+
+
+def norm_only() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(D))
+
+
+def three_layers() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, E), nn.SiLU())
+
+
+def rms_norm() -> nn.Module:
+    return nn.Sequential(nn.RMSNorm(D), nn.Linear(D, E))
+
+
+def lora_wrapped() -> nn.Module:
+    """peft reaches the projector because the adapter was added after it."""
+    import peft
+
+    model = nn.ModuleDict({"crepa_projector": CrepaProjector(D, E)})
+    config = peft.LoraConfig(r=2, target_modules=["crepa_projector.1"])
+    return peft.inject_adapter_in_model(config, model)["crepa_projector"]
+
+
+def peft_model() -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(CrepaProjector(D, E), peft.LoraConfig(r=2, target_modules=["1"]))
+
+
+def weight_normed() -> nn.Module:
+    projector = CrepaProjector(D, E)
+    torch.nn.utils.parametrizations.weight_norm(projector[1])
+    return projector
+
+
+def long(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+def bools(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+# What is wrong, and what the message must say of it, as a regular expression.
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "student grid": ({"student_grid": (3, 5)}, r"student_grid \(3, 5\).*15.*\(2, 3, 12, 16\).* 12"),
+    "teacher grid": ({"teacher_grid": (3, 3)}, r"teacher_grid \(3, 3\).*9.*\(2, 3, 6, 8\).* 6"),
+    "grids exchanged": ({"student_grid": (2, 3), "teacher_grid": (3, 4)}, r"student_grid \(2, 3\).* 6 .*12"),
+    "grid of three": ({"student_grid": (1, 3, 4)}, r"student_grid .*\(1, 3, 4\)"),
+    "grid of zero": ({"teacher_grid": (0, 6)}, r"teacher_grid .*\(0, 6\)"),
+    "negative grid": ({"student_grid": (-3, -4)}, r"student_grid .*\(-3, -4\)"),
+    "grid of floats": ({"student_grid": (3.0, 4.0)}, r"student_grid .*\(3\.0, 4\.0\)"),
+    "hidden size": ({"projector": CrepaProjector(D + 1, E)}, r"16.* 17"),
+    "feature size": ({"projector": CrepaProjector(D, E + 1)}, r"8.* 9"),
+    "integer hidden states": ({"hidden_states": long(B, T, 12, D)}, r"hidden_states .*floating.*int64"),
+    "integer features": ({"teacher_features": torch.zeros(B, T, 6, E, dtype=torch.uint8)}, r"teacher_features .*uint8"),
+    "complex hidden states": ({"hidden_states": torch.zeros(B, T, 12, D, dtype=torch.complex64)}, r"complex64"),
+    "three axes": ({"hidden_states": torch.randn(T, 12, D)}, r"hidden_states .*\(B, T, P, D\).*\(3, 12, 16\)"),
+    "five axes": ({"teacher_features": torch.randn(B, T, 2, 3, E)}, r"\(B, S, N, E\).*\(2, 3, 2, 3, 8\)"),
+    "no frames": ({"hidden_states": torch.randn(B, 0, 12, D)}, r"hidden_states .*\(2, 0, 12, 16\)"),
+    "no clips": ({"hidden_states": torch.randn(0, T, 12, D)}, r"hidden_states .*\(0, 3, 12, 16\)"),
+    "clips": ({"teacher_features": torch.randn(B + 1, T, 6, E)}, r"2 clips.* 3"),
+    "frames without an index": ({"teacher_features": torch.randn(B, 5, 6, E)}, r"3 frames.* 5.*frame_index"),
+    "index of floats": ({"frame_index": torch.zeros(T)}, r"frame_index .*integers.*float32"),
+    "index of bools": ({"frame_index": bools(T)}, r"frame_index .*integers.*bool"),
+    "list of floats": ({"frame_index": [0.0, 1.0, 2.0]}, r"frame_index .*integers.*float32"),
+    "short index": ({"frame_index": long(T - 1)}, r"frame_index .*\(3,\).*\(2, 3\).*got \(2,\)"),
+    "index turned": ({"frame_index": long(T, B)}, r"frame_index .*\(3,\).*\(2, 3\).*got \(3, 2\)"),
+    "index past the end": ({"frame_index": [0, 1, 3]}, r"frame_index .*\[0, 3\).*0 to 3"),
+    "negative index": ({"frame_index": torch.tensor([[0, 1, 2], [-1, 1, 2]])}, r"frame_index .*\[0, 3\).*-1 to 2"),
+    "frame mask of integers": ({"frame_mask": long(B, T)}, r"frame_mask .*bool.*\(2, 3\).*int64"),
+    "teacher mask of floats": ({"teacher_mask": torch.ones(B, T)}, r"teacher_mask .*bool.*\(2, 3\).*float32"),
+    "frame mask without clips": ({"frame_mask": bools(T)}, r"frame_mask .*\(2, 3\).*\(3,\)"),
+    "teacher mask turned": ({"teacher_mask": bools(T, B)}, r"teacher_mask .*\(2, 3\).*\(3, 2\)"),
+    # The mask is of student frames, after temporal alignment, also where the teacher has more.
+    "teacher mask of S frames": (
+        {"teacher_features": torch.randn(B, 5, 6, E), "frame_index": [0, 2, 4], "teacher_mask": bools(B, 5)},
+        r"teacher_mask .*\(2, 3\).*\(2, 5\)",
+    ),
+    "mask as a list": ({"frame_mask": [[True] * T] * B}, r"frame_mask .*bool.*list"),
+    "mask of numpy": ({"frame_mask": np.ones((B, T), dtype=bool)}, r"frame_mask .*bool"),
+    "numpy hidden states": ({"hidden_states": np.zeros((B, T, 12, D), dtype=np.float32)}, r"hidden_states .*ndarray"),
+    "features as a list": ({"teacher_features": [[1.0]]}, r"teacher_features .*list"),
+    "alignment": ({"spatial_align": "larger"}, r"student, teacher, smaller, pool.*'larger'"),
+    "alignment of the config": ({"spatial_align": True}, r"spatial_align .*True"),
+    "backend": ({"backend": "cuda"}, r"'auto'.*reference.*torch.*'cuda'"),
+    "tau 0": ({"tau": 0.0}, r"tau .*above 0.*0\.0"),
+    "negative tau": ({"tau": -1.5}, r"tau .*-1\.5"),
+    "infinite tau": ({"tau": math.inf}, r"tau .*inf"),
+    "nan tau": ({"tau": math.nan}, r"tau .*nan"),
+    "tau as text": ({"tau": "1"}, r"tau .*'1'"),
+    "negative distance": ({"distance": -1}, r"distance .*0.*-1"),
+    "half a distance": ({"distance": 1.5}, r"distance .*integer.*1\.5"),
+    "distance as bool": ({"distance": True}, r"distance .*integer.*True"),
+    "one linear": ({"projector": nn.Linear(D, E)}, r"CrepaProjector.*Linear"),
+    "a function": ({"projector": nn.functional.normalize}, r"CrepaProjector.*function"),
+    "no projector": ({"projector": None}, r"CrepaProjector.*NoneType"),
+    "norm over two axes": (
+        {"projector": nn.Sequential(nn.LayerNorm((12, D)), nn.Linear(D, E))},
+        r"\(12, 16\).* 16",
+    ),
+    "norm of another size": ({"projector": nn.Sequential(nn.LayerNorm(E), nn.Linear(D, E))}, r"\(8,\).* 16"),
+    "meta projector": ({"projector": CrepaProjector(D, E).to("meta")}, r"cpu.*meta"),
+    "meta features": ({"teacher_features": torch.zeros(B, T, 6, E, device="meta")}, r"cpu.*meta"),
+}
+# Built in the test: they need peft, or log at construction.
+BAD_PROJECTORS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no linear": (norm_only, r"Sequential\(LayerNorm\)"),
+    "an activation behind": (three_layers, r"Sequential\(LayerNorm, Linear, SiLU\)"),
+    "another norm": (rms_norm, r"Sequential\(RMSNorm, Linear\)"),
+    "LoRA inside": (lora_wrapped, r"CrepaProjector\(LayerNorm, Linear\).*adapters first"),
+    "LoRA around": (peft_model, r"PeftModel.*adapters first"),
+    "weight norm": (weight_normed, r"CrepaProjector\(LayerNorm, ParametrizedLinear\)"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change: dict[str, Any], message: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        crepa_loss(**{**arguments(), "backend": backend, **change})
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_PROJECTORS.values(), ids=BAD_PROJECTORS)
+def test_bad_projector(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        crepa_loss(**{**arguments(), "projector": make()})
+
+
+SIMILARITY = {name: row for name, row in BAD.items() if not row[0].keys() & {"distance", "tau", "backend"}}
+
+
+@pytest.mark.parametrize(("change", "message"), SIMILARITY.values(), ids=SIMILARITY)
+def test_bad_input_of_the_similarity_matrix(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        similarity_matrix(**{**arguments(), **change})
+
+
+def test_unknown_argument_of_the_similarity_matrix() -> None:
+    with pytest.raises(TypeError, match="neighbours"):
+        similarity_matrix(**arguments(), neighbours=1)
+
+
+def test_valid_arguments_are_valid() -> None:
+    """The table changes one thing of a call that works."""
+    loss = crepa_loss(**arguments()).loss
+    assert loss.isfinite()
+    for grid in ([3, 4], torch.Size((3, 4))):
+        assert crepa_loss(**{**arguments(), "student_grid": grid}).loss.isfinite()
+
+
+def test_bad_input_costs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before a projection or a resampling: on tensors without memory it is the same one."""
+    calls = {**arguments(), "projector": CrepaProjector(D, E).to("meta")}
+    calls["hidden_states"] = torch.empty(B, T, 10**9, D, device="meta")
+    calls["teacher_features"] = torch.empty(B, T, 6, E, device="meta")
+    with pytest.raises(ValueError, match=re.escape("1000000000")):
+        crepa_loss(**calls)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])
+def test_bad_projector_sizes(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"{sizes[0]} and {sizes[1]}"):
+        CrepaProjector(*sizes)
+
+
+BAD_RESAMPLING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tokens": ((torch.randn(2, 13, 4), (3, 4), (2, 2)), r"\(2, 13, 4\).*\(3, 4\).* 12"),
+    "one axis": ((torch.randn(12), (3, 4), (2, 2)), r"\(12,\)"),
+    "integers": ((long(2, 12, 4), (3, 4), (2, 2)), r"floating.*int64"),
+    "source of zero": ((torch.randn(2, 0, 4), (0, 4), (2, 2)), r"source_grid .*\(0, 4\)"),
+    "target of zero": ((torch.randn(2, 12, 4), (3, 4), (2, 0)), r"target_grid .*\(2, 0\)"),
+    "target of one number": ((torch.randn(2, 12, 4), (3, 4), (2,)), r"target_grid .*\(2,\)"),
+    "target of floats": ((torch.randn(2, 12, 4), (3, 4), (2.5, 2)), r"target_grid .*2\.5"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_RESAMPLING.values(), ids=BAD_RESAMPLING)
+def test_bad_resampling(call: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resample_tokens(*call)
+
+
+def test_available_backends() -> None:
+    assert available_backends() == ("reference", "torch")
+    for name in available_backends():
+        assert crepa_loss(**arguments(), backend=name).loss.isfinite()
