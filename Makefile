@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-full lint bench readme clean
+.PHONY: demo test test-full lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest -q -m "not slow and not gpu"
 
 test-full: $(VENV)/.test
-	CREPA_TEST_CONFIGS=full $(BIN)/pytest -q
+	$(BIN)/pytest -q
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -23,6 +23,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
+	mkdir -p benches/results
 	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json
 	$(BIN)/python -m benches.table
 

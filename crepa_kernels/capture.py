@@ -104,8 +104,13 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         # Inside the projector's forward, where a sharding wrapper has its weights in place.
-        zero = self._projector(None, lambda: sum(p.sum() for p in self._projector.parameters()) * 0)
+        zero = self._projector(None, self._nothing_of_the_projector)
         return _add_to_sample(output, zero)
+
+    def _nothing_of_the_projector(self) -> torch.Tensor:
+        """0 with every parameter in its graph; also 0 where they are NaN, which must not reach the prediction."""
+        total = torch.stack([parameter.sum() for parameter in self._projector.parameters()]).sum()
+        return total.nan_to_num(0.0, 0.0, 0.0) * 0
 
     def states(self, index: int) -> CapturedStates:
         """The output of block ``index`` in the last forward.

@@ -16,10 +16,12 @@ from .config import CrepaConfig
 from .families import family_of
 from .loss import CrepaOutput, crepa_loss
 from .monitor import NonFiniteMonitor
+from .problem import check_mask
 from .projector import CrepaProjector
 from .saving import check_weights, load_crepa, save_crepa
 from .schedule import CrepaSchedule, Decision
 from .teachers import TeacherFeatures
+from .teachers.clips import as_counts
 from .teachers.dinov2 import EncoderSource
 from .teachers.latents import VaeSource
 from .teachers.source import ClipInputs, TeacherSource
@@ -205,17 +207,21 @@ class CrepaRegularizer:
             ema = self._schedule.ema
             logs["crepa_similarity_ema"] = torch.full_like(aux, float("nan") if ema is None else ema)
         if not decision.run:
+            self._capture.release()
+            if not self._capture.enabled:
+                self._source.unload()
             return aux, logs
         student = self._student()
-        inputs = ClipInputs(latents, pixels, features, feature_grid, num_frames)
+        device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
+        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
+        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
+        inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
         teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
         if lengths is not None:
-            frame_mask, teacher_mask = (
-                lengths.within(mask, student.hidden_states.device) for mask in (frame_mask, teacher_mask)
-            )
+            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
             output = self._aligned(student, teacher, frame_mask, teacher_mask)
-        self._monitor.watch(step, output.loss, student.hidden_states, teacher.features)
+        self._monitor.watch(step, output.loss, teacher.features, self.projector.parameters())
         self._observe(step, output, frame_mask, teacher_mask)
         if decision.probe:
             return aux, logs
@@ -282,11 +288,9 @@ class CrepaRegularizer:
         if self.config.crepa_similarity_threshold is None:
             return
         metric = getattr(output, self.config.crepa_similarity_metric)
-        masks = [mask.to(metric.device) for mask in (frame_mask, teacher_mask) if mask is not None]
-        if masks:
-            count = torch.stack(masks).all(dim=0).sum()
-        else:
-            count = torch.full((), output.frame_similarity.numel(), device=metric.device)
+        masks = [mask for mask in (frame_mask, teacher_mask) if mask is not None]
+        frames = output.frame_similarity.numel()
+        count = torch.stack(masks).all(dim=0).sum() if masks else torch.full((), frames, device=metric.device)
         self._schedule.observe(step, metric * count, count)
 
     def release(self) -> None:
@@ -294,11 +298,17 @@ class CrepaRegularizer:
         if self.projector is not None:
             self._capture.release()
 
+    def flush(self) -> None:
+        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run."""
+        if self.projector is not None:
+            self._monitor.flush()
+
     def remove(self) -> None:
         """Takes hooks and projector off the transformer, which is then as it was found; ``loss`` raises after this."""
         if self.projector is not None and not self._removed:
             self._capture.remove()
             self._detach()
+            self._source.unload()
         self._removed = True
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -322,9 +332,7 @@ class CrepaRegularizer:
                 logger.warning("the checkpoint's CREPA state is not used: crepa_enabled is false")
             return
         if not {"projector", "schedule"} <= state.keys():
-            raise ValueError(
-                f"not a CrepaRegularizer's state, its keys are {sorted(state)}: was CREPA off in that run?"
-            )
+            raise ValueError(f"not a CrepaRegularizer's state: {sorted(state)}; was CREPA off in that run?")
         self._load_projector(state["projector"], "the checkpoint")
         self._schedule.load_state_dict(state["schedule"])
         self._capture.enabled = True

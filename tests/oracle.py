@@ -112,8 +112,7 @@ def truth(case: Any, tensors: dict[str, torch.Tensor | None], wide: torch.dtype 
     exact = wide == torch.float64
     narrow = wide if exact else tensors["h"].dtype
     inputs = {name: None if t is None else t.detach().to(wide).contiguous() for name, t in tensors.items()}
-    exists = torch.ones(case.batch, case.frames, dtype=torch.bool) if case.teacher_mask is None else case.teacher_mask
-    counted = exists if case.frame_mask is None else case.frame_mask & exists
+    exists, counted = case.existing, case.counted
     inputs["h"] = torch.where(counted[..., None, None], inputs["h"], 0.0)
     leaves = {name: t.requires_grad_() for name, t in inputs.items() if t is not None and name != "y"}
     h, y, gamma, beta, weight, bias = (inputs[name] for name in ("h", "y", "gamma", "beta", "weight", "bias"))

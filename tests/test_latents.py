@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, WanPipeline
 from tiny import tiny_pipeline, tiny_vae, tiny_wan
 
+from crepa_kernels import CrepaRegularizer
 from crepa_kernels.families import family_of
 from crepa_kernels.teachers.latents import LatentDecoder, free_vae_encoder
 
@@ -85,8 +86,18 @@ def test_freeing_the_vae_encoder_leaves_decoding_as_it_was() -> None:
     size = sum(parameter.nbytes for parameter in vae.parameters())
     encoder = sum(p.nbytes for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
     freeing = decoder(vae, drop_encoder=True)
+    assert sum(parameter.nbytes for parameter in vae.parameters()) == size  # not before it decodes
+    assert torch.equal(freeing.decode(latents(), (3, 4, 6), CPU), expected)
     assert sum(parameter.nbytes for parameter in vae.parameters()) == size - encoder < size
     assert torch.equal(freeing.decode(latents(), (3, 4, 6), CPU), expected)
     with pytest.raises(ValueError, match="freed by crepa_drop_vae_encoder"):
         vae.encode(torch.zeros(1, 3, 5, 32, 48))
     assert free_vae_encoder(vae) == 0
+
+
+def test_a_construction_that_fails_leaves_the_callers_vae_whole() -> None:
+    vae = tiny_vae()
+    config = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_drop_vae_encoder": True}
+    with pytest.raises(ValueError, match=r"config\.json"):
+        CrepaRegularizer(config | {"crepa_encoder": "/no/such/encoder"}, tiny_wan(), vae=vae)
+    vae.encode(torch.zeros(1, 3, 5, 32, 48))

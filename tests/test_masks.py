@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tiny import clip_pixels, pixel_frames, tiny_dinov2, tiny_wan, wan_inputs
 
@@ -58,3 +59,26 @@ def test_padding_and_a_given_mask_add_up() -> None:
     found, _ = crepa.loss(step=0, pixels=pixels, num_frames=[9, 5], frame_mask=not_the_first)
     expected, _ = crepa.loss(step=0, pixels=pixels, frame_mask=both, teacher_mask=inside)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # other batch sizes
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool), torch.ones(3, dtype=torch.bool), [[True] * 3] * 2],
+    ids=["float", "four-frames", "one-axis", "list"],
+)
+@pytest.mark.parametrize("name", ["frame_mask", "teacher_mask"])
+def test_a_wrong_mask_of_a_padded_batch_is_named(name: str, mask: Any) -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer(CONFIG, transformer, encoder=tiny_dinov2())
+    transformer(**wan_inputs(batch=2))
+    with pytest.raises(ValueError, match=rf"{name} must be .* \(2, 3\)"):
+        crepa.loss(step=0, pixels=clip_pixels(2), num_frames=[9, 5], **{name: mask})
+
+
+def test_lengths_may_be_another_librarys_integers() -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer(CONFIG, transformer, encoder=tiny_dinov2())
+    transformer(**wan_inputs(batch=2))
+    plain, _ = crepa.loss(step=0, pixels=clip_pixels(2), num_frames=[9, 5])
+    other, _ = crepa.loss(step=0, pixels=clip_pixels(2), num_frames=torch.tensor([9, 5]))
+    assert torch.equal(plain, other)

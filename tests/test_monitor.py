@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import cast
 
 import pytest
 import torch
 from tiny import tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.monitor import NonFiniteMonitor
 
 
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        ("student", "from the transformer's hidden states (said once)"),
+        ("student", "from the transformer's hidden states: teacher and projector are finite (said once)"),
         ("teacher", "from the teacher's features (said once)"),
-        ("both", "from the transformer's hidden states and the teacher's features (said once)"),
-        ("projector", "from the projector"),
+        ("projector", "from the projector's weights (said once)"),
+        ("teacher and projector", "from the teacher's features and the projector's weights (said once)"),
     ],
 )
 def test_nan_stays_in_the_loss_and_its_side_is_said_once(
@@ -31,17 +33,40 @@ def test_nan_stays_in_the_loss_and_its_side_is_said_once(
     broken = clean.clone()
     broken[0, 1, 2, 3] = float("nan")
     inputs = wan_inputs()
-    if side in ("student", "both"):
+    if side == "student":
         inputs["hidden_states"][0, 0, 0, 0, 0] = float("nan")
-    if side == "projector":
+    if "projector" in side:
         with torch.no_grad():
             crepa.projector[1].weight[0, 0] = float("nan")
     with caplog.at_level(logging.WARNING, "crepa_kernels"):
         for step in range(3):
-            transformer(**inputs)
-            aux, _ = crepa.loss(step=step, features=broken if side in ("teacher", "both") else clean)
+            prediction = transformer(**inputs)[0]
+            assert side == "student" or prediction.isfinite().all()
+            aux, _ = crepa.loss(step=step, features=broken if "teacher" in side else clean)
             assert math.isnan(aux.detach())
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert message in said[0]
     assert "step 0" in said[0]
+
+
+class _NotArrived:
+    """A CUDA event whose copy is still under way when it is asked, and has arrived once it is waited for."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_what_has_not_arrived_is_said_when_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = NonFiniteMonitor()
+    monitor._under_way.append((3, torch.tensor([math.nan, math.nan, 1.0]), cast(torch.cuda.Event, _NotArrived())))
+    clean = torch.ones(2)
+    monitor.watch(4, clean.sum(), clean, [clean])
+    assert caplog.records == []
+    monitor.flush()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the CREPA loss at step 3 is nan; it came from the teacher's features (said once)"
+    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +16,24 @@ from .dinov2 import DinoV2Teacher
 
 # Rounding of pixels that were resized or stored in a 16-bit type.
 PIXEL_TOLERANCE = 1e-2
+
+
+def as_counts(num_frames: Any) -> int | list[int] | None:
+    """``num_frames`` in Python's integers, whatever library's integers or arrays of them it comes in.
+
+    Raises:
+        ValueError: if it is neither an integer nor integers.
+    """
+    if num_frames is None:
+        return None
+    try:
+        return operator.index(num_frames)
+    except TypeError:
+        pass
+    try:
+        return [operator.index(count) for count in num_frames]
+    except TypeError as error:
+        raise ValueError(f"num_frames must be an integer, or one for each clip, got {num_frames!r}") from error
 
 
 @dataclass(frozen=True)
@@ -71,11 +91,11 @@ class ClipLengths:
         return torch.arange(self.layout.frames, device=device) < ends[:, None]
 
     def within(self, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-        """``mask`` (B, T), None for all frames, without the frames that are not in their clip."""
+        """``mask`` (B, T) on ``device``, None for all frames, without the frames that are not in their clip."""
         inside = self.mask(device)
         if inside is None or mask is None:
             return mask if inside is None else inside
-        return inside & mask.to(device, non_blocking=True)
+        return inside & mask
 
 
 def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:
@@ -84,6 +104,8 @@ def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:
     Raises:
         ValueError: naming what is wrong.
     """
+    if not isinstance(pixels, torch.Tensor):
+        raise ValueError(f"pixels must be a tensor (B, P, 3, H, W), got {type(pixels).__name__}")
     if pixels.dim() != 5 or pixels.shape[0] != batch or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels must be (B, P, 3, H, W) with B = {batch}, got {tuple(pixels.shape)}")
     if pixels.dtype == torch.uint8:
@@ -147,6 +169,9 @@ def given_features(
     """
     if isinstance(features, TeacherFeatures):
         features, grid = features
+    if not (isinstance(features, torch.Tensor) and features.is_floating_point()):
+        what = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
+        raise ValueError(f"features must be a floating-point tensor (B, S, N, E), got {what}")
     if features.dim() == 5:
         grid = (features.shape[2], features.shape[3])
         features = features.flatten(2, 3)

@@ -67,6 +67,7 @@ class DinoV2Teacher:
                 f"got {type(source).__name__}"
             )
         self.frames_encoded = 0
+        self._told_place = False
         self._resize = resize
         self._image_size = image_size
         self._frames_batch_size = frames_batch_size
@@ -106,6 +107,11 @@ class DinoV2Teacher:
         patch = self.patch_size
         height, width = (patch * side for side in student_grid) if self._resize == "grid" else [self._image_size] * 2
         weight = next(model.parameters())
+        if weight.device.type != device.type and not self._told_place:
+            self._told_place = True
+            logger.warning(
+                "the teacher runs on %s while the transformer trains on %s: slow if not meant", weight.device, device
+            )
         dropped = 1 + int(getattr(self._config, "num_register_tokens", 0))
         at_a_time = self._frames_batch_size if self._frames_batch_size > 0 else len(frames)
         features = []
@@ -115,6 +121,11 @@ class DinoV2Teacher:
                 features.append(model(pixel_values=images).last_hidden_state[:, dropped:])
         self.frames_encoded += len(frames)
         return TeacherFeatures(torch.cat(features).to(device), (height // patch, width // patch))
+
+    def unload(self) -> None:
+        """Lets go of a model that was loaded here; the next frame loads it again."""
+        if not isinstance(self._source, nn.Module):
+            self._model = None
 
     def _read_config(self) -> None:
         if self._config is not None:

@@ -62,7 +62,7 @@ class LatentDecoder:
         source: the VAE, a folder or hub id (of the VAE, or of a pipeline with a ``vae`` folder), a callable without
             arguments that loads it, or None.
         family: whose VAE it is.
-        drop_encoder: free the VAE's encoder as soon as the VAE is there.
+        drop_encoder: free the VAE's encoder at the first decoding.
 
     Attributes:
         frames_decoded: pixel frames decoded so far.
@@ -81,6 +81,8 @@ class LatentDecoder:
         self._family = family
         self._source = source
         self._drop_encoder = drop_encoder
+        self._dropped = False
+        self._told_place = False
         self._vae: Any = self._checked(source) if isinstance(source, nn.Module) else None
 
     def decode(self, latents: torch.Tensor, latent_shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
@@ -94,6 +96,9 @@ class LatentDecoder:
         Raises:
             ValueError: when there is no VAE, or the latents' shape is not the transformer's or the VAE's.
         """
+        if not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
+            what = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a floating-point tensor (B, C, T, H, W), got {what}")
         if latents.dim() != 5 or tuple(latents.shape[2:]) != latent_shape:
             raise ValueError(
                 f"latents must be (B, C, T, H, W) with (T, H, W) = {latent_shape} as in the transformer's forward, "
@@ -103,11 +108,23 @@ class LatentDecoder:
         channels = len(vae.config.latents_mean)
         if latents.shape[1] != channels:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE decodes {channels}")
+        if self._drop_encoder and not self._dropped:
+            # Not before: a run that never decodes, or never starts, leaves the caller's VAE whole.
+            free_vae_encoder(vae)
+            self._dropped = True
         place = next(vae.parameters()).device
+        if place.type != device.type and not self._told_place:
+            self._told_place = True
+            logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
             pixels = self._family.decode(vae, latents.detach().to(place))
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
+
+    def unload(self) -> None:
+        """Lets go of a VAE that was loaded here; the next decoding loads it again."""
+        if not isinstance(self._source, nn.Module):
+            self._vae, self._dropped = None, False
 
     def _load(self, device: torch.device) -> Any:
         if self._source is None:
@@ -135,8 +152,6 @@ class LatentDecoder:
     def _checked(self, vae: Any) -> nn.Module:
         if self._family.vae not in {base.__name__ for base in type(vae).__mro__}:
             raise ValueError(f"vae must be an {self._family.vae} for {self._family.name}, got {type(vae).__name__}")
-        if self._drop_encoder:
-            free_vae_encoder(vae)
         vae.requires_grad_(False)
         return vae.eval()
 

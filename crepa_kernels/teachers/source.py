@@ -54,6 +54,11 @@ class TeacherSource:
         self._rule = config.crepa_frame_map
         self._looked_at_pixels = False
 
+    def unload(self) -> None:
+        """Frees the VAE and the encoder that were loaded here, when CREPA has ended."""
+        self.teacher.unload()
+        self.decoder.unload()
+
     def feature_size(self, hidden_size: int, given: int | None) -> int:
         """E: the hidden size in backbone mode, ``given``, or the encoder's by its config.json.
 

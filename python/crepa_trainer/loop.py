@@ -120,6 +120,8 @@ def train(
         # The one place where the host waits for the device.
         values = {name: float(value) for name, value in logs.items()}
         if not math.isfinite(values["loss"]):
+            if student.crepa is not None:
+                student.crepa.flush()  # says which side it came from
             raise FloatingPointError(f"step {step}: the loss is {values['loss']}; lower the learning rate")
         accelerator.log(values, step=step)
         on_step(step, values)

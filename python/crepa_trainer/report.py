@@ -112,8 +112,14 @@ def verdict(summary: Summary) -> str:
             f"({after.similarity:.3f} against {after.constant:.3f}): the projector has learned no more than a mean."
         )
     lost = (after.similarity - after.shuffled) / lead
+    if lost < 0.5:
+        about = "much of it is not about where patches are"
+    elif after.similarity > after.position:
+        about = "patch answers patch"
+    else:
+        about = "it is about where patches are, and no more yet than each position's mean"
     return (
         f"crepa_similarity rose by {summary.rise:.3f} and is {lead:.3f} above the best constant predictor; shuffling "
         f"the teacher's patches takes {100 * min(lost, 1.0):.0f} % of that lead{' and more' if lost > 1 else ''}: "
-        f"{'patch answers patch' if lost >= 0.5 else 'much of it is not about where patches are'}."
+        f"{about}."
     )
