@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .grid import count
 from .problem import Problem
 
 # Tokens worked on at a time: a CPU's caches like few, a GPU's launches want many.
@@ -37,7 +38,10 @@ def plan_chunks(problem: Problem) -> list[Chunk]:
 
     Frames outside the loss are skipped where the mask is readable; elsewhere all frames are worked on and masked.
     """
-    batch, frames, tokens = problem.hidden_states.shape[:3]
+    batch, tokens = problem.batch, count(problem.plan.student_grid)
+    first, last = 0, problem.frames
+    if problem.token_range is not None:
+        first, last = problem.token_range[0] // tokens, -(-problem.token_range[1] // tokens)
     mask, device = problem.frame_mask, problem.hidden_states.device.type
     in_loss = mask.tolist() if mask is not None and is_readable(mask) else None
     limit = _CHUNK_TOKENS.get(device, _CHUNK_TOKENS_ELSEWHERE)
@@ -45,10 +49,10 @@ def plan_chunks(problem: Problem) -> list[Chunk]:
     chunks: list[Chunk] = []
     row = 0
     for clip in range(batch):
-        start = 0
-        while start < frames:
+        start = first
+        while start < last:
             stop = start
-            while stop < min(start + most, frames) and (in_loss is None or in_loss[clip][stop]):
+            while stop < min(start + most, last) and (in_loss is None or in_loss[clip][stop]):
                 stop += 1
             if stop > start:
                 chunks.append(Chunk(clip, start, stop, row))

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .grid import SpatialAlign, plan_alignment
 from .neighbours import Neighbours
@@ -15,24 +16,55 @@ from .problem import CrepaOutput, Problem, build_problem
 from .projector import CrepaProjector
 from .reference import crepa_reference, reference_matrix
 from .torch_backend import crepa_torch
+from .triton_backend import crepa_triton, why_no_triton, why_not_triton_for
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
 
 logger = logging.getLogger(__name__)
 
-_BACKENDS: dict[str, Callable[[Problem], CrepaOutput]] = {"reference": crepa_reference, "torch": crepa_torch}
+def _kept_or_recomputed(backend: Callable[[Problem], CrepaOutput]) -> Callable[[Problem], CrepaOutput]:
+    """``backend``, under activation checkpointing where the problem asks to recompute."""
+
+    def run(problem: Problem) -> CrepaOutput:
+        if problem.recompute and torch.is_grad_enabled():
+            return checkpoint(backend, problem, use_reentrant=False)
+        return backend(problem)
+
+    return run
+
+
+# Slowest first.
+_BACKENDS: dict[str, Callable[[Problem], CrepaOutput]] = {
+    "reference": _kept_or_recomputed(crepa_reference),
+    "torch": _kept_or_recomputed(crepa_torch),
+    "triton": crepa_triton,
+}
 
 
 def available_backends() -> tuple[str, ...]:
     """The names that ``crepa_loss(backend=...)`` takes on this machine, slowest first, without ``"auto"``."""
-    return tuple(_BACKENDS)
+    return tuple(name for name in _BACKENDS if name != "triton" or why_no_triton() is None)
 
 
 @cache
-def _auto_backend(device_type: str) -> str:
-    choice = available_backends()[-1]
-    logger.info("crepa_loss(backend='auto') takes %r for tensors on %s", choice, device_type)
-    return choice
+def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
+    reason = why_not_triton_for(device_type, dtype)
+    if reason is None and device_type != "cpu":
+        logger.info("crepa_loss(backend='auto') takes 'triton' for %s tensors on %s", dtype, device_type)
+        return "triton"
+    reason = reason or "its interpreter is for tests"
+    logger.info("crepa_loss(backend='auto') takes 'torch' on %s, not 'triton': %s", device_type, reason)
+    return "torch"
+
+
+def _backend_for(backend: str, hidden_states: torch.Tensor) -> str:
+    if backend == "auto":
+        return _auto_backend(hidden_states.device.type, hidden_states.dtype)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if backend == "triton" and (reason := why_not_triton_for(hidden_states.device.type, hidden_states.dtype)):
+        raise ValueError(f"backend 'triton' cannot run here: {reason}")
+    return backend
 
 
 def crepa_loss(
@@ -52,6 +84,8 @@ def crepa_loss(
     frame_index: torch.Tensor | Sequence[int] | None = None,
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
+    token_range: Sequence[int] | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> CrepaOutput:
     """Cross-frame Representation Alignment of one block's hidden states with a frozen teacher's features.
@@ -81,6 +115,10 @@ def crepa_loss(
         frame_mask: (B, T) bool, student frames in the loss; conditioning frames and padding are False.
         teacher_mask: (B, T) bool, teacher frames that exist, after ``frame_index``; padding is False. A student frame
             whose own teacher frame does not exist is not in the loss.
+        token_range: (start, stop) of the clip's flattened T x P tokens, for sequence parallelism: hidden_states are
+            (B, stop - start, D), that slice only, and the teacher is on the student's grid or resampled to it. Means
+            still divide by the whole clip, so losses, metrics and gradients of all shards add up to the clip's.
+        recompute: keep nothing of size tokens x E for the backward pass, which makes it again.
         backend: ``"auto"`` or a name of ``available_backends()``.
 
     Returns:
@@ -105,17 +143,17 @@ def crepa_loss(
             frame_index=frame_index,
             frame_mask=frame_mask,
             teacher_mask=teacher_mask,
+            token_range=token_range,
+            recompute=recompute,
         )
-        name = _auto_backend(problem.hidden_states.device.type) if backend == "auto" else backend
-        return _BACKENDS[name](problem)
+        return _BACKENDS[_backend_for(backend, problem.hidden_states)](problem)
 
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}")
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 
 
 _ONLY_IN_THE_LOSS = {
     "distance", "tau", "cumulative", "normalize_neighbour_sum", "normalize_by_frames", "backend",
+    "recompute",
 }  # fmt: skip
 
 
@@ -132,6 +170,7 @@ def similarity_matrix(
     frame_index: torch.Tensor | Sequence[int] | None = None,
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
+    token_range: Sequence[int] | None = None,
     **loss_options: object,
 ) -> torch.Tensor:
     """``s[b,f,k] = mean over tokens of <p[b,f], y[b,k]>`` for every student frame f and teacher frame k, for plots.
@@ -161,6 +200,7 @@ def similarity_matrix(
             frame_index=frame_index,
             frame_mask=frame_mask,
             teacher_mask=teacher_mask,
+            token_range=token_range,
         )
         return reference_matrix(problem)
 

@@ -47,9 +47,9 @@ class ProjectorWeights(NamedTuple):
 class Problem:
     """The inputs and options of one call, validated.
 
-    Shapes: hidden_states (B, T, P, D), teacher_features (B, S, N, E), frame_index (B, T) int64 or None (S = T then),
-    teacher_mask (B, T) bool, teacher frames that exist, frame_mask (B, T) bool, student frames in the loss, which are
-    among those whose teacher frame exists; None: all.
+    Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
+    frame_index (B, T) int64 or None (S = T then), teacher_mask (B, T) bool, teacher frames that exist, frame_mask
+    (B, T) bool, student frames in the loss, which are among those whose teacher frame exists; None: all.
     """
 
     hidden_states: torch.Tensor
@@ -61,6 +61,13 @@ class Problem:
     frame_index: torch.Tensor | None
     frame_mask: torch.Tensor | None
     teacher_mask: torch.Tensor | None
+    frames: int
+    token_range: tuple[int, int] | None = None
+    recompute: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.hidden_states.shape[0]
 
     @property
     def statistics_type(self) -> torch.dtype:
@@ -101,29 +108,31 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     return ProjectorWeights(norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
 
 
-def check_tensors(h: torch.Tensor, y: torch.Tensor, weights: ProjectorWeights, plan: SpatialPlan) -> None:
+def check_tensors(
+    h: torch.Tensor, y: torch.Tensor, weights: ProjectorWeights, plan: SpatialPlan, sliced: bool = False
+) -> None:
     """Shapes, types and devices of the student's and the teacher's side; ValueError with the numbers in it."""
     for name, tensor, symbols in (
-        ("hidden_states", h, "(B, T, P, D)"),
+        ("hidden_states", h, "(B, stop - start, D) with token_range" if sliced else "(B, T, P, D)"),
         ("teacher_features", y, "(B, S, N, E)"),
     ):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor {symbols}, got {type(tensor).__name__}")
-        if tensor.dim() != 4 or 0 in tensor.shape:
+        if tensor.dim() != symbols.count(",") + 1 or 0 in tensor.shape:
             raise ValueError(f"{name} must be {symbols} with no empty axis, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if h.shape[0] != y.shape[0]:
         raise ValueError(f"hidden_states have {h.shape[0]} clips, teacher_features {y.shape[0]}")
     for side, tensor, grid in (("student", h, plan.student_grid), ("teacher", y, plan.teacher_grid)):
-        if tensor.shape[2] != count(grid):
+        if tensor.dim() == 4 and tensor.shape[2] != count(grid):
             raise ValueError(
                 f"{side}_grid {grid} has {grid[0]} x {grid[1]} = {count(grid)} tokens a frame, "
                 f"the {side}'s tensor of shape {tuple(tensor.shape)} has {tensor.shape[2]}"
             )
     feature_size, hidden_size = weights.weight.shape
-    if h.shape[3] != hidden_size:
-        raise ValueError(f"hidden_states have width {h.shape[3]}, the projector takes {hidden_size}")
+    if h.shape[-1] != hidden_size:
+        raise ValueError(f"hidden_states have width {h.shape[-1]}, the projector takes {hidden_size}")
     if y.shape[3] != feature_size:
         raise ValueError(f"teacher_features have width {y.shape[3]}, the projector makes {feature_size}")
     devices = {h.device, y.device, weights.weight.device}
@@ -182,6 +191,27 @@ def check_mask(
     return mask.to(device, non_blocking=True)
 
 
+def check_token_range(
+    token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int
+) -> tuple[int, int]:
+    """``token_range`` as (start, stop) of the clip's flattened T x P tokens, which ``h`` (B, stop - start, D) holds."""
+    values = tuple(token_range)
+    total = frames * count(plan.student_grid)
+    if len(values) != 2 or not 0 <= values[0] < values[1] <= total:
+        raise ValueError(
+            f"token_range must be (start, stop) with 0 <= start < stop <= T x P = {frames} x "
+            f"{count(plan.student_grid)} = {total}, got {values}"
+        )
+    if h.shape[1] != values[1] - values[0]:
+        raise ValueError(f"token_range {values} has {values[1] - values[0]} tokens, hidden_states have {h.shape[1]}")
+    if plan.student != "keep":
+        raise ValueError(
+            f"token_range needs the teacher on the student's grid {plan.student_grid}: spatial_align would take the "
+            f"student from there to {plan.grid}"
+        )
+    return values[0], values[1]
+
+
 def build_problem(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
@@ -193,12 +223,18 @@ def build_problem(
     frame_index: torch.Tensor | Sequence[int] | None = None,
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
+    token_range: Sequence[int] | None = None,
+    recompute: bool = False,
 ) -> Problem:
     """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
     weights = projector_weights(projector)
-    check_tensors(hidden_states, teacher_features, weights, plan)
+    check_tensors(hidden_states, teacher_features, weights, plan, token_range is not None)
     batch, frames = hidden_states.shape[:2]
     device = hidden_states.device
+    if token_range is not None:
+        # A slice of the tokens does not tell the clip's frames; the index or the teacher does.
+        frames = teacher_features.shape[1] if frame_index is None else torch.as_tensor(frame_index).shape[-1]
+        token_range = check_token_range(token_range, hidden_states, plan, frames)
     frame_mask = check_mask(frame_mask, "frame_mask", (batch, frames), device)
     teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)
     if teacher_mask is not None:
@@ -213,4 +249,7 @@ def build_problem(
         frame_index=check_frame_index(frame_index, batch, frames, teacher_features.shape[1], device),
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
+        frames=frames,
+        token_range=token_range,
+        recompute=recompute,
     )

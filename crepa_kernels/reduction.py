@@ -33,7 +33,7 @@ def plan_reduction(problem: Problem, weights: torch.Tensor) -> Reduction:
 
     A clip without a frame in the loss is left out of the batch mean, and with no clip left every weight is 0.
     """
-    batch, frames = problem.hidden_states.shape[:2]
+    batch, frames = problem.batch, problem.frames
     divisor = 1 + weights.sum(dim=-1)
     loss_divisor = divisor if problem.neighbours.normalize_sum else torch.ones_like(divisor)
     mask = problem.frame_mask

@@ -48,11 +48,21 @@ def teacher_rows(problem: Problem, aligned: bool = True) -> torch.Tensor:
 
 
 def student_rows(problem: Problem) -> torch.Tensor:
-    """p on the common grid, unit rows: (B, T, M, E). Frames outside the loss are projected from zeros."""
-    hidden_states = problem.hidden_states
-    if problem.frame_mask is not None:
-        hidden_states = hidden_states.where(problem.frame_mask[..., None, None], 0)
-    return unit_rows(problem.plan.align(project(problem, hidden_states), "student"))
+    """p on the common grid, unit rows: (B, T, M, E). Frames outside the loss are projected from zeros.
+
+    Tokens outside ``token_range`` have rows of zeros, which are similar to nothing.
+    """
+    hidden_states, mask, token_range = problem.hidden_states, problem.frame_mask, problem.token_range
+    if token_range is None:
+        if mask is not None:
+            hidden_states = hidden_states.where(mask[..., None, None], 0)
+        return unit_rows(problem.plan.align(project(problem, hidden_states), "student"))
+    start, stop = token_range
+    if mask is not None:
+        hidden_states = hidden_states.where(mask.repeat_interleave(problem.plan.tokens, 1)[:, start:stop, None], 0)
+    rows = unit_rows(project(problem, hidden_states))
+    rows = F.pad(rows, (0, 0, start, problem.frames * problem.plan.tokens - stop))
+    return rows.unflatten(1, (problem.frames, problem.plan.tokens))
 
 
 def pair_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

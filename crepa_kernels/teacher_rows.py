@@ -16,7 +16,7 @@ class TeacherRows:
 
     def __init__(self, problem: Problem, weights: torch.Tensor):
         self.problem, self.weights = problem, weights
-        self.frames = problem.hidden_states.shape[1]
+        self.frames = problem.frames
         self.reach = min(problem.neighbours.distance, self.frames - 1)
         self.offsets = problem.neighbours.offsets(self.frames)
         index = problem.frame_index

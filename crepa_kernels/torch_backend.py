@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .chunks import Chunk, is_readable, plan_chunks
 from .grid import SpatialPlan
@@ -32,13 +33,31 @@ def crepa_torch(problem: Problem) -> CrepaOutput:
     """The loss of ``problem``; differentiable once."""
     with torch.autocast(problem.hidden_states.device.type, enabled=False):
         like = problem.teacher_features.new_empty(0, dtype=problem.statistics_type)
-        weights = problem.neighbours.weights(problem.hidden_states.shape[1], problem.teacher_mask, like)
+        weights = problem.neighbours.weights(problem.frames, problem.teacher_mask, like)
         reduction = plan_reduction(problem, weights)
         gamma, beta, weight, bias, _ = problem.projector
         own, total = _FrameSimilarity.apply(
-            problem.hidden_states, gamma, beta, weight, bias, problem, weights, torch.is_grad_enabled()
+            _whole_frames(problem), gamma, beta, weight, bias, problem, weights, torch.is_grad_enabled()
         )
         return reduce_frames(own, total, reduction)
+
+
+def _whole_frames(problem: Problem) -> torch.Tensor:
+    """Hidden states as (B, T, P, D), zeros outside ``token_range``."""
+    if problem.token_range is None:
+        return problem.hidden_states
+    (start, stop), tokens = problem.token_range, problem.plan.tokens
+    whole = F.pad(problem.hidden_states, (0, 0, start, problem.frames * tokens - stop))
+    return whole.unflatten(1, (problem.frames, tokens))
+
+
+def _in_range(problem: Problem, chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
+    """Teacher rows of a chunk (frames x M, E), zero where the student's token is not in ``token_range``."""
+    if problem.token_range is None:
+        return rows
+    token = chunk.start * problem.plan.tokens + torch.arange(len(rows), device=rows.device)
+    start, stop = problem.token_range
+    return rows * ((token >= start) & (token < stop))[:, None]
 
 
 @dataclass(frozen=True)
@@ -155,14 +174,15 @@ class _FrameSimilarity(torch.autograd.Function):
         for chunk in chunks:
             p = student.project(student.align(student.normalise(chunk)[1], chunk.frames))
             y = teacher.own(chunk)
-            z = teacher.combined(chunk, y)
+            z = _in_range(problem, chunk, teacher.combined(chunk, y))
+            y = _in_range(problem, chunk, y)
             norm = torch.linalg.vector_norm(p, dim=-1)
             inverse = norm.clamp_min(NORM_FLOOR).reciprocal_()
             scratch = torch.mul(p, z)
             cosine = scratch.sum(dim=-1).mul_(inverse)
             span = slice(chunk.start, chunk.stop)
             total[chunk.clip, span] = cosine.view(-1, tokens).mean(dim=-1)
-            if z is y:
+            if teacher.reach == 0:
                 own[chunk.clip, span] = total[chunk.clip, span]
             else:
                 torch.mul(p, y, out=scratch)

@@ -1,0 +1,124 @@
+"""The one place where kernels and vendor products are launched, so that launches can be recorded instead.
+
+``recorded()`` collects what a call would launch, with its arguments, operations and bytes: the ahead-of-time tests
+compile exactly that, from meta tensors, and the accounting adds it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# The interpreter truncates fp32 to bf16 where devices round to the nearest.
+_TRUNCATES = tl.constexpr(INTERPRETED)
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a Triton kernel (``kernel`` is None for a vendor product), its arguments and what it moves.
+
+    ``operations`` counts those of matrix products only; ``read`` and ``written`` are the bytes that must move, each
+    tensor once, whatever the caches do with second reads.
+    """
+
+    name: str
+    operations: int
+    read: int
+    written: int
+    kernel: Any = None
+    grid: tuple[int, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a launch reads and writes (tensors or bytes) and its matrix operations."""
+
+    read: tuple[torch.Tensor | int, ...]
+    written: tuple[torch.Tensor | int, ...]
+    operations: int = 0
+
+
+_recording: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, launches are listed and not carried out; results hold whatever their memory held."""
+    global _recording
+    outer, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = outer
+
+
+def _bytes(parts: tuple[torch.Tensor | int, ...]) -> int:
+    return sum(part if isinstance(part, int) else part.numel() * part.element_size() for part in parts)
+
+
+def launch(
+    name: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    cost: Cost,
+    *,
+    warps: int = 4,
+    stages: int = 1,
+    **arguments: Any,
+) -> None:
+    """Launches ``kernel`` over ``grid``; every argument by its name."""
+    if _recording is None:
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        return
+    moved = _bytes(cost.read), _bytes(cost.written)
+    _recording.append(Launch(name, cost.operations, *moved, kernel, grid, arguments, warps, stages))
+
+
+def product(
+    name: str, a: torch.Tensor, b: torch.Tensor, *, wide: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The vendor library's ``a @ b`` in their type (into ``out``), or with ``wide`` in fp32 from exact products."""
+    if _recording is not None:
+        if out is None:
+            out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32 if wide else None)
+        operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        _recording.append(Launch(name, operations, _bytes((a, b)), _bytes((out,))))
+        return out
+    if not wide or a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+@triton.jit
+def narrowed(values, KIND: tl.constexpr):
+    """fp32 values rounded to the nearest of ``KIND``."""
+    if _TRUNCATES and KIND == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return values.to(KIND)
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """Type that tl.dot takes its operands in; the interpreter has no 16-bit products."""
+    return tl.float32 if INTERPRETED else _TYPES[dtype]
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A row of ``width`` as two blocks of powers of two: the largest that fits, and one that covers the rest."""
+    low = 1 << (width.bit_length() - 1)
+    return low, triton.next_power_of_2(width - low) if width > low else 0

@@ -1,0 +1,209 @@
+"""The launches of one call, forward and backward, in order. docs/kernels.md lists what each reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..problem import ProjectorWeights
+from .chunks import RowChunk, plan_chunks
+from .dx import token_gradient
+from .frames import Clip, FrameTables, finish, frame_tables
+from .launch import product
+from .one_pass import project_and_compare
+from .projector import FoldedProjector, fold_projector, unfold_gradients
+from .rows import COMBINED, RowInputs, compare_rows, neighbour_mode
+from .student import Spatial, Student, folds
+from .teacher import combine_needs_norms, combine_neighbours, inverse_norms
+from .tiles import Choice, choose
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the loss, checked, the teacher already on the common grid.
+
+    Attributes:
+        tokens: (B, L, D) hidden states, L = T x P or the rows of ``token_range``; last axis contiguous.
+        teacher: (B, S, M, E), last axis contiguous.
+        projector: its weights.
+        frame_index: (B, T) int64 or None.
+        frame_mask: (B, T) bool or None, with ``teacher_mask`` (B, T) bool or None.
+        spatial: what happens to the student's grid.
+        clip: sizes and frame options.
+    """
+
+    tokens: torch.Tensor
+    teacher: torch.Tensor
+    projector: ProjectorWeights
+    frame_index: torch.Tensor | None
+    frame_mask: torch.Tensor | None
+    teacher_mask: torch.Tensor | None
+    spatial: Spatial
+    clip: Clip
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        grad_rows: (rows, E), r dp for unit loss weight; (0, E) where the backward makes it.
+        statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope.
+        offset_grad: (E,) fp32, the sum of dp; meaningless where the backward makes it.
+        weight: the folded projector's, (E, D), with ``shift`` (E,) and ``offset`` (E,).
+    """
+
+    grad_rows: torch.Tensor
+    statistics: torch.Tensor
+    offset_grad: torch.Tensor
+    weight: torch.Tensor
+    shift: torch.Tensor
+    offset: torch.Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden_states: bool
+    gamma: bool
+    beta: bool
+    weight: bool
+    bias: bool
+
+
+def call_choice(call: Call) -> Choice:
+    return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], call.tokens.dtype)
+
+
+def stores_rows(choice: Choice, keep: bool, recompute: bool) -> bool:
+    """Whether the forward pass keeps r dp for the backward pass."""
+    return keep and not recompute and choice.training == "split"
+
+
+def _student(call: Call, keep: bool, choice: Choice) -> Student:
+    raw, narrow = folds(call.tokens, call.spatial, keep)
+    return Student(call.tokens, call.spatial, call.clip, call.projector.eps, raw, narrow, choice.tokens)
+
+
+def _chunks(student: Student, limited: bool) -> list[RowChunk]:
+    per_frame = max(student.clip.tokens, student.spatial.student_tokens)
+    return plan_chunks(student.clip, limited, student.joined, per_frame)
+
+
+def _inputs(
+    call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector,
+    student: Student, statistics: torch.Tensor,
+) -> RowInputs:  # fmt: skip
+    combined = None
+    if neighbour_mode(call.clip) == COMBINED:
+        combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.narrow)
+    return RowInputs(
+        call.teacher, combined, call.clip, tables, folded, statistics[:2] if student.raw else None
+    )
+
+
+def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
+    combining = neighbour_mode(call.clip) == COMBINED and combine_needs_norms(call.clip)
+    return inverse_norms(call.teacher) if one_pass or combining else None
+
+
+def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]:
+    """Loss (), metrics (3,), frame_similarity (B, T), and what the backward pass needs if ``keep``."""
+    choice = call_choice(call)
+    student, clip = _student(call, keep, choice), call.clip
+    stored = stores_rows(choice, keep, recompute)
+    one_pass = not stored and choice.inference == "one_pass"
+    makes_rows = not one_pass or neighbour_mode(clip) == COMBINED
+    features = call.teacher.shape[3]
+    gamma, beta, weight, bias, _ = call.projector
+    folded = fold_projector(gamma, beta, weight, bias, student.narrow, centred=student.raw)
+    tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
+    norms = _norms(call, one_pass)
+    statistics = call.tokens.new_empty((3, student.row_count), dtype=torch.float32)
+    columns = -(-features // choice.one_pass.n) if one_pass else 1
+    parts = statistics.new_empty((clip.all_rows, columns, 3))
+    grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
+    offset_grads = []
+    for chunk in _chunks(student, limited=not student.raw or (makes_rows and not stored)):
+        operand = student.operand(chunk, tables, statistics)
+        inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
+        if one_pass:
+            assert norms is not None  # for the type checker
+            project_and_compare(operand, norms, chunk, inputs, choice.one_pass, parts)
+            continue
+        out = grad_rows[chunk.first_row : chunk.stop_row] if stored else None
+        projected = product("p", operand, folded.weight.t(), out=out)
+        slope = statistics[2] if student.raw else None
+        offset_grads.append(compare_rows(projected, chunk, inputs, choice.rows, parts, slope, gradient=stored))
+    loss, metrics, frame_similarity = finish(parts, clip, tables)
+    offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_empty(features)
+    return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded)
+
+
+def backward(
+    call: Call, kept: Kept, grad_loss: torch.Tensor, needs: Needs
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the hidden states (B, L, D), gamma, beta, weight and bias; None where not wanted."""
+    choice = call_choice(call)
+    student, clip = _student(call, True, choice), call.clip
+    stored = kept.grad_rows.shape[0] > 0
+    scale = grad_loss.float() * (-1.0 / (clip.batch * clip.frames * clip.tokens))
+    tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
+    norms = None if stored else _norms(call, one_pass=False)
+    folded, statistics = FoldedProjector(kept.weight, kept.shift, kept.offset), kept.statistics
+    slope = statistics[2]
+    hidden_grad = torch.empty(call.tokens.shape, dtype=call.tokens.dtype, device=call.tokens.device)
+    hidden_rows = hidden_grad.view(-1, call.tokens.shape[2])
+    need_folded = needs.gamma or needs.weight
+    folded_grad: torch.Tensor | None = None
+    offset_grads = []
+    for chunk in _chunks(student, limited=not student.raw or not stored or tables.mask is not None):
+        rows = slice(chunk.first_row, chunk.stop_row)
+        operand = None
+        if not stored or need_folded or student.raw:
+            operand = student.operand(chunk, tables, statistics, measured=True)
+        if stored:
+            grad_rows = kept.grad_rows[rows]
+        else:
+            inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
+            grad_rows = product("p", operand, folded.weight.t())
+            offset_grads.append(compare_rows(grad_rows, chunk, inputs, choice.rows, None, slope, gradient=True))
+        if need_folded:
+            part = product("dW", grad_rows.t(), student.finite_rows(chunk, operand, tables), wide=True)
+            folded_grad = part if folded_grad is None else folded_grad.add_(part)
+        if needs.hidden_states and student.raw:
+            span = student.span(chunk)
+            token_gradient(
+                grad_rows, folded.weight, operand, statistics[0, span], slope[rows], scale, hidden_rows[span], choice.dx
+            )
+        elif needs.hidden_states:
+            dx = product("dx", grad_rows, folded.weight)
+            student.normalised_gradient(dx, chunk, tables, statistics, scale, hidden_rows)
+    offset_grad = kept.offset_grad if stored else torch.cat(offset_grads).sum(dim=0)
+    return (hidden_grad if needs.hidden_states else None, *_weights(call, needs, folded_grad, offset_grad, scale, student))
+
+
+def _weights(
+    call: Call,
+    needs: Needs,
+    folded_grad: torch.Tensor | None,
+    offset_grad: torch.Tensor,
+    scale: torch.Tensor,
+    student: Student,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    gamma, beta, weight, bias, _ = call.projector
+    weight_grad = gamma_grad = beta_grad = None
+    affine = needs.gamma or needs.beta
+    if folded_grad is not None:
+        weight_grad, gamma_grad, beta_grad = unfold_gradients(
+            folded_grad, offset_grad, scale, gamma, beta, weight, student.raw, needs.weight, affine
+        )
+    elif needs.beta:
+        beta_grad = product("dbeta", (offset_grad * scale)[None, :], weight.float())[0]
+    return (
+        gamma_grad.to(gamma.dtype) if needs.gamma and gamma is not None and gamma_grad is not None else None,
+        beta_grad.to(beta.dtype) if needs.beta and beta is not None and beta_grad is not None else None,
+        weight_grad if needs.weight else None,
+        (offset_grad * scale).to(bias.dtype) if needs.bias and bias is not None else None,
+    )

@@ -1,0 +1,179 @@
+"""The projector's weights: LayerNorm folded into Linear before the product, and taken apart after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Cost, launch, narrowed, split_width
+
+
+class FoldedProjector(NamedTuple):
+    """``p = r (h weight' - mean shift) + offset`` for raw tokens, ``p = x weight' + offset`` for normalised ones.
+
+    Attributes:
+        weight: (E, D), W diag(gamma), in the products' type; for raw tokens with its row means taken off.
+        shift: (E,) fp32, the row sums of ``weight`` as rounded.
+        offset: (E,) fp32, c = W beta + b.
+    """
+
+    weight: torch.Tensor
+    shift: torch.Tensor
+    offset: torch.Tensor
+
+
+@triton.jit
+def _fold_kernel(
+    weight, gamma, beta, bias, folded, shift_out, offset_out, width,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    kind = folded.dtype.element_ty
+    column = tl.arange(0, LO)
+    offset = 0.0
+    low = tl.load(weight + row * width + column).to(tl.float32)
+    if HI > 0:
+        tail = LO + tl.arange(0, HI)
+        there = tail < width
+        high = tl.load(weight + row * width + tail, mask=there, other=0).to(tl.float32)
+    if HAS_BETA:
+        offset += tl.sum(low * tl.load(beta + column).to(tl.float32))
+        if HI > 0:
+            offset += tl.sum(high * tl.load(beta + tail, mask=there, other=0).to(tl.float32))
+    if HAS_GAMMA:
+        low = low * tl.load(gamma + column).to(tl.float32)
+        if HI > 0:
+            high = high * tl.load(gamma + tail, mask=there, other=0).to(tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + row).to(tl.float32)
+    if CENTRED:
+        total = tl.sum(low)
+        if HI > 0:
+            total += tl.sum(high)
+        low = low - total / width
+        if HI > 0:
+            high = tl.where(there, high - total / width, 0)
+    rounded = narrowed(low, kind)
+    tl.store(folded + row * width + column, rounded)
+    shift = tl.sum(rounded.to(tl.float32))
+    if HI > 0:
+        rounded_high = narrowed(high, kind)
+        tl.store(folded + row * width + tail, rounded_high, mask=there)
+        shift += tl.sum(rounded_high.to(tl.float32))
+    tl.store(shift_out + row, shift)
+    tl.store(offset_out + row, offset)
+
+
+def fold_projector(
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    centred: bool,
+) -> FoldedProjector:
+    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go."""
+    features, width = weight.shape
+    weight = weight.contiguous()
+    low, high = split_width(width)
+    folded = FoldedProjector(
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(features, dtype=torch.float32),
+        weight.new_empty(features, dtype=torch.float32),
+    )
+    launch(
+        "fold", _fold_kernel, (features,), Cost((weight,), (folded.weight,)),
+        weight=weight, gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta,
+        bias=weight if bias is None else bias, folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
+        width=width, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, HAS_BIAS=bias is not None,
+        CENTRED=centred, LO=low, HI=high,
+    )  # fmt: skip
+    return folded
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    folded_grad, row_mean, offset_grad, scale_in, weight, gamma, beta, weight_grad, gamma_parts, beta_parts,
+    features, width,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr,
+    AFFINE: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < width
+    scale = tl.load(scale_in)
+    if HAS_GAMMA:
+        gamma_row = tl.load(gamma + column, mask=there, other=0).to(tl.float32)[None, :]
+    if HAS_BETA:
+        beta_row = tl.load(beta + column, mask=there, other=0).to(tl.float32)[None, :]
+    d_gamma = tl.zeros([COLUMNS], tl.float32)
+    d_beta = tl.zeros([COLUMNS], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        inside = row < features
+        keep = inside[:, None] & there[None, :]
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        grad = tl.load(folded_grad + place, mask=keep, other=0)
+        if CENTRED:
+            grad = grad - tl.load(row_mean + row, mask=inside, other=0)[:, None]
+        grad = grad * scale
+        d_offset = (tl.load(offset_grad + row, mask=inside, other=0) * scale)[:, None]
+        if AFFINE:
+            value = tl.load(weight + place, mask=keep, other=0).to(tl.float32)
+            d_gamma += tl.sum(value * grad, axis=0)
+            d_beta += tl.sum(value * d_offset, axis=0)
+        if WEIGHT:
+            if HAS_GAMMA:
+                grad = grad * gamma_row
+            if HAS_BETA:
+                grad = grad + d_offset * beta_row
+            tl.store(weight_grad + place, narrowed(grad, weight_grad.dtype.element_ty), mask=keep)
+    if AFFINE:
+        part = tl.program_id(1).to(tl.int64) * width + column
+        tl.store(gamma_parts + part, d_gamma, mask=there)
+        tl.store(beta_parts + part, d_beta, mask=there)
+
+
+_ROWS, _STEPS, _COLUMNS = 16, 4, 128
+
+
+def unfold_gradients(
+    folded_grad: torch.Tensor,
+    offset_grad: torch.Tensor,
+    scale: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    weight: torch.Tensor,
+    centred: bool,
+    need_weight: bool,
+    need_affine: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dW, dgamma, dbeta from dW' and dc: ``dW = dW' diag(gamma) + dc beta'``, ``dgamma = sum_e W dW'``, ``W' dc``.
+
+    Args:
+        folded_grad: (E, D) fp32; with ``centred`` its row means are still in it.
+        offset_grad: (E,) fp32.
+        scale: one number on the device, on both.
+
+    Returns:
+        dW (E, D) in the weight's type, or empty; dgamma and dbeta (D,) in fp32, or empty.
+    """
+    features, width = weight.shape
+    weight = weight.contiguous()
+    splits = triton.cdiv(features, _ROWS * _STEPS)
+    weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    parts = weight.new_empty((2, splits, width) if need_affine else (2, 0, 0), dtype=torch.float32)
+    row_mean = folded_grad.mean(dim=1) if centred else offset_grad
+    launch(
+        "weight_gradients", _weight_gradient_kernel, (triton.cdiv(width, _COLUMNS), splits),
+        Cost((folded_grad, weight), (weight_grad, parts)),
+        folded_grad=folded_grad, row_mean=row_mean, offset_grad=offset_grad, scale_in=scale, weight=weight,
+        gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta, weight_grad=weight_grad,
+        gamma_parts=parts[0], beta_parts=parts[1], features=features, width=width, HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None, CENTRED=centred, WEIGHT=need_weight, AFFINE=need_affine,
+        ROWS=_ROWS, STEPS=_STEPS, COLUMNS=_COLUMNS,
+    )  # fmt: skip
+    return weight_grad, parts[0].sum(dim=0), parts[1].sum(dim=0)

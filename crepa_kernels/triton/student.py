@@ -1,0 +1,148 @@
+"""The student's side of a chunk: raw tokens, or normalised ones on the common grid, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.resample import resample, resample_adjoint
+from .chunks import RowChunk
+from .frames import Clip, FrameTables
+from .statistics import TokenFrames, layer_norm_backward, token_statistics
+from .tiles import RowTile
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """What happens to the student's grid: ``change`` is "keep", "resample" or "pool"."""
+
+    change: str
+    student_grid: Sequence[int]
+    grid: Sequence[int]
+    antialias: bool
+
+    @property
+    def student_tokens(self) -> int:
+        return self.student_grid[0] * self.student_grid[1]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The hidden states of a call and how they reach the projection.
+
+    Attributes:
+        tokens: (B, L, D), last axis contiguous.
+        spatial: the student's grid and what happens to it.
+        clip: the call's sizes, on the common grid.
+        eps: LayerNorm's.
+        raw: the product takes the tokens as they are, and LayerNorm is folded into it.
+        narrow: the products' type.
+        tile: of kernels over rows of width D.
+    """
+
+    tokens: torch.Tensor
+    spatial: Spatial
+    clip: Clip
+    eps: float
+    raw: bool
+    narrow: torch.dtype
+    tile: RowTile
+
+    @property
+    def joined(self) -> bool:
+        """Whether the rows of all clips are rows of one matrix."""
+        tokens = self.tokens
+        return tokens.shape[0] == 1 or tokens.stride(0) == tokens.shape[1] * tokens.stride(1)
+
+    @property
+    def row_count(self) -> int:
+        return self.tokens.shape[0] * self.tokens.shape[1]
+
+    def span(self, chunk: RowChunk) -> slice:
+        """The chunk's rows among all B x L rows of the hidden states."""
+        if self.spatial.change == "keep":
+            return slice(chunk.first_row, chunk.stop_row)
+        tokens = self.spatial.student_tokens
+        first = (chunk.first_clip * self.clip.frames + chunk.first_frame) * tokens
+        return slice(first, first + chunk.clips * (chunk.last_frame - chunk.first_frame) * tokens)
+
+    def rows(self, chunk: RowChunk) -> torch.Tensor:
+        """The chunk's hidden states (rows, D), a view."""
+        span = self.span(chunk)
+        if self.joined:
+            return self.tokens.reshape(-1, self.tokens.shape[2])[span]
+        first = chunk.first_clip * self.tokens.shape[1]
+        return self.tokens[chunk.first_clip][span.start - first : span.stop - first]
+
+    def frames_of(self, span: slice, mask: torch.Tensor | None) -> TokenFrames:
+        per_frame = self.clip.tokens if self.spatial.change == "keep" else self.spatial.student_tokens
+        return TokenFrames(mask, span.start, self.tokens.shape[1], self.clip.start, per_frame, self.clip.frames)
+
+    def operand(
+        self, chunk: RowChunk, tables: FrameTables, statistics: torch.Tensor, *, measured: bool = False
+    ) -> torch.Tensor:
+        """What the projection multiplies, (rows, D): the raw tokens, or the normalised ones on the common grid.
+
+        Writes mean and 1/std of the chunk's tokens to ``statistics`` (3, rows of the call), unless ``measured``.
+        """
+        span, tokens = self.span(chunk), self.rows(chunk)
+        normalised = None if self.raw else tokens.new_empty(tokens.shape, dtype=self.narrow)
+        if not (self.raw and measured):
+            where = self.frames_of(span, tables.mask)
+            mean, inverse_std = statistics[0, span], statistics[1, span]
+            token_statistics(tokens, mean, inverse_std, self.eps, self.tile, where, normalised)
+        return tokens if normalised is None else self._align(normalised)
+
+    def _align(self, normalised: torch.Tensor) -> torch.Tensor:
+        spatial, width = self.spatial, normalised.shape[1]
+        if spatial.change == "keep":
+            return normalised
+        framed = normalised.view(-1, spatial.student_tokens, width)
+        if spatial.change == "pool":
+            return framed.mean(dim=1)
+        return resample(framed, spatial.student_grid, spatial.grid, spatial.antialias).view(-1, width)
+
+    def normalised_gradient(
+        self,
+        grad: torch.Tensor,
+        chunk: RowChunk,
+        tables: FrameTables,
+        statistics: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """dh of the chunk into ``out`` (B x L, D), from ``grad`` (rows, D), that of the normalised, aligned tokens."""
+        span, spatial, repeat = self.span(chunk), self.spatial, 1
+        if spatial.change == "resample":
+            framed = grad.view(-1, self.clip.tokens, grad.shape[1])
+            grad = resample_adjoint(framed, spatial.student_grid, spatial.grid, spatial.antialias)
+            grad = grad.view(-1, framed.shape[2])
+        elif spatial.change == "pool":
+            repeat = spatial.student_tokens
+        layer_norm_backward(
+            self.rows(chunk), grad, statistics[0, span], statistics[1, span], scale, out[span], self.tile,
+            self.frames_of(span, tables.mask), repeat,
+        )  # fmt: skip
+
+    def finite_rows(self, chunk: RowChunk, operand: torch.Tensor, tables: FrameTables) -> torch.Tensor:
+        """``operand`` with the rows of frames outside the loss at 0: its product with their zero gradients is 0."""
+        if not self.raw or tables.mask is None:
+            return operand
+        clip = self.clip
+        keep = tables.mask.bool().repeat_interleave(clip.tokens, dim=1)[:, clip.start : clip.start + clip.rows]
+        return operand.where(keep.reshape(-1)[chunk.first_row : chunk.stop_row, None], 0)
+
+
+def folds(tokens: torch.Tensor, spatial: Spatial, keep: bool) -> tuple[bool, torch.dtype]:
+    """Whether LayerNorm folds into the product of raw tokens, and the products' type.
+
+    It does for 16-bit tokens, whose products are exact in fp32. fp16 cannot hold the gradient of a row below the
+    norm's floor: where one is kept, fp16 tokens are normalised into fp32.
+    """
+    half = tokens.dtype in (torch.float16, torch.bfloat16)
+    exact = tokens.dtype == torch.bfloat16 or (half and not keep)
+    return exact and spatial.change == "keep", tokens.dtype if exact else torch.float32
+
+

@@ -1,0 +1,136 @@
+"""The teacher's side: inverse norms of its rows, and all neighbours of a frame combined into one row per token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .chunks import RowChunk
+from .frames import FLOOR, Clip, FrameTables
+from .launch import INTERPRETED, Cost, launch, narrowed, split_width
+
+
+@triton.jit
+def _inverse_norms_kernel(
+    teacher, out, rows, tokens, frames, features, frame_stride, clip_stride, token_stride,
+    ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    frame = row // tokens
+    source = (frame // frames) * clip_stride + (frame % frames) * frame_stride + (row % tokens) * token_stride
+    low = tl.load(teacher + source[:, None] + tl.arange(0, LO)[None, :], mask=inside[:, None], other=0).to(tl.float32)
+    squares = tl.sum(low * low, axis=1)
+    if HI > 0:
+        tail = LO + tl.arange(0, HI)[None, :]
+        keep = inside[:, None] & (tail < features)
+        high = tl.load(teacher + source[:, None] + tail, mask=keep, other=0).to(tl.float32)
+        squares += tl.sum(high * high, axis=1)
+    tl.store(out + row, 1 / tl.maximum(tl.sqrt(squares), FLOOR), mask=inside)
+
+
+def inverse_norms(teacher: torch.Tensor) -> torch.Tensor:
+    """1 / max(norm, 1e-12) of every row of ``teacher`` (B, S, M, E): (B, S, M) fp32."""
+    batch, frames, tokens, features = teacher.shape
+    out = teacher.new_empty((batch, frames, tokens), dtype=torch.float32)
+    rows = 16 if INTERPRETED else 1
+    low, high = split_width(features)
+    launch(
+        "teacher_norms", _inverse_norms_kernel, (triton.cdiv(out.numel(), rows),), Cost((teacher,), (out,)), warps=2,
+        teacher=teacher, out=out, rows=out.numel(), tokens=tokens, frames=frames, features=features,
+        clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
+        ROWS=rows, LO=low, HI=high,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _combine_kernel(
+    teacher, norms, teacher_frame, weights, combined,
+    first_clip, first_frame, last_frame, first_row, chunk_rows, clip_rows, start, frames, teacher_frames, tokens,
+    features, reach, clip_stride, frame_stride, token_stride,
+    ALL_FRAMES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    clip = first_clip + tl.program_id(2)
+    tile = first_frame + tl.program_id(1) * BLOCK_T
+    f = tile + tl.arange(0, BLOCK_T)
+    lowest = tl.maximum(tile - reach, 0)
+    highest = tl.minimum(tl.minimum(tile + BLOCK_T, last_frame) + reach, frames)
+    place = f * tokens + token - start
+    row = clip.to(tl.int64) * clip_rows + place - first_row
+    keep_row = (f < last_frame) & (place >= 0) & (place < clip_rows) & (row >= 0) & (row < chunk_rows)
+    base = teacher + clip.to(tl.int64) * clip_stride + token * token_stride
+    table = weights + (clip * frames + f).to(tl.int64)[:, None] * frames
+    if ALL_FRAMES:
+        lowest = 0
+        highest = frames
+        k = tl.arange(0, BLOCK_T)
+        source = tl.load(teacher_frame + clip * frames + k, mask=k < frames, other=0).to(tl.int64) * frame_stride
+        squares = tl.zeros([BLOCK_T], tl.float32)
+        for column_start in tl.range(0, features, BLOCK_E):
+            column = column_start + tl.arange(0, BLOCK_E)
+            keep = (k < frames)[:, None] & (column < features)[None, :]
+            value = tl.load(base + source[:, None] + column[None, :], mask=keep, other=0).to(tl.float32)
+            squares += tl.sum(value * value, axis=1)
+        known_inverse = 1 / tl.maximum(tl.sqrt(squares), FLOOR)
+    for column_start in tl.range(0, features, BLOCK_E):
+        column = column_start + tl.arange(0, BLOCK_E)
+        total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+        for frame_start in tl.range(lowest, highest, BLOCK_T):
+            k = frame_start + tl.arange(0, BLOCK_T)
+            near = k < highest
+            weight = tl.load(table + k[None, :], mask=(f < last_frame)[:, None] & near[None, :], other=0)
+            # A frame that no row of the tile weighs may hold anything.
+            near = near & (tl.max((weight != 0).to(tl.int32), axis=0) != 0)
+            frame = tl.load(teacher_frame + clip * frames + k, mask=near, other=0).to(tl.int64)
+            if ALL_FRAMES:
+                inverse = tl.where(near, known_inverse, 0)
+            else:
+                norm_row = (clip.to(tl.int64) * teacher_frames + frame) * tokens + token
+                inverse = tl.load(norms + norm_row, mask=near, other=0)
+            keep = near[:, None] & (column < features)[None, :]
+            source = base + (frame * frame_stride)[:, None] + column[None, :]
+            rows = tl.load(source, mask=keep, other=0).to(tl.float32)
+            total = tl.dot(weight, rows * inverse[:, None], total, input_precision=PRECISION)
+        out = combined + row[:, None] * features + column[None, :]
+        keep_out = keep_row[:, None] & (column < features)[None, :]
+        tl.store(out, narrowed(total, combined.dtype.element_ty), mask=keep_out)
+
+
+def combine_neighbours(
+    teacher: torch.Tensor,
+    norms: torch.Tensor | None,
+    clip: Clip,
+    tables: FrameTables,
+    chunk: RowChunk,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """z[f] = sum over k of w[f, k] unit(y[k]), own frame included, for the rows of ``chunk``: (rows, E) in ``dtype``.
+
+    ``norms`` (B, S, M): inverse norms, needed where ``combine_needs_norms``.
+    """
+    features = teacher.shape[3]
+    combined = teacher.new_empty((chunk.rows, features), dtype=dtype)
+    chunk_frames = chunk.last_frame - chunk.first_frame
+    all_frames = not combine_needs_norms(clip)
+    block = 16 if (clip.frames if all_frames else chunk_frames) <= 16 else 32
+    nvidia = teacher.device.type != "cpu" and torch.version.hip is None
+    launch(
+        "combine", _combine_kernel, (clip.tokens, triton.cdiv(chunk_frames, block), chunk.clips),
+        Cost((teacher,), (combined,)), teacher=teacher, norms=tables.weights if norms is None else norms,
+        teacher_frame=tables.teacher_frame, weights=tables.weights, combined=combined, first_clip=chunk.first_clip,
+        first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
+        clip_rows=clip.rows, start=clip.start, frames=clip.frames, teacher_frames=clip.teacher_frames,
+        tokens=clip.tokens, features=features, reach=min(clip.neighbours.distance, clip.frames - 1),
+        clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
+        ALL_FRAMES=all_frames, BLOCK_T=block, BLOCK_E=max(16, min(128, triton.next_power_of_2(features))),
+        PRECISION="tf32x3" if nvidia and not INTERPRETED else "ieee",
+    )  # fmt: skip
+    return combined
+
+
+def combine_needs_norms(clip: Clip) -> bool:
+    """Whether the clip has more frames than one tile holds, so that norms cannot be summed beside the product."""
+    return clip.frames > 32

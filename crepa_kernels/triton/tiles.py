@@ -1,0 +1,187 @@
+"""Path and tile choices: JSON data per device and shape class, and a heuristic where there is none.
+
+``tiles/<device>.json`` holds entries measured (or only compiled: each file says which) at single shapes; a call takes
+the entry whose widths are nearest. ``python -m crepa_kernels.tune`` writes these files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .launch import INTERPRETED
+
+Path_ = Literal["split", "one_pass"]
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A kernel over whole rows: rows a step, warps a program, and programs at most where they loop over rows."""
+
+    rows: int
+    warps: int
+    programs: int = 1056
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """A matrix product's tile; ``split`` halves the sum along its columns before the epilogue."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: bool = False
+
+    def shared_memory(self, element_size: int) -> int:
+        """Bytes of the operands' buffers."""
+        return self.stages * (self.m + self.n) * self.k * element_size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Paths and tiles of one shape class.
+
+    Attributes:
+        training: path of calls that need a gradient; ``"one_pass"`` keeps nothing and projects again in the backward.
+        inference: path of calls that need none.
+        tokens: kernels over rows of width D.
+        rows: kernels over rows of width E.
+        dx: the product that gives the hidden states' gradient.
+        one_pass: the projection with the similarity as its epilogue.
+    """
+
+    training: Path_
+    inference: Path_
+    tokens: RowTile
+    rows: RowTile
+    dx: ProductTile
+    one_pass: ProductTile
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Choice:
+        return cls(
+            data["training"], data["inference"], RowTile(**data["tokens"]), RowTile(**data["rows"]),
+            ProductTile(**data["dx"]), ProductTile(**data["one_pass"]),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_INTERPRETED = Choice(
+    "split", "one_pass", RowTile(32, 1, 3), RowTile(32, 1, 3), ProductTile(64, 64, 64, 1, 1),
+    ProductTile(64, 32, 64, 1, 1, split=True),
+)  # fmt: skip
+
+
+def heuristic(hidden_size: int, feature_size: int, element_size: int, shared_memory: int, hip: bool = False) -> Choice:
+    """Tiles for an unknown device from its shared memory a block in bytes, and the paths that move the fewest bytes."""
+    if hip:
+        dx, one_pass = ProductTile(128, 128, 32, 8, 2), ProductTile(128, 128, 32, 8, 2, split=True)
+    elif shared_memory >= 200 * 1024:
+        dx, one_pass = ProductTile(128, 256, 64, 8, 3), ProductTile(128, 128, 64, 8, 3, split=True)
+    elif shared_memory >= 160 * 1024:
+        dx, one_pass = ProductTile(128, 256, 32, 8, 3), ProductTile(128, 128, 32, 8, 3, split=True)
+    else:
+        dx, one_pass = ProductTile(128, 128, 32, 8, 3), ProductTile(128, 128, 32, 8, 3, split=True)
+    dx, one_pass = fit(dx, element_size, shared_memory), fit(one_pass, element_size, shared_memory)
+    inference: Path_ = "one_pass" if element_size == 2 else "split"
+    return Choice("split", inference, _rows_of(hidden_size, 512), _rows_of(feature_size, 768), dx, one_pass)
+
+
+def _rows_of(width: int, per_warp: int) -> RowTile:
+    return RowTile(1, min(8, max(1, 1 << max(0, math.ceil(math.log2(width / per_warp))))))
+
+
+def fit(tile: ProductTile, element_size: int, shared_memory: int) -> ProductTile:
+    """``tile`` with fewer stages, then a smaller step, until its buffers fit in ``shared_memory`` bytes."""
+    while tile.shared_memory(element_size) > shared_memory:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.k > 16:
+            tile = replace(tile, k=tile.k // 2)
+        else:
+            tile = replace(tile, n=tile.n // 2)
+    return tile
+
+
+_forced: Choice | None = None
+
+
+@contextmanager
+def forced(choice: Choice) -> Iterator[None]:
+    """Inside, every call takes ``choice``: for tuning, benches and tests."""
+    global _forced
+    outer, _forced = _forced, choice
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def tile_folders() -> tuple[Path, ...]:
+    """Where choices are looked up, first hit wins: ``$CREPA_TILES`` if set, then the package's own."""
+    own = Path(__file__).parent / "tiles"
+    return (Path(os.environ["CREPA_TILES"]), own) if "CREPA_TILES" in os.environ else (own,)
+
+
+def device_slug(name: str) -> str:
+    """File stem of a device's choices: its name in lower case, without the memory's size and other marks."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    marks = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "hbm2e", "hbm3", "hbm3e", "nvl", "geforce", "laptop", "gpu"}
+    return "-".join(word for word in words if word not in marks and not re.fullmatch(r"\d+gb", word))
+
+
+@cache
+def device_entries(slug: str) -> tuple[tuple[int, int, str, Choice], ...]:
+    """(hidden size, feature size, element type, choice) of every entry of the device, empty if it has no file."""
+    for folder in tile_folders():
+        path = folder / f"{slug}.json"
+        if path.is_file():
+            entries = json.loads(path.read_text())["entries"]
+            return tuple(
+                (entry["hidden_size"], entry["feature_size"], entry["dtype"], Choice.from_dict(entry["choice"]))
+                for entry in entries
+            )
+    return ()
+
+
+def nearest(slug: str, hidden_size: int, feature_size: int, dtype: torch.dtype) -> Choice | None:
+    """The device's entry of this type whose widths are nearest by ratio; None without one."""
+    kind = str(dtype).removeprefix("torch.")
+
+    def distance(entry: tuple[int, int, str, Choice]) -> float:
+        return abs(math.log(entry[0] / hidden_size)) + abs(math.log(entry[1] / feature_size))
+
+    return min((e for e in device_entries(slug) if e[2] == kind), key=distance, default=(0, 0, "", None))[3]
+
+
+@cache
+def _device_choice(index: int, hidden_size: int, feature_size: int, dtype: torch.dtype) -> Choice:
+    properties = torch.cuda.get_device_properties(index)
+    if (choice := nearest(device_slug(properties.name), hidden_size, feature_size, dtype)) is not None:
+        return choice
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+    return heuristic(hidden_size, feature_size, dtype.itemsize, shared, torch.version.hip is not None)
+
+
+def choose(device: torch.device, hidden_size: int, feature_size: int, dtype: torch.dtype) -> Choice:
+    """Path and tiles for hidden states of ``dtype`` and width D against teacher features of width E."""
+    if _forced is not None:
+        return _forced
+    if INTERPRETED or device.type != "cuda":
+        return _INTERPRETED
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _device_choice(index, hidden_size, feature_size, dtype)
