@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .compiling import constant_when_compiled
 from .grid import SpatialAlign, plan_alignment
 from .neighbours import Neighbours
 from .problem import CrepaOutput, Problem, build_problem
@@ -47,7 +48,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 @cache
-def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
+def _fastest(device_type: str, dtype: torch.dtype) -> str:
     reason = why_not_triton_for(device_type, dtype)
     if reason is None and device_type != "cpu":
         logger.info("crepa_loss(backend='auto') takes 'triton' for %s tensors on %s", dtype, device_type)
@@ -55,6 +56,11 @@ def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
     reason = reason or "its interpreter is for tests"
     logger.info("crepa_loss(backend='auto') takes 'torch' on %s, not 'triton': %s", device_type, reason)
     return "torch"
+
+
+@constant_when_compiled
+def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
+    return _fastest(device_type, dtype)
 
 
 def _backend_for(backend: str, hidden_states: torch.Tensor) -> str:

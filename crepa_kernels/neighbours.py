@@ -27,7 +27,7 @@ class Neighbours:
     def __post_init__(self) -> None:
         if isinstance(self.distance, bool) or not isinstance(self.distance, int) or self.distance < 0:
             raise ValueError(f"distance must be an integer of at least 0, got {self.distance!r}")
-        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 0):
+        if not (isinstance(self.tau, (int, float)) and 0 < self.tau < math.inf):
             raise ValueError(f"tau must be a finite number above 0, got {self.tau!r}")
 
     def offsets(self, frames: int) -> dict[int, float]:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .chunks import Chunk, is_readable, plan_chunks
+from .compiling import constant_when_compiled
 from .grid import SpatialPlan
 from .ops.resample import resample, resample_adjoint
 from .problem import NORM_FLOOR, CrepaOutput, Problem
@@ -136,12 +137,17 @@ class _Student:
         return projected if self.offset is None else projected.add_(self.offset)
 
 
+@constant_when_compiled
+def _cpu_has_bf16_products() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _product_type(hidden_states: torch.Tensor) -> torch.dtype:
     dtype = hidden_states.dtype
     if dtype == torch.float16:
         return torch.float32
     on_cpu = hidden_states.device.type == "cpu"
-    if dtype == torch.bfloat16 and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and on_cpu and not _cpu_has_bf16_products():
         return torch.float32
     return dtype
 

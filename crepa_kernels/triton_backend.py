@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from .compiling import constant_when_compiled
 from .ops.alignment import frame_alignment
 from .problem import CrepaOutput, Problem
 
@@ -16,8 +17,7 @@ _INTERPRETER = "TRITON_INTERPRET"
 
 
 @cache
-def why_no_triton() -> str | None:
-    """Why the ``triton`` backend cannot run on this machine; None if it can."""
+def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install crepa-kernels[triton]"
     if _interpreting():
@@ -29,9 +29,16 @@ def why_no_triton() -> str | None:
     return None
 
 
+@constant_when_compiled
+def why_no_triton() -> str | None:
+    """Why the ``triton`` backend cannot run on this machine; None if it can."""
+    return _why_no_triton()
+
+
+@constant_when_compiled
 def why_not_triton_for(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the ``triton`` backend cannot take hidden states of ``dtype`` on ``device_type``; None if it can."""
-    if (reason := why_no_triton()) is not None:
+    if (reason := _why_no_triton()) is not None:
         return reason
     if dtype not in TYPES:
         return f"its kernels take {', '.join(map(str, TYPES))}, not {dtype}"

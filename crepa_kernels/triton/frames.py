@@ -51,8 +51,8 @@ class FrameTables(NamedTuple):
     Attributes:
         teacher_frame: (B, T) int32, the teacher frame of each student frame.
         distance: (B,) int32, d clamped to the clip's existing teacher frames - 1.
-        weights: (B, T, T) fp32 over (clip, student frame f, teacher frame k): 1 at k = f, w(|k - f|) at neighbours that
-            exist, else 0; NaN at k whose ``frame_index`` lies outside the teacher's frames.
+        weights: (B, T, T) fp32 over (clip, student frame f, teacher frame k): 1 at k = f, w(|k - f|) at neighbours, 0
+            elsewhere and where k does not exist; NaN at k whose ``frame_index`` lies outside the teacher's frames.
         shares: (B, T, 4) fp32, what a frame's total counts in -loss, in ``similarity`` and in ``alignment_score``, and
             its own similarity in ``self_similarity``; 0 outside the loss.
         mask: (B, T) uint8, frames in the loss; None: all.
@@ -95,7 +95,7 @@ def _tables_kernel(
         chosen = offset == reach
     weight = tl.where(chosen & (offset > 0) & exists, tl.exp(-offset.to(tl.float32) / tau), 0.0)
     divisor = 1 + tl.sum(weight, axis=0)
-    weight = tl.where(k == f, 1.0, weight)
+    weight = tl.where((k == f) & exists, 1.0, weight)
     weight = tl.where(known | (weight == 0), weight, float("nan"))
     tl.store(weights + pair.to(tl.int64) * frames + k, weight, mask=there)
 

@@ -49,8 +49,8 @@ class Kept(NamedTuple):
 
     Attributes:
         grad_rows: (rows, E), r dp for unit loss weight; (0, E) where the backward makes it.
-        statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope.
-        offset_grad: (E,) fp32, the sum of dp; meaningless where the backward makes it.
+        statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope; the last 0 where the backward makes it.
+        offset_grad: (E,) fp32, the sum of dp; 0 where the backward makes it.
         weight: the folded projector's, (E, D), with ``shift`` (E,) and ``offset`` (E,).
     """
 
@@ -120,7 +120,7 @@ def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torc
     folded = fold_projector(gamma, beta, weight, bias, student.narrow, centred=student.raw)
     tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
     norms = _norms(call, one_pass)
-    statistics = call.tokens.new_empty((3, student.row_count), dtype=torch.float32)
+    statistics = call.tokens.new_zeros((3, student.row_count), dtype=torch.float32)
     columns = -(-features // choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((clip.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
@@ -137,7 +137,7 @@ def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torc
         slope = statistics[2] if student.raw else None
         offset_grads.append(compare_rows(projected, chunk, inputs, choice.rows, parts, slope, gradient=stored))
     loss, metrics, frame_similarity = finish(parts, clip, tables)
-    offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_empty(features)
+    offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_zeros(features)
     return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded)
 
 
@@ -152,7 +152,9 @@ def backward(
     tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
     norms = None if stored else _norms(call, one_pass=False)
     folded, statistics = FoldedProjector(kept.weight, kept.shift, kept.offset), kept.statistics
-    slope = statistics[2]
+    slope = statistics[2] if stored else torch.empty_like(statistics[2])
+    # Inputs of an operator stay as they are: what is measured again goes elsewhere.
+    scratch = statistics if student.raw else torch.empty_like(statistics)
     hidden_grad = torch.empty(call.tokens.shape, dtype=call.tokens.dtype, device=call.tokens.device)
     hidden_rows = hidden_grad.view(-1, call.tokens.shape[2])
     need_folded = needs.gamma or needs.weight
@@ -162,7 +164,7 @@ def backward(
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None
         if not stored or need_folded or student.raw:
-            operand = student.operand(chunk, tables, statistics, measured=True)
+            operand = student.operand(chunk, tables, scratch, measured=True)
         if stored:
             grad_rows = kept.grad_rows[rows]
         else:

@@ -168,6 +168,7 @@ def _row_kernel(
             share = tl.load(shares + pair * 4, mask=inside, other=0) * share_scale
             counted = inside & (share != 0)
             factor = share * inverse
+            inverse_std = tl.where(counted, inverse_std, 0)
             kind = projected.dtype.element_ty
             out = projected + local[:, None] * features
             dp = _row_gradient(p, y, a, b, own_factor, before_factor, after_factor, along, factor, counted, MODE)
