@@ -109,7 +109,7 @@ def narrowed(values, KIND: tl.constexpr):
     """fp32 values rounded to the nearest of ``KIND``."""
     if _TRUNCATES and KIND == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
-        values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        values = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).to(tl.float32, bitcast=True)
     return values.to(KIND)
 
 

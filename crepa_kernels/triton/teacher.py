@@ -91,8 +91,8 @@ def _combine_kernel(
                 norm_row = (clip.to(tl.int64) * teacher_frames + frame) * tokens + token
                 inverse = tl.load(norms + norm_row, mask=near, other=0)
             keep = near[:, None] & (column < features)[None, :]
-            source = base + (frame * frame_stride)[:, None] + column[None, :]
-            rows = tl.load(source, mask=keep, other=0).to(tl.float32)
+            near_rows = base + (frame * frame_stride)[:, None] + column[None, :]
+            rows = tl.load(near_rows, mask=keep, other=0).to(tl.float32)
             total = tl.dot(weight, rows * inverse[:, None], total, input_precision=PRECISION)
         out = combined + row[:, None] * features + column[None, :]
         keep_out = keep_row[:, None] & (column < features)[None, :]

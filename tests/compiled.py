@@ -1,0 +1,196 @@
+"""Compiles what a call launches for a device that is not there, and reads back what the compiler made of it.
+
+    python tests/compiled.py '{"target": "sm_90", "kernel": "dx", "hidden_size": 5120}'
+
+prints one JSON object for every kernel of that name. Each runs in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Bytes of shared memory that one block may take.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One shape, one target, one kernel or "all", and tile fields that differ from the target's choice.
+
+    ``tiles``: for instance {"dx": {"warps": 4}}.
+    """
+
+    target: str
+    kernel: str
+    hidden_size: int = 5120
+    feature_size: int = 1536
+    frames: int = 21
+    tokens: int = 1560
+    dtype: str = "bfloat16"
+    distance: int = 1
+    cumulative: bool = False
+    recompute: bool = False
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Compiles in a process of its own; RuntimeError with the compiler's words if it cannot."""
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        root = str(Path(__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+        command = [sys.executable, __file__, json.dumps(self.__dict__)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{self} failed to compile:\n{done.stderr[-4000:]}")
+        return json.loads(done.stdout)
+
+
+def choice_for(request: Request) -> Any:
+    """The tiles that the target's devices take, with the request's own in their place."""
+    from crepa_kernels.triton.tiles import heuristic
+
+    size, hip = getattr(torch, request.dtype).itemsize, request.target.startswith("gfx")
+    choice = heuristic(request.hidden_size, request.feature_size, size, SHARED_MEMORY[request.target], hip)
+    changed = {name: replace(getattr(choice, name), **fields) for name, fields in request.tiles.items()}
+    return replace(choice, **changed)
+
+
+def launches_of(request: Request) -> list[Any]:
+    """Every launch and vendor product of forward and backward, from tensors without memory."""
+    from crepa_kernels.neighbours import Neighbours
+    from crepa_kernels.problem import ProjectorWeights
+    from crepa_kernels.triton.frames import Clip
+    from crepa_kernels.triton.launch import recorded
+    from crepa_kernels.triton.pipeline import Call, Needs, backward, forward
+    from crepa_kernels.triton.student import Spatial
+    from crepa_kernels.triton.tiles import forced
+
+    dtype = getattr(torch, request.dtype)
+    frames, tokens, width, features = request.frames, request.tokens, request.hidden_size, request.feature_size
+
+    def new(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    weights = ProjectorWeights(new(width), new(width), new(features, width), new(features), 1e-5)
+    neighbours = Neighbours(request.distance, 1.0, request.cumulative)
+    call = Call(
+        tokens=new(1, frames * tokens, width, kind=dtype),
+        teacher=new(1, frames, tokens, features, kind=dtype),
+        projector=weights,
+        frame_index=None,
+        frame_mask=None,
+        teacher_mask=None,
+        spatial=Spatial("keep", (1, tokens), (1, tokens), True),
+        clip=Clip(1, frames, tokens, frames * tokens, 0, frames, neighbours, True),
+    )
+    with forced(choice_for(request)), recorded() as launches:
+        kept = forward(call, True, request.recompute)[3]
+        backward(call, kept, new(), Needs(True, True, True, True, True))
+    return launches
+
+
+def compile_launch(launch: Any, target: str) -> dict[str, Any]:
+    """Registers, stack, shared memory and the instructions that matter of one launch's kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = launch.arguments[name]
+        # What the launcher specialises: 1, and what 16 divides.
+        if kernel.params[index].is_constexpr or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    if hip and "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=gpu, options=options)
+    found = {
+        "name": launch.name, "target": target, "warps": launch.warps, "stages": launch.stages,
+        "shared": built.metadata.shared, "grid": launch.grid, "triton": triton.__version__,
+    }  # fmt: skip
+    return found | (_amd_facts(built) if hip else _nvidia_facts(built))
+
+
+def _amd_facts(built: Any) -> dict[str, Any]:
+    text = built.asm["amdgcn"]
+
+    def used(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+    wide = len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text))
+    return {
+        "registers": used("vgpr_count"), "stack": 4 * used("vgpr_spill_count"), "matrix": text.count("v_mfma"),
+        "wide_loads": wide,
+    }  # fmt: skip
+
+
+def _nvidia_facts(built: Any) -> dict[str, Any]:
+    from triton import knobs
+
+    def read(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = read(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        sass = read(knobs.nvidia.nvdisasm.path, "-c", file.name)
+
+    def used(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"{name}:(\d+)", usage))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    return {
+        "registers": used("REG"), "stack": used("STACK"), "matrix": count(r"\b(?:HGMMA|HMMA|UTCHMMA)\b"),
+        "wgmma": count(r"\bHGMMA\b"), "wide_loads": count(r"\b(?:LDG|LDGSTS)\.[\w.]*128") + count(r"\bUTMALDG\b"),
+        "narrow_loads": count(r"\bLDG\.[\w.]*U16"), "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    request = Request(**json.loads(sys.argv[1]))
+    compiled: list[dict[str, Any]] = []
+    seen = set()
+    for launch in launches_of(request):
+        if launch.kernel is None or request.kernel not in ("all", launch.name):
+            continue
+        key = (launch.name, *(value for name, value in launch.arguments.items() if name.isupper()))
+        if key not in seen:
+            seen.add(key)
+            compiled.append(compile_launch(launch, request.target))
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()

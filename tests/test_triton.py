@@ -1,0 +1,100 @@
+"""Loss, metrics and every gradient of the Triton backend against float64, over drawn configurations.
+
+CI draws every tenth configuration, ``make test-full`` all of them. One again: ``pytest tests/test_triton.py -k seed17``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import GRADIENTS, Case, draw, simple
+from devices import on_each_device
+from oracle import METRICS, truth
+from test_loss import Results, Tensors, errors, results, yardstick
+
+from crepa_kernels import available_backends, crepa_loss
+from crepa_kernels.triton import chunks, tiles
+from crepa_kernels.triton.launch import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGURATIONS = 200
+IN_CI = CONFIGURATIONS // 10
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+seeds = pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, id=f"seed{seed}", marks=[] if seed < IN_CI else pytest.mark.slow)
+        for seed in range(CONFIGURATIONS)
+    ],
+)
+types = pytest.mark.parametrize("dtype", NARROW, ids=str)
+
+
+def to(device: str, tensors: Tensors) -> Tensors:
+    return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def chunks_of(tokens: int) -> Iterator[None]:
+    """Inside, what is made chunk by chunk is made for about so many tokens at a time."""
+    before, chunks.CHUNK_TOKENS = chunks.CHUNK_TOKENS, tokens
+    try:
+        yield
+    finally:
+        chunks.CHUNK_TOKENS = before
+
+
+def triton_results(case: Case, tensors: Tensors, recompute: bool = False, path: str = "split") -> Results:
+    """By ``path`` where nothing is kept for a backward pass; ``recompute`` makes that so with gradients as well."""
+    dtype = tensors["h"].dtype
+    choice = tiles.choose(tensors["h"].device, case.hidden_size, case.feature_size, dtype)
+    with tiles.forced(replace(choice, inference=path)), chunks_of(40 if recompute else chunks.CHUNK_TOKENS):
+        projector = case.projector(tensors)
+        h = tensors["h"].detach().requires_grad_("h" in case.required)
+        output = crepa_loss(h, tensors["y"], projector, backend="triton", recompute=recompute, **case.options)
+        norm, linear = projector[0], projector[1]
+        leaves = dict(zip(GRADIENTS, (h, norm.weight, norm.bias, linear.weight, linear.bias), strict=True))
+        wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad]
+        found = torch.autograd.grad(output.loss, [leaves[name] for name in wanted]) if wanted else ()
+    made = {name: getattr(output, name).detach() for name in METRICS} | dict(zip(wanted, found, strict=True))
+    return {name: value.cpu() for name, value in made.items()}
+
+
+def check(case: Case, dtype: torch.dtype, device: str, recompute: bool, path: str) -> dict[str, float]:
+    """Asserts DESIGN section 5's bound, max(2 x eager's, 8 eps x the norm without cancellation)."""
+    tensors = case.tensors(dtype)
+    found = triton_results(case, to(device, tensors), recompute, path)
+    for name, value in found.items():
+        assert not value.isnan().any(), f"{name} is NaN in {case}"
+    exact = truth(case, tensors)
+    eps = torch.finfo(dtype).eps
+    worst: dict[str, float] = {}
+    if exact.cancelled * eps > 0.1:
+        return worst  # nothing is left of a row of p in this type, and its direction is anybody's
+    for floored in (False, True):
+        if floored and dtype == torch.float16:
+            continue  # a gradient divided by 1e-12 overflows fp16
+        eager = yardstick(exact, lambda inputs: results(case, inputs, "reference"), tensors, floored)
+        for name, error in errors(exact, found, floored).items():
+            bound = max(2 * eager[name], 8 * eps * exact.size(name, floored))
+            assert error <= bound, (
+                f"{name} floored={floored}: error {error:.3e} > {bound:.3e}, eager's {eager[name]:.3e}, in {case}"
+            )
+            if bound > 0:
+                worst[name] = max(worst.get(name, 0.0), error / bound)
+    return worst
+
+
+@on_each_device
+@types
+@seeds
+def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, dtype: torch.dtype, device: str) -> None:
+    """Each seed takes one of the ways through the kernels; all of them come round, CI's share included."""
+    recompute, path = [(False, "split"), (True, "one_pass"), (True, "split")][seed % 3]
+    check(draw(seed), dtype, device, recompute, path)
