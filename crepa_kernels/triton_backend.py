@@ -20,7 +20,7 @@ _INTERPRETER = "TRITON_INTERPRET"
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install crepa-kernels[triton]"
-    if _interpreting():
+    if interpreting():
         return None
     if not torch.cuda.is_available():
         return f"no CUDA or ROCm GPU was found, and {_INTERPRETER}=1 is not set"
@@ -42,12 +42,13 @@ def why_not_triton_for(device_type: str, dtype: torch.dtype) -> str | None:
         return reason
     if dtype not in TYPES:
         return f"its kernels take {', '.join(map(str, TYPES))}, not {dtype}"
-    if device_type == "cuda" or (device_type == "cpu" and _interpreting()):
+    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
         return None
     return f"the hidden states are on {device_type}"
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton is asked to run its kernels in Python on a CPU."""
     return os.environ.get(_INTERPRETER, "0").lower() in ("1", "true", "on", "y", "yes")
 
 

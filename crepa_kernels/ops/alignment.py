@@ -46,7 +46,8 @@ def _call(
 
     per_frame = grid[0] * grid[1]
     rows = tokens.shape[1] if change == "keep" else frames * per_frame
-    neighbours = Neighbours(distance, tau, cumulative, normalize_sum)
+    # Under torch.compile with dynamic shapes an option may be a symbol, which these make a number.
+    neighbours = Neighbours(int(distance), float(tau), cumulative, normalize_sum)
     clip = Clip(tokens.shape[0], frames, per_frame, rows, start, teacher.shape[1], neighbours, by_frames)
     return Call(
         tokens, teacher, ProjectorWeights(gamma, beta, weight, bias, eps), frame_index, frame_mask, teacher_mask,

@@ -43,6 +43,8 @@ def plan_chunks(clip: Clip, limited: bool, joined: bool, per_frame: int) -> list
         return [RowChunk(0, clip.batch, 0, clip.frames, 0, clip.all_rows)]
     first_frame = clip.start // clip.tokens
     last_frame = -(-(clip.start + clip.rows) // clip.tokens)
+    # As many chunks as needed, all about as large.
+    most = -(-(last_frame - first_frame) // -(-(last_frame - first_frame) // most))
     chunks = []
     for index in range(clip.batch):
         for frame in range(first_frame, last_frame, most):

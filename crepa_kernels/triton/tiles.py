@@ -21,7 +21,7 @@ import torch
 
 from .launch import INTERPRETED
 
-Path_ = Literal["split", "one_pass"]
+PathName = Literal["split", "one_pass"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Choice:
         one_pass: the projection with the similarity as its epilogue.
     """
 
-    training: Path_
-    inference: Path_
+    training: PathName
+    inference: PathName
     tokens: RowTile
     rows: RowTile
     dx: ProductTile
@@ -97,7 +97,7 @@ def heuristic(hidden_size: int, feature_size: int, element_size: int, shared_mem
     else:
         dx, one_pass = ProductTile(128, 128, 32, 8, 3), ProductTile(128, 128, 32, 8, 3, split=True)
     dx, one_pass = fit(dx, element_size, shared_memory), fit(one_pass, element_size, shared_memory)
-    inference: Path_ = "one_pass" if element_size == 2 else "split"
+    inference: PathName = "one_pass" if element_size == 2 else "split"
     return Choice("split", inference, _rows_of(hidden_size, 512), _rows_of(feature_size, 768), dx, one_pass)
 
 
@@ -158,6 +158,14 @@ def device_entries(slug: str) -> tuple[tuple[int, int, str, Choice], ...]:
     return ()
 
 
+def write_entries(path: Path, device: str, source: str, entries: list[dict[str, Any]]) -> None:
+    """A device's file, one entry a line; ``source`` says how they were come by."""
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    head = f'{{"device": {json.dumps(device)},\n"source": {json.dumps(source)},\n"entries": ['
+    path.write_text(f"{head}\n{lines}\n]}}\n")
+    device_entries.cache_clear()
+
+
 def nearest(slug: str, hidden_size: int, feature_size: int, dtype: torch.dtype) -> Choice | None:
     """The device's entry of this type whose widths are nearest by ratio; None without one."""
     kind = str(dtype).removeprefix("torch.")
@@ -173,8 +181,24 @@ def _device_choice(index: int, hidden_size: int, feature_size: int, dtype: torch
     properties = torch.cuda.get_device_properties(index)
     if (choice := nearest(device_slug(properties.name), hidden_size, feature_size, dtype)) is not None:
         return choice
-    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+    shared = device_shared_memory(properties)
     return heuristic(hidden_size, feature_size, dtype.itemsize, shared, torch.version.hip is not None)
+
+
+def device_shared_memory(properties: Any) -> int:
+    """Bytes of shared memory that one block may take on the device; 48 KiB, which all have, where torch hides it."""
+    return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+
+
+def choice_source(device: torch.device) -> str:
+    """Where the choices for ``device`` come from, in words."""
+    if device.type != "cuda":
+        return "the interpreter's tiles"
+    slug = device_slug(torch.cuda.get_device_properties(device).name)
+    for folder in tile_folders():
+        if (folder / f"{slug}.json").is_file():
+            return f"{slug}.json: " + json.loads((folder / f"{slug}.json").read_text())["source"]
+    return f"no {slug}.json: the heuristic"
 
 
 def choose(device: torch.device, hidden_size: int, feature_size: int, dtype: torch.dtype) -> Choice:

@@ -1,0 +1,141 @@
+"""The kernels compiled without a GPU, for every target and as the launchers call them, and the work they add up to.
+
+CI compiles the choices at Wan 14B's shape; ``make aot`` the full product of targets, shapes, types and tiles.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compiled import SHARED_MEMORY, Request, choice_for, launches_of
+
+from crepa_kernels.shape_classes import SHAPE_CLASSES
+from crepa_kernels.triton import tiles
+
+WAN_14B = {"hidden_size": 5120, "feature_size": 1536, "frames": 21, "tokens": 1560}
+# A frame of up to 32 bytes is the compiler's own; spilled registers are more.
+FRAME = 32
+# Kernels over numbers per frame, not per token: how they load does not matter.
+SMALL = {"frame_tables", "frame_means", "finish"}
+DEVICES = {
+    "nvidia-a100": "sm_80", "nvidia-rtx-4090": "sm_89", "nvidia-h100": "sm_90", "nvidia-h200": "sm_90",
+    "nvidia-b200": "sm_100", "nvidia-rtx-5090": "sm_120", "amd-instinct-mi300x": "gfx942",
+}  # fmt: skip
+slow = pytest.mark.slow
+
+
+def compiled(request: Request) -> dict[str, dict[str, Any]]:
+    """Facts by the kernel's name, after the checks that every chosen kernel must pass."""
+    found = {facts["name"]: facts for facts in request.run()}
+    for name, facts in found.items():
+        assert facts["stack"] <= FRAME, f"{name} spills: {facts}"
+        assert facts["shared"] <= SHARED_MEMORY[request.target], f"{name} does not fit: {facts}"
+        if name not in SMALL:
+            assert facts["wide_loads"] > 0, f"{name} loads less than 128 bits at a time: {facts}"
+    return found
+
+
+def test_training_kernels_on_hopper() -> None:
+    found = compiled(Request("sm_90", "all", **WAN_14B))
+    assert set(found) == {"fold", "statistics", "rows", "dx", "weight_gradients", *SMALL}
+    assert found["dx"]["wgmma"] > 0
+    assert all(facts["narrow_loads"] == 0 for facts in found.values())
+
+
+def test_one_pass_kernel_on_hopper() -> None:
+    facts = compiled(Request("sm_90", "one_pass", recompute=True, **WAN_14B))["one_pass"]
+    assert facts["wgmma"] > 0
+    assert facts["narrow_loads"] == 0
+
+
+def test_combined_neighbours_on_hopper() -> None:
+    assert compiled(Request("sm_90", "combine", cumulative=True, distance=8, **WAN_14B))["combine"]["matrix"] > 0
+    assert "rows" in compiled(Request("sm_90", "rows", cumulative=True, distance=8, **WAN_14B))
+
+
+def test_kernels_of_normalised_tokens_on_hopper() -> None:
+    found = compiled(Request("sm_90", "all", dtype="float32", **WAN_14B))
+    assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(found)
+
+
+@pytest.mark.parametrize("kernel", ["dx", "one_pass", "rows"])
+@pytest.mark.parametrize("target", sorted(set(SHARED_MEMORY) - {"sm_90"}))
+def test_each_target(target: str, kernel: str) -> None:
+    facts = compiled(Request(target, kernel, recompute=kernel == "one_pass", **WAN_14B))[kernel]
+    assert kernel == "rows" or facts["matrix"] > 0
+
+
+@slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPE_CLASSES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("target", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize("mode", ["adjacent", "cumulative", "recompute"])
+def test_the_full_product(target: str, shape: Any, dtype: str, mode: str) -> None:
+    sizes = {"hidden_size": shape.hidden_size, "feature_size": shape.feature_size}
+    request = Request(target, "all", **sizes, frames=shape.frames, tokens=shape.tokens, dtype=dtype)
+    if mode != "adjacent":
+        request = replace(request, recompute=mode == "recompute", cumulative=mode == "cumulative", distance=8)
+    compiled(request)
+
+
+@slow
+@pytest.mark.parametrize("slug", sorted(DEVICES))
+def test_each_entry_of_a_device_compiles_without_spills(slug: str) -> None:
+    for hidden_size, feature_size, dtype, choice in tiles.device_entries(slug):
+        chosen = {name: value for name, value in asdict(choice).items() if isinstance(value, dict)}
+        sizes = {"hidden_size": hidden_size, "feature_size": feature_size}
+        for kernel in ("statistics", "rows", "dx", "one_pass"):
+            recompute = kernel == "one_pass"
+            compiled(Request(DEVICES[slug], kernel, **sizes, dtype=dtype, recompute=recompute, tiles=chosen))
+
+
+def test_every_device_file_reads_and_fits_its_shared_memory() -> None:
+    folder = Path(tiles.__file__).parent / "tiles"
+    assert {path.stem for path in folder.glob("*.json")} == set(DEVICES)
+    for slug, target in DEVICES.items():
+        assert json.loads((folder / f"{slug}.json").read_text())["source"]
+        entries = tiles.device_entries(slug)
+        assert entries
+        for *_, choice in entries:
+            for product in (choice.dx, choice.one_pass):
+                assert product.shared_memory(2) <= SHARED_MEMORY[target]
+
+
+def test_operations_are_those_of_three_products() -> None:
+    """From the launch parameters, within 1 %: tiles that overhang and products done twice would show."""
+    request = Request("sm_90", "all", **WAN_14B)
+    rows = request.frames * request.tokens
+    floor = 6 * rows * request.hidden_size * request.feature_size
+    launches = launches_of(request)
+    assert sum(launch.operations for launch in launches) == pytest.approx(floor, rel=0.01)
+    tile = choice_for(request).dx
+    (dx,) = (launch for launch in launches if launch.name == "dx")
+    assert dx.grid[0] * tile.m * tile.n * request.feature_size * 2 == pytest.approx(floor / 3, rel=0.01)
+
+
+def launch_table(request: Request) -> list[str]:
+    """One line a launch: matrix operations and bytes, and the bytes of DESIGN section 2's floor at the end."""
+    rows, size = request.frames * request.tokens, 2
+    h, e = rows * request.hidden_size * size, rows * request.feature_size * size
+    lines = ["| launch | GFLOP | read MB | written MB |", "|---|---|---|---|"]
+    launches = launches_of(request)
+    for launch in launches:
+        lines.append(
+            f"| {launch.name} | {launch.operations / 1e9:.0f} | {launch.read / 1e6:.1f} | {launch.written / 1e6:.1f} |"
+        )
+    total = [sum(getattr(launch, key) for launch in launches) for key in ("operations", "read", "written")]
+    lines.append(f"| all | {total[0] / 1e9:.0f} | {total[1] / 1e6:.1f} | {total[2] / 1e6:.1f} |")
+    operations = 6 * rows * request.hidden_size * request.feature_size
+    lines.append(f"| floor: h, y twice, dh | {operations / 1e9:.0f} | {2 * (h + e) / 1e6:.1f} | {h / 1e6:.1f} |")
+    return lines
+
+
+def test_the_documented_launches_are_those_that_run() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    for request in (Request("sm_90", "all", **WAN_14B), Request("sm_90", "all", recompute=True, **WAN_14B)):
+        for line in launch_table(request):
+            assert line in text, f"docs/kernels.md lacks: {line}"
