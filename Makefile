@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
+TRITON_TESTS := tests/test_triton.py tests/test_triton_operators.py tests/test_ahead_of_time.py
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -16,6 +18,25 @@ test: $(VENV)/.test
 
 test-full: $(VENV)/.test
 	$(BIN)/pytest -q
+
+# Both ends of the supported range; 3.6's interpreter needs an older numpy.
+test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest -q -m "not slow and not gpu" $(TRITON_TESTS)
+	PYTHONPATH=$(VENV)/triton-3.9 $(BIN)/pytest -q -m "not slow and not gpu" $(TRITON_TESTS)
+
+# Every target, shape, type and tile, compiled without a GPU.
+aot: $(VENV)/.test
+	$(BIN)/pytest -q tests/test_ahead_of_time.py
+
+# These two run with the GPU machine's own Python and torch, in no virtual environment.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_triton.py tests/test_triton_operators.py
+	@if command -v compute-sanitizer >/dev/null; then \
+		PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benches.gpu --gate; \
+	else echo "compute-sanitizer is not installed: memory was not checked"; fi
+
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m benches.gpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -40,7 +61,15 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --no-build-isolation -e ".[trainer,test]"
+	$(PIP) --no-build-isolation -e ".[trainer,triton,test]"
+	@touch $@
+
+$(VENV)/.triton-3.6: $(VENV)/.test
+	$(PIP_TARGET) $(VENV)/triton-3.6 "triton>=3.6,<3.7" "numpy<2.4"
+	@touch $@
+
+$(VENV)/.triton-3.9: $(VENV)/.test
+	$(PIP_TARGET) $(VENV)/triton-3.9 "triton>=3.9,<3.10"
 	@touch $@
 
 clean:

@@ -23,6 +23,7 @@ __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix
 
 logger = logging.getLogger(__name__)
 
+
 def _kept_or_recomputed(backend: Callable[[Problem], CrepaOutput]) -> Callable[[Problem], CrepaOutput]:
     """``backend``, under activation checkpointing where the problem asks to recompute."""
 

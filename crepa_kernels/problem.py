@@ -191,9 +191,7 @@ def check_mask(
     return mask.to(device, non_blocking=True)
 
 
-def check_token_range(
-    token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int
-) -> tuple[int, int]:
+def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:
     """``token_range`` as (start, stop) of the clip's flattened T x P tokens, which ``h`` (B, stop - start, D) holds."""
     values = tuple(token_range)
     total = frames * count(plan.student_grid)

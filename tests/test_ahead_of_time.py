@@ -123,12 +123,9 @@ def launch_table(request: Request) -> list[str]:
     h, e = rows * request.hidden_size * size, rows * request.feature_size * size
     lines = ["| launch | GFLOP | read MB | written MB |", "|---|---|---|---|"]
     launches = launches_of(request)
-    for launch in launches:
-        lines.append(
-            f"| {launch.name} | {launch.operations / 1e9:.0f} | {launch.read / 1e6:.1f} | {launch.written / 1e6:.1f} |"
-        )
-    total = [sum(getattr(launch, key) for launch in launches) for key in ("operations", "read", "written")]
-    lines.append(f"| all | {total[0] / 1e9:.0f} | {total[1] / 1e6:.1f} | {total[2] / 1e6:.1f} |")
+    counted = [(launch.name, launch.operations, launch.read, launch.written) for launch in launches]
+    counted.append(("all", *(sum(numbers) for numbers in list(zip(*counted, strict=True))[1:])))
+    lines += [f"| {name} | {ops / 1e9:.0f} | {read / 1e6:.1f} | {out / 1e6:.1f} |" for name, ops, read, out in counted]
     operations = 6 * rows * request.hidden_size * request.feature_size
     lines.append(f"| floor: h, y twice, dh | {operations / 1e9:.0f} | {2 * (h + e) / 1e6:.1f} | {h / 1e6:.1f} |")
     return lines

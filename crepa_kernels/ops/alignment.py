@@ -17,6 +17,7 @@ from ..problem import ProjectorWeights
 if TYPE_CHECKING:
     from ..triton.pipeline import Call
 
+
 def _call(
     tokens: Tensor,
     teacher: Tensor,

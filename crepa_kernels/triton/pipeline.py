@@ -98,9 +98,7 @@ def _inputs(
     combined = None
     if neighbour_mode(call.clip) == COMBINED:
         combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.narrow)
-    return RowInputs(
-        call.teacher, combined, call.clip, tables, folded, statistics[:2] if student.raw else None
-    )
+    return RowInputs(call.teacher, combined, call.clip, tables, folded, statistics[:2] if student.raw else None)
 
 
 def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
@@ -163,27 +161,29 @@ def backward(
     for chunk in _chunks(student, limited=not student.raw or not stored or tables.mask is not None):
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None
-        if not stored or need_folded or student.raw:
+        if not stored or need_folded:
             operand = student.operand(chunk, tables, scratch, measured=True)
-        if stored:
+        if stored or operand is None:
             grad_rows = kept.grad_rows[rows]
         else:
             inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
             grad_rows = product("p", operand, folded.weight.t())
             offset_grads.append(compare_rows(grad_rows, chunk, inputs, choice.rows, None, slope, gradient=True))
-        if need_folded:
+        if need_folded and operand is not None:
             part = product("dW", grad_rows.t(), student.finite_rows(chunk, operand, tables), wide=True)
             folded_grad = part if folded_grad is None else folded_grad.add_(part)
         if needs.hidden_states and student.raw:
             span = student.span(chunk)
             token_gradient(
-                grad_rows, folded.weight, operand, statistics[0, span], slope[rows], scale, hidden_rows[span], choice.dx
-            )
+                grad_rows, folded.weight, student.rows(chunk), statistics[0, span], slope[rows], scale,
+                hidden_rows[span], choice.dx,
+            )  # fmt: skip
         elif needs.hidden_states:
             dx = product("dx", grad_rows, folded.weight)
             student.normalised_gradient(dx, chunk, tables, statistics, scale, hidden_rows)
     offset_grad = kept.offset_grad if stored else torch.cat(offset_grads).sum(dim=0)
-    return (hidden_grad if needs.hidden_states else None, *_weights(call, needs, folded_grad, offset_grad, scale, student))
+    weight_grads = _weights(call, needs, folded_grad, offset_grad, scale, student)
+    return (hidden_grad if needs.hidden_states else None, *weight_grads)
 
 
 def _weights(

@@ -245,9 +245,9 @@ def compare_rows(
     mode = neighbour_mode(clip)
     dummy = tables.weights
     fp32 = 4 * rows
-    read = [projected, rows * features * teacher.element_size()]
+    read: list[torch.Tensor | int] = [projected, rows * features * teacher.element_size()]
     read += [] if inputs.combined is None else [inputs.combined]
-    written = [projected, offset_parts] if gradient else []
+    written: list[torch.Tensor | int] = [projected, offset_parts] if gradient else []
     written += [3 * fp32] if parts is not None else []
     launch(
         "rows", _row_kernel, (programs,), Cost(tuple(read), tuple(written)), warps=tile.warps,

@@ -144,5 +144,3 @@ def folds(tokens: torch.Tensor, spatial: Spatial, keep: bool) -> tuple[bool, tor
     half = tokens.dtype in (torch.float16, torch.bfloat16)
     exact = tokens.dtype == torch.bfloat16 or (half and not keep)
     return exact and spatial.change == "keep", tokens.dtype if exact else torch.float32
-
-
