@@ -34,7 +34,8 @@ _POINTERS = {
 class Request:
     """One shape, one target, one kernel or "all", and tile fields that differ from the target's choice.
 
-    ``tiles``: for instance {"dx": {"warps": 4}}.
+    ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student on twice
+    the grid. ``tiles``: for instance {"dx": {"warps": 4}}.
     """
 
     target: str
@@ -47,6 +48,8 @@ class Request:
     distance: int = 1
     cumulative: bool = False
     recompute: bool = False
+    masked: bool = False
+    change: str = "keep"
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> list[dict[str, Any]]:
@@ -65,7 +68,8 @@ def choice_for(request: Request) -> Any:
     """The tiles that the target's devices take, with the request's own in their place."""
     from crepa_kernels.triton.tiles import heuristic
 
-    size, hip = getattr(torch, request.dtype).itemsize, request.target.startswith("gfx")
+    # fp16 that needs a gradient is multiplied in fp32.
+    size, hip = 2 if request.dtype == "bfloat16" else 4, request.target.startswith("gfx")
     choice = heuristic(request.hidden_size, request.feature_size, size, SHARED_MEMORY[request.target], hip)
     changed = {name: replace(getattr(choice, name), **fields) for name, fields in request.tiles.items()}
     return replace(choice, **changed)
@@ -89,14 +93,16 @@ def launches_of(request: Request) -> list[Any]:
 
     weights = ProjectorWeights(new(width), new(width), new(features, width), new(features), 1e-5)
     neighbours = Neighbours(request.distance, 1.0, request.cumulative)
+    students = tokens if request.change == "keep" else 2 * tokens
+    mask = new(1, frames, kind=torch.bool) if request.masked else None
     call = Call(
-        tokens=new(1, frames * tokens, width, kind=dtype),
+        tokens=new(1, frames * students, width, kind=dtype),
         teacher=new(1, frames, tokens, features, kind=dtype),
         projector=weights,
-        frame_index=None,
-        frame_mask=None,
-        teacher_mask=None,
-        spatial=Spatial("keep", (1, tokens), (1, tokens), True),
+        frame_index=new(1, frames, kind=torch.int64) if request.masked else None,
+        frame_mask=mask,
+        teacher_mask=mask,
+        spatial=Spatial(request.change, (1, students), (1, tokens), True),
         clip=Clip(1, frames, tokens, frames * tokens, 0, frames, neighbours, True),
     )
     with forced(choice_for(request)), recorded() as launches:

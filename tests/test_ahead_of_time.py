@@ -62,6 +62,16 @@ def test_kernels_of_normalised_tokens_on_hopper() -> None:
     assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(found)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"masked": True}, {"masked": True, "change": "resample", "recompute": True}, {"change": "pool", "tokens": 1}],
+    ids=["masked", "resampled", "pooled"],
+)
+def test_masks_and_moved_students_on_hopper(options: dict[str, Any]) -> None:
+    """What a compile-time switch leaves out of the other tests' kernels."""
+    compiled(Request("sm_90", "all", **WAN_14B | options))
+
+
 @pytest.mark.parametrize("kernel", ["dx", "one_pass", "rows"])
 @pytest.mark.parametrize("target", sorted(set(SHARED_MEMORY) - {"sm_90"}))
 def test_each_target(target: str, kernel: str) -> None:

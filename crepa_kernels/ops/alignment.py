@@ -104,7 +104,7 @@ def _(tokens: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _, narrow = folds(tokens, call.spatial, keep)
     batch, length, width = tokens.shape
     features = teacher.shape[3]
-    rows = call.clip.all_rows if stores_rows(call_choice(call), keep, recompute) else 0
+    rows = call.clip.all_rows if stores_rows(call_choice(call, keep), keep, recompute) else 0
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return tokens.new_empty(shape, dtype=dtype)

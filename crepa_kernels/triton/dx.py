@@ -22,27 +22,32 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 @triton.jit
 def _dx_kernel(
     grad, weight, tokens, mean_in, slope_in, scale_in, out, rows, features, width, row_stride,
-    DOT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP: tl.constexpr,
+    DOT: tl.constexpr, MASKED: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < rows
+    # 64 bits to the tile, 32 within it: half the registers for addresses.
+    first_row = row_tile.to(tl.int64) * BLOCK_M
+    local = tl.arange(0, BLOCK_M)
+    inside = local < rows - first_row
+    # Rows past the end repeat the last one: their results are not stored.
+    safe = tl.minimum(local, (rows - 1 - first_row).to(tl.int32))
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     there = column < width
-    # Rows past the end repeat the last one: their results are not stored.
-    safe = tl.minimum(row, rows - 1).to(tl.int64)
-    slope = tl.load(slope_in + safe)[:, None]
-    source = tokens + safe[:, None] * row_stride + column[None, :]
-    # Tokens of a frame outside the loss may hold anything, and their slope is 0.
+    slope = tl.load(slope_in + first_row + safe)
+    mean = tl.load(mean_in + first_row + safe)
+    source = tokens + first_row * row_stride + (safe[:, None] * row_stride + column[None, :])
     if EVEN_N:
-        start = tl.load(source).to(tl.float32)
+        total = tl.load(source).to(tl.float32)
     else:
-        start = tl.load(source, mask=there[None, :], other=0).to(tl.float32)
-    total = tl.where(slope != 0, slope * (start - tl.load(mean_in + safe)[:, None]), 0)
+        total = tl.load(source, mask=there[None, :], other=0).to(tl.float32)
+    total = slope[:, None] * (total - mean[:, None])
+    if MASKED:
+        # Tokens of a frame outside the loss may hold anything, and their slope is 0.
+        total = tl.where(slope[:, None] != 0, total, 0)
     k = tl.arange(0, BLOCK_K)
-    left = grad + safe[:, None] * features + k[None, :]
-    right = weight + k.to(tl.int64)[:, None] * width + column[None, :]
+    left = grad + first_row * features + (safe[:, None] * features + k[None, :])
+    right = weight + (k[:, None] * width + column[None, :])
     for first in tl.range(0, features, BLOCK_K):
         near = k < features - first
         if EVEN_K:
@@ -57,12 +62,12 @@ def _dx_kernel(
         left += BLOCK_K
         right += BLOCK_K * width
     total = total * tl.load(scale_in)
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    target = out + first_row * width + (local[:, None] * width + column[None, :])
     kind = out.dtype.element_ty
     if EVEN_N:
-        tl.store(out + place, narrowed(total, kind), mask=inside[:, None])
+        tl.store(target, narrowed(total, kind), mask=inside[:, None])
     else:
-        tl.store(out + place, narrowed(total, kind), mask=inside[:, None] & there[None, :])
+        tl.store(target, narrowed(total, kind), mask=inside[:, None] & there[None, :])
 
 
 def token_gradient(
@@ -74,6 +79,7 @@ def token_gradient(
     scale: torch.Tensor,
     out: torch.Tensor,
     tile: ProductTile,
+    masked: bool,
 ) -> None:
     """``out = scale (grad weight + slope (tokens - mean))``.
 
@@ -81,9 +87,10 @@ def token_gradient(
         grad: (rows, E) contiguous, r dp.
         weight: (E, D) contiguous, W' with centred rows, in the type of ``grad``.
         tokens: (rows, D), raw.
-        mean: (rows,), with ``slope`` (rows,) what LayerNorm adds; where ``slope`` is 0 the tokens are not looked at.
+        mean: (rows,), with ``slope`` (rows,) what LayerNorm adds.
         scale: one number on the device.
         out: (rows, D) contiguous.
+        masked: tokens and means of rows whose ``slope`` is 0 may hold anything, NaN included.
     """
     rows, features = grad.shape
     width = weight.shape[1]
@@ -91,7 +98,7 @@ def token_gradient(
         "dx", _dx_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n),),
         Cost((grad, weight, tokens), (out,), 2 * rows * features * width), warps=tile.warps, stages=tile.stages,
         grad=grad, weight=weight, tokens=tokens, mean_in=mean, slope_in=slope, scale_in=scale, out=out,
-        rows=rows, features=features, width=width, row_stride=tokens.stride(0), DOT=dot_type(grad.dtype),
+        rows=rows, features=features, width=width, row_stride=tokens.stride(0), DOT=dot_type(grad.dtype), MASKED=masked,
         EVEN_K=features % tile.k == 0, EVEN_N=width % tile.n == 0, GROUP=8,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
     )  # fmt: skip

@@ -72,8 +72,10 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def call_choice(call: Call) -> Choice:
-    return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], call.tokens.dtype)
+def call_choice(call: Call, keep: bool) -> Choice:
+    """By the products' type, which is not that of the tokens for fp16 with gradients."""
+    _, narrow = folds(call.tokens, call.spatial, keep)
+    return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], narrow)
 
 
 def stores_rows(choice: Choice, keep: bool, recompute: bool) -> bool:
@@ -108,7 +110,7 @@ def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
 
 def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]:
     """Loss (), metrics (3,), frame_similarity (B, T), and what the backward pass needs if ``keep``."""
-    choice = call_choice(call)
+    choice = call_choice(call, keep)
     student, clip = _student(call, keep, choice), call.clip
     stored = stores_rows(choice, keep, recompute)
     one_pass = not stored and choice.inference == "one_pass"
@@ -143,7 +145,7 @@ def backward(
     call: Call, kept: Kept, grad_loss: torch.Tensor, needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the hidden states (B, L, D), gamma, beta, weight and bias; None where not wanted."""
-    choice = call_choice(call)
+    choice = call_choice(call, True)
     student, clip = _student(call, True, choice), call.clip
     stored = kept.grad_rows.shape[0] > 0
     scale = grad_loss.float() * (-1.0 / (clip.batch * clip.frames * clip.tokens))
@@ -176,7 +178,7 @@ def backward(
             span = student.span(chunk)
             token_gradient(
                 grad_rows, folded.weight, student.rows(chunk), statistics[0, span], slope[rows], scale,
-                hidden_rows[span], choice.dx,
+                hidden_rows[span], choice.dx, masked=tables.mask is not None,
             )  # fmt: skip
         elif needs.hidden_states:
             dx = product("dx", grad_rows, folded.weight)
