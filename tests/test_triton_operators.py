@@ -28,7 +28,16 @@ WAYS = [
     simple(spatial_align="pool", cumulative=True, distance=9, normalize_neighbour_sum=True),
     simple(distance=0, normalize_by_frames=False, affine="none", linear_bias=False),
 ]
-ways = pytest.mark.parametrize("case", WAYS, ids=["raw", "combined-masked", "resampled", "pooled", "repa"])
+ways = pytest.mark.parametrize(
+    ("case", "dtype", "recompute"),
+    [
+        pytest.param(WAYS[0], torch.bfloat16, False, id="raw"),
+        pytest.param(WAYS[1], torch.bfloat16, True, id="combined-masked-recomputed"),
+        pytest.param(WAYS[2], torch.float32, False, id="resampled"),
+        pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed"),
+        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters"),
+    ],
+)
 slow = pytest.mark.slow
 half_or_single = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -53,15 +62,7 @@ def loss_of(case: Case, h: torch.Tensor, tensors: dict[str, Any], **options: Any
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    ("case", "dtype", "recompute"),
-    [
-        pytest.param(WAYS[0], torch.bfloat16, False, id="raw"),
-        pytest.param(WAYS[1], torch.bfloat16, True, id="combined-masked-recomputed"),
-        pytest.param(WAYS[2], torch.float32, False, id="resampled"),
-        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters"),
-    ],
-)
+@ways
 def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, operator_calls: list[Any]) -> None:
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes, forward and backward."""
     triton_results(case, to(device, case.tensors(dtype)), recompute)
@@ -75,8 +76,6 @@ def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, o
 
 
 @on_each_device
-@half_or_single
-@recomputing
 @ways
 def test_two_runs_are_bitwise_equal(case: Case, recompute: bool, dtype: torch.dtype, device: str) -> None:
     tensors = to(device, case.tensors(dtype))
@@ -86,18 +85,17 @@ def test_two_runs_are_bitwise_equal(case: Case, recompute: bool, dtype: torch.dt
 
 
 @on_each_device
-@half_or_single
 @ways
-def test_uninitialised_memory_is_never_read(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_uninitialised_memory_is_never_read(case: Case, dtype: torch.dtype, recompute: bool, device: str) -> None:
     """torch.empty gives NaN under deterministic algorithms, and nothing changes."""
     tensors = to(device, case.tensors(dtype))
-    plain = triton_results(case, tensors)
+    plain = triton_results(case, tensors, recompute)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         assert torch.empty(3, device=device).isnan().all()
-        poisoned = triton_results(case, tensors)
+        poisoned = triton_results(case, tensors, recompute)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = before
@@ -143,12 +141,10 @@ def test_several_tiles(sizes: dict[str, Any], recompute: bool, dtype: torch.dtyp
 
 
 @on_each_device
-@half_or_single
 @pytest.mark.parametrize("subset", range(2 ** len(GRADIENTS)))
-def test_each_subset_of_gradients(subset: int, dtype: torch.dtype, device: str) -> None:
+def test_each_subset_of_gradients(subset: int, device: str) -> None:
     """A gradient is made only if asked for, and is the same whatever else is asked for."""
-    if subset % 3 != (dtype == torch.bfloat16):
-        pytest.skip("each subset in one type")
+    dtype = torch.bfloat16 if subset % 3 == 1 else torch.float32
     required = tuple(name for bit, name in enumerate(GRADIENTS) if subset >> bit & 1)
     case = simple(spatial_align="teacher" if subset % 2 else "student")
     tensors = to(device, case.tensors(dtype))
@@ -161,14 +157,15 @@ def test_each_subset_of_gradients(subset: int, dtype: torch.dtype, device: str) 
 
 
 @on_each_device
-@half_or_single
 @ways
-def test_compiled_without_a_graph_break_and_with_dynamic_shapes(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_compiled_without_a_graph_break_and_with_dynamic_shapes(
+    case: Case, dtype: torch.dtype, recompute: bool, device: str
+) -> None:
     tensors = to(device, case.tensors(dtype))
     projector = case.projector(tensors)
 
     def loss(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return crepa_loss(h, y, projector, backend="triton", **case.options).loss
+        return crepa_loss(h, y, projector, backend="triton", recompute=recompute, **case.options).loss
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -307,9 +304,10 @@ def test_bad_token_ranges(token_range: Any, tokens: int, options: dict[str, Any]
 
 
 @on_a_gpu
-@half_or_single
 @ways
-def test_no_host_synchronisation_and_a_graph_that_replays(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_no_host_synchronisation_and_a_graph_that_replays(
+    case: Case, dtype: torch.dtype, recompute: bool, device: str
+) -> None:
     tensors = to(device, case.tensors(dtype))
     options = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in case.options.items()
@@ -319,7 +317,7 @@ def test_no_host_synchronisation_and_a_graph_that_replays(case: Case, dtype: tor
     inputs = [h, *projector.parameters()]
 
     def step() -> list[torch.Tensor]:
-        loss = crepa_loss(h, tensors["y"], projector, backend="triton", **options).loss
+        loss = crepa_loss(h, tensors["y"], projector, backend="triton", recompute=recompute, **options).loss
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
     expected = step()
