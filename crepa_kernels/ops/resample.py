@@ -1,4 +1,7 @@
-"""``crepa_kernels::resample_tokens`` and its adjoint: bilinear resampling of token-major features, in PyTorch."""
+"""``crepa_kernels::resample_tokens`` and its adjoint: bilinear resampling of token-major features.
+
+The kernels are the C++/CUDA extension's where it is there; what is here in PyTorch runs everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .extension import log_fallback
+from .register import define, keeps_type
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -56,36 +62,58 @@ def _needs_fp32(tokens: torch.Tensor, antialias: bool) -> bool:
     return antialias and tokens.device.type == "cpu" and tokens.dtype in HALF_TYPES
 
 
-def _out(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+def check_tokens(tokens: torch.Tensor, grid: Sequence[int], other: Sequence[int]) -> None:
+    """ValueError unless ``tokens`` are (..., N, C), floating point, N on ``grid``, and both grids have two sizes > 0."""
+    for sizes in (grid, other):
+        if len(sizes) != 2 or min(sizes) < 1:
+            raise ValueError(f"a grid must be (height, width), two positive integers, got {tuple(sizes)}")
+    if tokens.dim() < 2 or tokens.shape[-2] != grid[0] * grid[1]:
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)} do not lie on the grid {tuple(grid)}: the last axis but one must "
+            f"be {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
+        )
+    if not tokens.is_floating_point():
+        raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
+
+
+def on_grid(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """An empty (..., tokens of ``grid``, C)."""
     return tokens.new_empty((*tokens.shape[:-2], grid[0] * grid[1], tokens.shape[-1]))
 
 
-@torch.library.custom_op("crepa_kernels::resample_tokens", mutates_args=())
-def resample_tokens_op(
-    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
-) -> torch.Tensor:
-    if tokens.numel() == 0:
-        return _out(tokens, target_grid)
-    return resample(tokens, source_grid, target_grid, antialias)
+_GEOMETRY = "SymInt[] source_grid, SymInt[] target_grid, bool antialias"
+define("resample_tokens", f"(Tensor tokens, {_GEOMETRY}) -> Tensor")
+define("resample_tokens_adjoint", f"(Tensor grad, {_GEOMETRY}) -> Tensor")
+keeps_type("resample_tokens")
+keeps_type("resample_tokens_adjoint")
+resample_tokens_op = torch.ops.crepa_kernels.resample_tokens.default
+resample_tokens_adjoint_op = torch.ops.crepa_kernels.resample_tokens_adjoint.default
 
 
-@torch.library.custom_op("crepa_kernels::resample_tokens_adjoint", mutates_args=())
-def resample_tokens_adjoint_op(
-    grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
-) -> torch.Tensor:
-    if grad.numel() == 0:
-        return _out(grad, source_grid)
-    return resample_adjoint(grad, source_grid, target_grid, antialias)
-
-
-@resample_tokens_op.register_fake
+@torch.library.impl("crepa_kernels::resample_tokens", "CompositeExplicitAutograd")
 def _(tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
-    return _out(tokens, target_grid)
+    log_fallback(tokens.device.type)
+    check_tokens(tokens, source_grid, target_grid)
+    return resample(tokens, source_grid, target_grid, antialias) if tokens.numel() else on_grid(tokens, target_grid)
 
 
-@resample_tokens_adjoint_op.register_fake
+@torch.library.impl("crepa_kernels::resample_tokens_adjoint", "CompositeExplicitAutograd")
 def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
-    return _out(grad, source_grid)
+    log_fallback(grad.device.type)
+    check_tokens(grad, target_grid, source_grid)
+    return resample_adjoint(grad, source_grid, target_grid, antialias) if grad.numel() else on_grid(grad, source_grid)
+
+
+@torch.library.register_fake("crepa_kernels::resample_tokens")
+def _(tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+    check_tokens(tokens, source_grid, target_grid)
+    return on_grid(tokens, target_grid)
+
+
+@torch.library.register_fake("crepa_kernels::resample_tokens_adjoint")
+def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+    check_tokens(grad, target_grid, source_grid)
+    return on_grid(grad, source_grid)
 
 
 def _keep_geometry(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -100,5 +128,5 @@ def _adjoint_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None,
     return resample_tokens_op(grad, ctx.source_grid, ctx.target_grid, ctx.antialias), None, None, None
 
 
-resample_tokens_op.register_autograd(_resample_backward, setup_context=_keep_geometry)
-resample_tokens_adjoint_op.register_autograd(_adjoint_backward, setup_context=_keep_geometry)
+for _name, _backward in (("resample_tokens", _resample_backward), ("resample_tokens_adjoint", _adjoint_backward)):
+    torch.library.register_autograd(f"crepa_kernels::{_name}", _backward, setup_context=_keep_geometry)

@@ -1,0 +1,141 @@
+"""``crepa_kernels::layer_norm_resample`` and its backward: LayerNorm without affine part, then resampling of tokens.
+
+Equation, for token i with mean m_i and r_i = 1/sqrt(variance + eps), and R of ``resample_tokens``::
+
+    x_i = (h_i - m_i) r_i,    out = R x
+    dx = R' dout,             dh_i = r_i (dx_i - mean(dx_i) - x_i mean(dx_i x_i))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .extension import log_fallback
+from .register import define, keeps_type
+from .resample import check_tokens, on_grid, resample, resample_adjoint
+
+Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def normalise_and_resample(
+    tokens: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool, eps: float
+) -> Statistics:
+    """In PyTorch: (..., N, C) -> (..., M, C) with mean and 1/std (..., N), both in fp32 (fp64 for fp64)."""
+    width, wide = tokens.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
+    x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), _ones(tokens), None, eps)
+    shape = tokens.shape[:-1]
+    mean, inverse_std = mean.reshape(shape).to(wide), inverse_std.reshape(shape).to(wide)
+    return resample(x, source, target, antialias), mean, inverse_std
+
+
+def normalise_and_resample_backward(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    source: Sequence[int],
+    target: Sequence[int],
+    antialias: bool,
+) -> torch.Tensor:
+    """In PyTorch: gradient of the above with respect to ``tokens``, for ``grad`` (..., M, C)."""
+    dx = resample_adjoint(grad, source, target, antialias)
+    ones, like = _ones(tokens), tokens.dtype if tokens.device.type == "cpu" and _ones(tokens) is None else mean.dtype
+    statistics = (mean[..., None].to(like), inverse_std[..., None].to(like))
+    return torch.ops.aten.native_layer_norm_backward(
+        dx, tokens, tokens.shape[-1:], *statistics, ones, None, [True, False, False]
+    )[0].contiguous()
+
+
+def _ones(tokens: torch.Tensor) -> torch.Tensor | None:
+    """On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights."""
+    half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
+    return tokens.new_ones(tokens.shape[-1], dtype=torch.float32) if half else None
+
+
+_GEOMETRY = "SymInt[] source_grid, SymInt[] target_grid, bool antialias"
+define("layer_norm_resample", f"(Tensor tokens, {_GEOMETRY}, float eps) -> (Tensor, Tensor, Tensor)")
+define(
+    "layer_norm_resample_backward",
+    f"(Tensor grad, Tensor tokens, Tensor mean, Tensor inverse_std, {_GEOMETRY}) -> Tensor",
+)
+keeps_type("layer_norm_resample")
+keeps_type("layer_norm_resample_backward")
+layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
+layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
+
+
+@torch.library.register_fake("crepa_kernels::layer_norm_resample")
+def _empty(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool, eps: float
+) -> Statistics:
+    check_tokens(tokens, source_grid, target_grid)
+    mean = tokens.new_empty(tokens.shape[:-1], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return on_grid(tokens, target_grid), mean, torch.empty_like(mean)
+
+
+@torch.library.impl("crepa_kernels::layer_norm_resample", "CompositeExplicitAutograd")
+def _(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool, eps: float
+) -> Statistics:
+    log_fallback(tokens.device.type)
+    check_tokens(tokens, source_grid, target_grid)
+    if tokens.numel() == 0:
+        return _empty(tokens, source_grid, target_grid, antialias, eps)
+    return normalise_and_resample(tokens, source_grid, target_grid, antialias, eps)
+
+
+@torch.library.impl("crepa_kernels::layer_norm_resample_backward", "CompositeExplicitAutograd")
+def _(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    source_grid: Sequence[int],
+    target_grid: Sequence[int],
+    antialias: bool,
+) -> torch.Tensor:
+    log_fallback(tokens.device.type)
+    check_tokens(tokens, source_grid, target_grid)
+    check_tokens(grad, target_grid, source_grid)
+    if tokens.numel() == 0:
+        return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    geometry = (source_grid, target_grid, antialias)
+    return normalise_and_resample_backward(grad, tokens, mean, inverse_std, *geometry)
+
+
+@torch.library.register_fake("crepa_kernels::layer_norm_resample_backward")
+def _(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    source_grid: Sequence[int],
+    target_grid: Sequence[int],
+    antialias: bool,
+) -> torch.Tensor:
+    check_tokens(tokens, source_grid, target_grid)
+    check_tokens(grad, target_grid, source_grid)
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
+    tokens, ctx.source_grid, ctx.target_grid, ctx.antialias, _ = inputs
+    _, mean, inverse_std = output
+    ctx.mark_non_differentiable(mean, inverse_std)
+    ctx.save_for_backward(tokens, mean, inverse_std)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None, None]:
+    geometry = (ctx.source_grid, ctx.target_grid, ctx.antialias)
+    return layer_norm_resample_backward_op(grad, *ctx.saved_tensors, *geometry), None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, grad: torch.Tensor) -> None:
+    raise RuntimeError("crepa_kernels::layer_norm_resample can be differentiated once")
+
+
+torch.library.register_autograd("crepa_kernels::layer_norm_resample", _backward, setup_context=_keep)
+torch.library.register_autograd("crepa_kernels::layer_norm_resample_backward", _no_second_derivative)

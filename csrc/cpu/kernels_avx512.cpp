@@ -1,0 +1,18 @@
+#include "kernels.h"
+
+#include <stdlib.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v4")
+#endif
+#define CREPA_LEVEL avx512
+#include "tasks.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
