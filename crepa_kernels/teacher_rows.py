@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from .chunks import Chunk, is_readable
-from .ops.resample import resample
+from .ops.resample import resample_tokens_op
 from .problem import NORM_FLOOR, Problem
 
 
@@ -37,7 +37,7 @@ class TeacherRows:
             if plan.teacher == "pool":
                 features = features.mean(dim=0, keepdim=True)
             elif plan.teacher == "resample":
-                features = resample(features, plan.teacher_grid, plan.grid, plan.antialias)
+                features = resample_tokens_op(features, plan.teacher_grid, plan.grid, plan.antialias)
             norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
             self.rows[frame] = features / norm.clamp_min_(NORM_FLOOR)
         return self.rows[frame]

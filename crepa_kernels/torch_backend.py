@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from .chunks import Chunk, is_readable, plan_chunks
 from .compiling import constant_when_compiled
 from .grid import SpatialPlan
-from .ops.resample import resample, resample_adjoint
+from .ops.layer_norm_resample import layer_norm_resample_backward_op, layer_norm_resample_op
 from .problem import NORM_FLOOR, CrepaOutput, Problem
 from .reduction import plan_reduction, reduce_frames
 from .teacher_rows import TeacherRows
@@ -70,6 +70,19 @@ class _Settings:
     frame_mask: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class _Aligned:
+    """A chunk of the student's side: normalised rows (frames x M, D), and what they were made of.
+
+    tokens (frames, P, D) with the mean and 1/std of each.
+    """
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    mean: torch.Tensor
+    inverse_std: torch.Tensor
+
+
 class _Student:
     """The student's side of a chunk: normalised tokens, their projection, and the way back.
 
@@ -101,33 +114,33 @@ class _Student:
         cpu_bf16 = self.narrow == torch.bfloat16 and hidden_states.device.type == "cpu"
         self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
 
-    def normalise(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h and x (frames x P, D), mean and 1/std (frames x P, 1)."""
-        width = self.hidden_states.shape[-1]
-        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].reshape(-1, width).to(self.narrow)
+    def align(self, chunk: Chunk) -> _Aligned:
+        """The chunk's tokens, normalised and on the common grid."""
+        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.narrow)
         if self.frame_mask is not None and not is_readable(self.frame_mask):
-            keep = self.frame_mask[chunk.clip, chunk.start : chunk.stop].repeat_interleave(self.hidden_states.shape[2])
-            tokens = tokens.where(keep[:, None], 0)
-        return tokens, *torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
+            tokens = tokens.where(self.frame_mask[chunk.clip, chunk.start : chunk.stop, None, None], 0)
+        width, plan = tokens.shape[-1], self.plan
+        if plan.student == "resample":
+            x, mean, inverse_std = layer_norm_resample_op(
+                tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
+            )
+        else:
+            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
+            if plan.student == "pool":
+                x = x.mean(dim=1)
+        return _Aligned(x.view(-1, width), tokens, mean, inverse_std)
 
-    def align(self, tokens: torch.Tensor, frames: int) -> torch.Tensor:
-        """(frames x P, D) -> (frames x M, D)."""
-        if self.plan.student == "keep":
-            return tokens
-        shaped = tokens.view(frames, -1, tokens.shape[-1])
-        if self.plan.student == "pool":
-            return shaped.mean(dim=1)
-        aligned = resample(shaped, self.plan.student_grid, self.plan.grid, self.plan.antialias)
-        return aligned.view(-1, tokens.shape[-1])
-
-    def align_adjoint(self, grad: torch.Tensor, frames: int) -> torch.Tensor:
-        """(frames x M, D) -> (frames x P, D)."""
-        width = grad.shape[-1]
-        if self.plan.student == "pool":
-            tokens = self.hidden_states.shape[2]
-            return (grad / tokens).repeat_interleave(tokens, dim=0)
-        shaped = grad.view(frames, -1, width)
-        return resample_adjoint(shaped, self.plan.student_grid, self.plan.grid, self.plan.antialias).view(-1, width)
+    def align_backward(self, grad: torch.Tensor, aligned: _Aligned) -> torch.Tensor:
+        """dh (frames, P, D) of the chunk from the gradient (frames x M, D) of its aligned rows."""
+        tokens, mean, inverse_std, plan = aligned.tokens, aligned.mean, aligned.inverse_std, self.plan
+        shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
+        if plan.student == "resample":
+            geometry = (plan.student_grid, plan.grid, plan.antialias)
+            return layer_norm_resample_backward_op(shaped, tokens, mean, inverse_std, *geometry)
+        spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
+        return torch.ops.aten.native_layer_norm_backward(
+            spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
+        )[0]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """p = x W'ᵀ + c in the wide type."""
@@ -178,7 +191,7 @@ class _FrameSimilarity(torch.autograd.Function):
         q = hidden_states.new_empty((rows, weight.shape[0]))
         inverse_norm, q_dot_p = hidden_states.new_empty((2, rows), dtype=student.wide)
         for chunk in chunks:
-            p = student.project(student.align(student.normalise(chunk)[1], chunk.frames))
+            p = student.project(student.align(chunk).rows)
             y = teacher.own(chunk)
             z = _in_range(problem, chunk, teacher.combined(chunk, y))
             y = _in_range(problem, chunk, y)
@@ -261,26 +274,21 @@ class _Gradients:
         if self.folded is None and self.hidden_states is None:
             return
         student = self.student
-        tokens, x, mean, inverse_std = student.normalise(chunk)
+        aligned = student.align(chunk)
         if self.folded is not None:
-            aligned, narrow = student.align(x, chunk.frames), g.to(student.narrow)
+            narrow = g.to(student.narrow)
             if student.narrow == student.wide:
-                self.folded.addmm_(narrow.t(), aligned)
+                self.folded.addmm_(narrow.t(), aligned.rows)
             else:
-                self.folded += narrow.t() @ aligned
+                self.folded += narrow.t() @ aligned.rows
         if self.hidden_states is None:
             return
-        out = self.hidden_states[chunk.clip, chunk.start : chunk.stop].view(tokens.shape)
+        out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
         if self.centred is not None:
-            self._equal_grids(g, g_dot_p, x, inverse_std, out)
+            rows = out.view(aligned.rows.shape)
+            self._equal_grids(g, g_dot_p, aligned.rows, aligned.inverse_std, rows)
         else:
-            dx = student.align_adjoint(g.to(student.narrow) @ student.weight, chunk.frames)
-            shape = (tokens.shape[1],)
-            out.copy_(
-                torch.ops.aten.native_layer_norm_backward(
-                    dx, tokens, shape, mean, inverse_std, student.ones, None, [True, False, False]
-                )[0]
-            )
+            out.copy_(student.align_backward(g.to(student.narrow) @ student.weight, aligned))
 
     def _equal_grids(
         self, g: torch.Tensor, g_dot_p: torch.Tensor, x: torch.Tensor, inverse_std: torch.Tensor, out: torch.Tensor

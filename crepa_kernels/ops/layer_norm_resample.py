@@ -26,9 +26,7 @@ def normalise_and_resample(
     """In PyTorch: (..., N, C) -> (..., M, C) with mean and 1/std (..., N), both in fp32 (fp64 for fp64)."""
     width, wide = tokens.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
     x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), _ones(tokens), None, eps)
-    shape = tokens.shape[:-1]
-    mean, inverse_std = mean.reshape(shape).to(wide), inverse_std.reshape(shape).to(wide)
-    return resample(x, source, target, antialias), mean, inverse_std
+    return resample(x, source, target, antialias), mean.squeeze(-1).to(wide), inverse_std.squeeze(-1).to(wide)
 
 
 def normalise_and_resample_backward(
@@ -42,10 +40,8 @@ def normalise_and_resample_backward(
 ) -> torch.Tensor:
     """In PyTorch: gradient of the above with respect to ``tokens``, for ``grad`` (..., M, C)."""
     dx = resample_adjoint(grad, source, target, antialias)
-    ones, like = _ones(tokens), tokens.dtype if tokens.device.type == "cpu" and _ones(tokens) is None else mean.dtype
-    statistics = (mean[..., None].to(like), inverse_std[..., None].to(like))
     return torch.ops.aten.native_layer_norm_backward(
-        dx, tokens, tokens.shape[-1:], *statistics, ones, None, [True, False, False]
+        dx, tokens, tokens.shape[-1:], mean[..., None], inverse_std[..., None], _ones(tokens), None, [True, False, False]
     )[0].contiguous()
 
 
@@ -55,7 +51,7 @@ def _ones(tokens: torch.Tensor) -> torch.Tensor | None:
     return tokens.new_ones(tokens.shape[-1], dtype=torch.float32) if half else None
 
 
-_GEOMETRY = "SymInt[] source_grid, SymInt[] target_grid, bool antialias"
+_GEOMETRY = "int[] source_grid, int[] target_grid, bool antialias"
 define("layer_norm_resample", f"(Tensor tokens, {_GEOMETRY}, float eps) -> (Tensor, Tensor, Tensor)")
 define(
     "layer_norm_resample_backward",

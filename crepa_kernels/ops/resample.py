@@ -81,7 +81,7 @@ def on_grid(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     return tokens.new_empty((*tokens.shape[:-2], grid[0] * grid[1], tokens.shape[-1]))
 
 
-_GEOMETRY = "SymInt[] source_grid, SymInt[] target_grid, bool antialias"
+_GEOMETRY = "int[] source_grid, int[] target_grid, bool antialias"
 define("resample_tokens", f"(Tensor tokens, {_GEOMETRY}) -> Tensor")
 define("resample_tokens_adjoint", f"(Tensor grad, {_GEOMETRY}) -> Tensor")
 keeps_type("resample_tokens")

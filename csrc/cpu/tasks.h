@@ -40,6 +40,13 @@ int64_t collect(const Task<T>& task, const T* frame, int64_t y, int64_t x, const
   return count;
 }
 
+// A row is too short for the processor to see by itself which one comes next.
+template <typename T>
+CREPA_INLINE void prefetch_row(const T* row, int64_t channels) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < channels * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // Rows of the result, through a buffer where they go past the caches.
 template <typename T>
 struct Output {
@@ -68,6 +75,7 @@ void resample(const Task<T>& task, int64_t begin, int64_t end) {
       const int64_t row = item * columns + x;
       const A* none = nullptr;
       const int64_t count = collect(task, frame, item % lines, x, none, none, taps.data);
+      if (count > 0 && x + 2 < columns) prefetch_row(taps.data[count - 1].row + 2 * task.from.row_stride, task.channels);
       combine_all<false>(count, taps.data, partial.data, out.at(row), task.channels);
       out.done(row);
     }
@@ -81,10 +89,11 @@ void layer_norm_resample(const Task<T>& task, int64_t begin, int64_t end) {
   const int64_t tokens = v.from * h.from;
   Buffer<Tap<T, A>> taps(v.most * h.most);
   Buffer<A> partial(task.channels), mean(tokens), inverse_std(tokens);
-  Buffer<bool> read(h.from);
-  for (int64_t j = 0; j < h.from; ++j) read.data[j] = false;
-  for (int64_t x = 0; x < h.to; ++x)
-    for (int64_t j = h.begin[x]; j < last(h, x); ++j) read.data[j] = true;
+  Buffer<int64_t> read(h.from + 2);  // columns that some row of the result reads, the last one three times
+  int64_t columns = 0;
+  for (int64_t x = 0, j = 0; x < h.to; ++x)
+    for (j = j > h.begin[x] ? j : h.begin[x]; j < last(h, x); ++j) read.data[columns++] = j;
+  read.data[columns] = read.data[columns + 1] = read.data[columns - 1];
   Output<T> out(task);
   int64_t known = 0;  // lines of the frame whose statistics this thread has, or need not have
   for (int64_t item = begin; item < end; ++item) {
@@ -93,8 +102,9 @@ void layer_norm_resample(const Task<T>& task, int64_t begin, int64_t end) {
     const int64_t others = y == 0 ? 0 : last(v, y - 1);  // earlier lines' to write
     if (y == 0) known = 0;
     for (int64_t line = known > v.begin[y] ? known : v.begin[y]; line < last(v, y); ++line) {
-      for (int64_t token = line * h.from, j = 0; j < h.from; ++j, ++token) {
-        if (!read.data[j]) continue;
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t token = line * h.from + read.data[i];
+        prefetch_row(rows + (line * h.from + read.data[i + 2]) * task.from.row_stride, task.channels);
         row_statistics(rows + token * task.from.row_stride, task.channels, static_cast<A>(task.eps), mean.data + token,
                        inverse_std.data + token);
         if (line < others) continue;
@@ -131,6 +141,8 @@ void layer_norm_resample_backward(const Task<T>& task, int64_t begin, int64_t en
         combine_all<false>(0, taps.data, partial.data, out.at(row), task.channels);
       } else {
         combine_all<false>(count, taps.data, partial.data, gradient.data, task.channels);
+        if (x + 2 < columns && task.horizontal.first[x + 3] > task.horizontal.first[x + 2])
+          prefetch_row(tokens + (y * columns + x + 2) * task.tokens.row_stride, task.channels);
         normalisation_backward(gradient.data, tokens + (y * columns + x) * task.tokens.row_stride, task.mean[row],
                                task.inverse_std[row], task.channels, out.at(row));
       }
