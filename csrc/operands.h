@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -69,6 +71,23 @@ inline Grid shape_on(const Tensor& tokens, const Grid& grid) {
 
 inline ScalarType statistics_type(const Tensor& tokens) {
   return tokens.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Backward of LayerNorm and resampling: the gradient is on `target`, the tokens and their statistics on `source`.
+inline void check_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean, const Tensor& inverse_std,
+                           const Grid& source, const Grid& target) {
+  check_grid(source, "source_grid");
+  check_grid(target, "target_grid");
+  check_tokens(tokens, source, "tokens");
+  check_shape(grad, tokens, target[0] * target[1], true, "grad");
+  check_match(grad, tokens, "grad");
+  for (const Tensor* statistic : {&mean, &inverse_std}) {
+    check_shape(*statistic, tokens, source[0] * source[1], false, "mean or inverse_std");
+    STD_TORCH_CHECK(statistic->device() == tokens.device() && statistic->scalar_type() == statistics_type(tokens),
+                    "mean and inverse_std must be on the tokens' device, in ",
+                    torch::headeronly::toString(statistics_type(tokens)), ", got ",
+                    torch::headeronly::toString(statistic->scalar_type()));
+  }
 }
 
 // Leading axes as a list of frames; rows and channels as they lie.

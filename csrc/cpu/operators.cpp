@@ -12,17 +12,17 @@ constexpr int64_t kBytesPerThread = int64_t(64) << 10;
 
 template <typename A>
 struct Table {
-  Gather gather;
+  Gather<int64_t> gather;
   std::vector<int64_t> begin, first;
   std::vector<A> weight;
 
   Table(int64_t source, int64_t target, bool antialias, bool adjoint)
-      : gather{make_axis(source, target, antialias), adjoint} {
+      : gather{make_axis<int64_t>(source, target, antialias), adjoint} {
     std::vector<int64_t> denominator(target);
     for (int64_t o = 0; o < target; ++o) denominator[o] = gather.axis.denominator(o);
     first.push_back(0);
     for (int64_t index = 0; index < gather.to(); ++index) {
-      const Window window = gather.window(index);
+      const Window<int64_t> window = gather.window(index);
       begin.push_back(window.begin);
       for (int64_t k = window.begin; k < window.end; ++k) weight.push_back(gather.weight<A>(index, k, denominator));
       first.push_back(static_cast<int64_t>(weight.size()));
@@ -131,17 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Gri
 
 Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
                                     const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
-  check_tokens(tokens, source, "tokens");
-  check_shape(grad, tokens, target[0] * target[1], true, "grad");
-  check_match(grad, tokens, "grad");
-  for (const Tensor* statistic : {&mean, &inverse_std}) {
-    check_shape(*statistic, tokens, source[0] * source[1], false, "mean or inverse_std");
-    STD_TORCH_CHECK(statistic->is_cpu() && statistic->scalar_type() == statistics_type(tokens),
-                    "mean and inverse_std must be on the tokens' device, in ",
-                    torch::headeronly::toString(statistics_type(tokens)));
-  }
+  check_backward(grad, tokens, mean, inverse_std, source, target);
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
   const Tensor means = torch::stable::contiguous(mean), inverses = torch::stable::contiguous(inverse_std);
   dispatch(tokens, [&](auto zero) {

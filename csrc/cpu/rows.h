@@ -69,20 +69,24 @@ void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* inverse_s
   }
   for (int64_t i = 4 * quarter; i < channels; ++i) a += load(row + i);
   const A centre = ((a + b) + (c + d)) / static_cast<A>(channels);
+  // What the rounded centre is off by is found on the way: the mean of a row far from zero is exact to its last bit.
+  A e = 0, f = 0, g = 0, h = 0;
   a = b = c = d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
+#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
   for (int64_t i = 0; i < quarter; ++i) {
     const A p = load(row + i) - centre, q = load(row + quarter + i) - centre;
     const A r = load(row + 2 * quarter + i) - centre, s = load(row + 3 * quarter + i) - centre;
-    a += p * p;
-    b += q * q;
-    c += r * r;
-    d += s * s;
+    a += p * p, b += q * q, c += r * r, d += s * s;
+    e += p, f += q, g += r, h += s;
   }
-  for (int64_t i = 4 * quarter; i < channels; ++i) a += (load(row + i) - centre) * (load(row + i) - centre);
-  const A variance = ((a + b) + (c + d)) / static_cast<A>(channels);
-  *mean = centre;
-  *inverse_std = A(1) / __builtin_sqrt(variance + eps);
+  for (int64_t i = 4 * quarter; i < channels; ++i) {
+    const A p = load(row + i) - centre;
+    a += p * p, e += p;
+  }
+  const A residue = ((e + f) + (g + h)) / static_cast<A>(channels);
+  const A variance = ((a + b) + (c + d)) / static_cast<A>(channels) - residue * residue;
+  *mean = centre + residue;
+  *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps);
 }
 
 // dh = r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalised row and g its gradient.
