@@ -19,7 +19,9 @@ from setuptools import setup
 
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", TORCH_2_10]
+ROOT = Path(__file__).resolve().parent
+OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", TORCH_2_10]
+NVCC = ["-O3", "--threads=2", "-DUSE_CUDA", f"-Xcompiler=-fvisibility=hidden,-ffile-prefix-map={ROOT}=."]
 CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("operators", "dispatch", "kernels_generic", "kernels_avx2", "kernels_avx512")]
 CUDA_SOURCES = ["csrc/cuda/operators.cu", "csrc/cuda/resample.cu", "csrc/cuda/layer_norm.cu"]
 
@@ -68,6 +70,7 @@ def extensions() -> dict[str, Any]:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     try:
         import torch
+        from torch.utils import cpp_extension
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         if wanted == "1":
@@ -87,6 +90,8 @@ def extensions() -> dict[str, Any]:
     reason = why_no_cuda(wanted, torch.version.cuda, toolkit)
     if reason is None:
         assert toolkit is not None  # for the type checker: without one there is a reason
+        # A torch without CUDA looks for no toolkit, and compiles for one all the same.
+        cpp_extension.CUDA_HOME = str(toolkit)
         halves.append(
             CppExtension(
                 "crepa_kernels._cuda",
@@ -98,7 +103,7 @@ def extensions() -> dict[str, Any]:
                 extra_link_args=["-Wl,--no-as-needed"],
                 extra_compile_args={
                     "cxx": OPTIMISE,
-                    "nvcc": ["-O3", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden", "--threads=2", "-DUSE_CUDA", TORCH_2_10],
+                    "nvcc": [*NVCC, TORCH_2_10],
                 },
                 py_limited_api=True,
                 optional=wanted != "1",

@@ -140,6 +140,7 @@ def test_statistics_of_tokens_that_nothing_reads_are_zero() -> None:
     assert (grad[~read] == 0).all()
 
 
+@needs_extension
 @each_type
 def test_special_values_pass_through(dtype: torch.dtype) -> None:
     """The identity grid multiplies by one: every value of the type, infinities, NaN and subnormals, comes back."""
