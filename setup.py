@@ -22,7 +22,9 @@ TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 ROOT = Path(__file__).resolve().parent
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", TORCH_2_10]
 NVCC = ["-O3", "--threads=2", "-DUSE_CUDA", f"-Xcompiler=-fvisibility=hidden,-ffile-prefix-map={ROOT}=."]
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("operators", "dispatch", "kernels_generic", "kernels_avx2", "kernels_avx512")]
+CPU_SOURCES = [
+    f"csrc/cpu/{name}.cpp" for name in ("operators", "dispatch", "kernels_generic", "kernels_avx2", "kernels_avx512")
+]
 CUDA_SOURCES = ["csrc/cuda/operators.cu", "csrc/cuda/resample.cu", "csrc/cuda/layer_norm.cu"]
 
 
@@ -75,7 +77,9 @@ def extensions() -> dict[str, Any]:
     except ImportError as error:
         if wanted == "1":
             raise
-        say(f"torch is not there to build against ({error}; use --no-build-isolation): installing without the extension")
+        say(
+            f"torch is not there to build against ({error}; use --no-build-isolation): installing without the extension"
+        )
         return {}
 
     halves = [

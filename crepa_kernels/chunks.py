@@ -9,9 +9,10 @@ import torch
 from .grid import count
 from .problem import Problem
 
-# Tokens worked on at a time: a CPU's caches like few, a GPU's launches want many.
+# Tokens worked on at a time: a CPU's caches like few. A GPU's launches want many, and every one costs fp32 rows of p, y
+# and z: more than this, and a short clip's peak passes that of the eager loss.
 _CHUNK_TOKENS = {"cpu": 1024}
-_CHUNK_TOKENS_ELSEWHERE = 65536
+_CHUNK_TOKENS_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)

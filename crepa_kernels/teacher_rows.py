@@ -12,7 +12,10 @@ from .problem import NORM_FLOOR, Problem
 
 
 class TeacherRows:
-    """Unit teacher rows on the common grid, one clip at a time; each frame is made once and dropped when passed."""
+    """Unit teacher rows on the common grid, one clip at a time; each frame is made once and dropped when passed.
+
+    Chunks are asked for in order: ``own`` first, then ``combined``.
+    """
 
     def __init__(self, problem: Problem, weights: torch.Tensor):
         self.problem, self.weights = problem, weights
@@ -26,10 +29,7 @@ class TeacherRows:
 
     def unit(self, clip: int, frame: int) -> torch.Tensor:
         """Rows (M, E) of the teacher frame of student frame ``frame``; zero if it does not exist."""
-        if clip != self.clip:
-            self.clip, self.rows = clip, {}
         if frame not in self.rows:
-            self.rows = {k: rows for k, rows in self.rows.items() if k >= frame - 2 * self.reach - 1}
             features = self._features(clip, frame).to(self.problem.statistics_type)
             if self.problem.teacher_mask is not None:
                 features = features.where(self.problem.teacher_mask[clip, frame], 0)
@@ -50,8 +50,16 @@ class TeacherRows:
 
     def own(self, chunk: Chunk) -> torch.Tensor:
         """(frames x M, E)."""
-        rows = [self.unit(chunk.clip, frame) for frame in range(chunk.start, chunk.stop)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if chunk.clip != self.clip:
+            self.clip, self.rows = chunk.clip, {}
+        self.rows = {k: rows for k, rows in self.rows.items() if k >= chunk.start - self.reach}
+        frames = range(chunk.start, chunk.stop)
+        rows = [self.unit(chunk.clip, frame) for frame in frames]
+        if len(rows) == 1:
+            return rows[0]
+        own = torch.cat(rows)
+        self.rows |= zip(frames, own.split(self.problem.plan.tokens), strict=True)
+        return own
 
     def combined(self, chunk: Chunk, own: torch.Tensor) -> torch.Tensor:
         """z = y + the weighted neighbours, (frames x M, E); ``own`` itself where there are none."""

@@ -136,7 +136,9 @@ def test_statistics_of_tokens_that_nothing_reads_are_zero() -> None:
     assert (inverse_std[read] > 0).all()
     assert (mean[~read] == 0).all()
     assert (inverse_std[~read] == 0).all()
-    grad = layer_norm_resample_backward_op(draw((3, 3), torch.float32), tokens, mean, inverse_std, (9, 9), (3, 3), False)
+    grad = layer_norm_resample_backward_op(
+        draw((3, 3), torch.float32), tokens, mean, inverse_std, (9, 9), (3, 3), False
+    )
     assert (grad[~read] == 0).all()
 
 
@@ -148,7 +150,9 @@ def test_special_values_pass_through(dtype: torch.dtype) -> None:
         values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     else:
         info = torch.finfo(dtype)
-        values = torch.tensor([0.0, -0.0, 1.0, info.max, -info.max, info.tiny, info.tiny / 8, float("inf")], dtype=dtype)
+        values = torch.tensor(
+            [0.0, -0.0, 1.0, info.max, -info.max, info.tiny, info.tiny / 8, float("inf")], dtype=dtype
+        )
         values = torch.cat([values, -values, torch.tensor([float("nan")], dtype=dtype)])
     tokens = values.view(1, 1, -1).expand(1, 4, -1)
     out = resample_tokens(tokens, (2, 2), (2, 2), antialias=False)

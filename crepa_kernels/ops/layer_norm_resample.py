@@ -41,7 +41,14 @@ def normalise_and_resample_backward(
     """In PyTorch: gradient of the above with respect to ``tokens``, for ``grad`` (..., M, C)."""
     dx = resample_adjoint(grad, source, target, antialias)
     return torch.ops.aten.native_layer_norm_backward(
-        dx, tokens, tokens.shape[-1:], mean[..., None], inverse_std[..., None], _ones(tokens), None, [True, False, False]
+        dx,
+        tokens,
+        tokens.shape[-1:],
+        mean[..., None],
+        inverse_std[..., None],
+        _ones(tokens),
+        None,
+        [True, False, False],
     )[0].contiguous()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.resample import resample, resample_adjoint
+from ..ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 from .chunks import RowChunk
 from .frames import Clip, FrameTables
 from .statistics import TokenFrames, layer_norm_backward, token_statistics
@@ -102,7 +102,7 @@ class Student:
         framed = normalised.view(-1, spatial.student_tokens, width)
         if spatial.change == "pool":
             return framed.mean(dim=1)
-        return resample(framed, spatial.student_grid, spatial.grid, spatial.antialias).view(-1, width)
+        return resample_tokens_op(framed, spatial.student_grid, spatial.grid, spatial.antialias).view(-1, width)
 
     def normalised_gradient(
         self,
@@ -117,7 +117,7 @@ class Student:
         span, spatial, repeat = self.span(chunk), self.spatial, 1
         if spatial.change == "resample":
             framed = grad.view(-1, self.clip.tokens, grad.shape[1])
-            grad = resample_adjoint(framed, spatial.student_grid, spatial.grid, spatial.antialias)
+            grad = resample_tokens_adjoint_op(framed, spatial.student_grid, spatial.grid, spatial.antialias)
             grad = grad.view(-1, framed.shape[2])
         elif spatial.change == "pool":
             repeat = spatial.student_tokens
