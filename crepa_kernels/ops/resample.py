@@ -63,7 +63,7 @@ def _needs_fp32(tokens: torch.Tensor, antialias: bool) -> bool:
 
 
 def check_tokens(tokens: torch.Tensor, grid: Sequence[int], other: Sequence[int]) -> None:
-    """ValueError unless ``tokens`` are (..., N, C), floating point, N on ``grid``, and both grids have two sizes > 0."""
+    """ValueError unless ``tokens`` are (..., N, C), floating point, N on ``grid``, and both grids have sizes > 0."""
     for sizes in (grid, other):
         if len(sizes) != 2 or min(sizes) < 1:
             raise ValueError(f"a grid must be (height, width), two positive integers, got {tuple(sizes)}")
