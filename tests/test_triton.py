@@ -52,7 +52,10 @@ def triton_results(case: Case, tensors: Tensors, recompute: bool = False, path: 
     """By ``path`` where nothing is kept for a backward pass; ``recompute`` makes that so with gradients as well."""
     dtype = tensors["h"].dtype
     choice = tiles.choose(tensors["h"].device, case.hidden_size, case.feature_size, dtype)
-    with tiles.forced(replace(choice, inference=path)), chunks_of(40 if recompute else chunks.CHUNK_TOKENS):
+    with (
+        tiles.forced(replace(choice, inference=path)),
+        chunks_of(min(40, chunks.CHUNK_TOKENS) if recompute else chunks.CHUNK_TOKENS),
+    ):
         projector = case.projector(tensors)
         h = tensors["h"].detach().requires_grad_("h" in case.required)
         output = crepa_loss(h, tensors["y"], projector, backend="triton", recompute=recompute, **case.options)

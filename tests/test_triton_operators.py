@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -185,8 +184,7 @@ def test_activation_checkpointing(reentrant: bool, device: str) -> None:
     tensors = to(device, case.tensors(torch.bfloat16))
     expected = triton_results(replace(case, required=("h",)), tensors)["h"]
     h = tensors["h"].clone().requires_grad_()
-    call: Callable[[torch.Tensor], torch.Tensor] = lambda h: loss_of(case, h, tensors)  # noqa: E731
-    checkpoint(call, h, use_reentrant=reentrant).backward()
+    checkpoint(lambda h: loss_of(case, h, tensors), h, use_reentrant=reentrant).backward()
     assert torch.equal(h.grad.cpu(), expected)
 
 
@@ -223,8 +221,7 @@ def test_recompute_keeps_nothing_of_size_tokens_by_features(device: str, operato
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss_of(case, h, tensors, recompute=recompute)
         sizes[recompute] = sum(kept)
-    rows = case.batch * case.frames * 12
-    assert sizes[False] - sizes[True] == rows * case.feature_size
+    assert sizes[False] - sizes[True] == case.batch * case.frames * 12 * case.feature_size
 
 
 def test_bad_calls_name_the_reason() -> None:
@@ -235,10 +232,13 @@ def test_bad_calls_name_the_reason() -> None:
     assert "triton" in available_backends()
 
 
-def test_an_index_outside_the_teacher_is_nan_and_not_another_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+@on_each_device
+def test_an_index_outside_the_teacher_is_nan_and_not_another_frame(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU its values cannot be checked without waiting for it."""
     case = simple(teacher_grid=(3, 4))
-    tensors = case.tensors(torch.float32)
+    tensors = to(device, case.tensors(torch.float32))
     index = torch.tensor([0, 1, 2, 4])
     with monkeypatch.context() as patched:
         patched.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -260,7 +260,6 @@ def test_shards_of_the_tokens_add_up(options: dict[str, Any], backend: str, dtyp
     """Sequence parallelism: losses, metrics and gradients of token ranges sum to those of the whole clip."""
     case = simple(**options)
     tensors = to(device, case.tensors(dtype))
-    grid = {"backend": backend, **case.options}
 
     def run(h: torch.Tensor, **extra: Any) -> list[torch.Tensor]:
         projector = CrepaProjector(16, 8).to(device)
@@ -269,11 +268,10 @@ def test_shards_of_the_tokens_add_up(options: dict[str, Any], backend: str, dtyp
             "1.bias": tensors["bias"],
         })  # fmt: skip
         h = h.detach().requires_grad_()
-        output = crepa_loss(h, tensors["y"], projector, **grid, **extra)
+        output = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options, **extra)
         return [*(t.detach() for t in output), *torch.autograd.grad(output.loss, [h, *projector.parameters()])]
 
-    whole = run(tensors["h"])
-    flat = tensors["h"].flatten(1, 2)
+    whole, flat = run(tensors["h"]), tensors["h"].flatten(1, 2)
     summed: list[torch.Tensor] | None = None
     for start, stop in ((0, 7), (7, 24), (24, 48)):
         part = run(flat[:, start:stop], token_range=(start, stop))
@@ -341,10 +339,11 @@ def test_no_host_synchronisation_and_a_graph_that_replays(
         assert torch.equal(value, replayed)
 
 
-def test_chunks_cover_all_rows_once() -> None:
+@on_each_device
+def test_chunks_cover_all_rows_once(device: str) -> None:
+    case = simple(teacher_grid=(3, 4))
+    tensors = to(device, case.tensors(torch.bfloat16))
     with chunks_of(1):
-        case = simple(teacher_grid=(3, 4))
-        tensors = case.tensors(torch.bfloat16)
         small = triton_results(case, tensors, recompute=True)
     large = triton_results(case, tensors)
     for name in GRADIENTS:
