@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import GRADIENTS, Case, draw
+from cases import GRADIENTS, Case, draw, simple
 from devices import on_each_device
 from oracle import METRICS, truth
 from test_loss import Results, Tensors, errors, results, yardstick
@@ -98,3 +98,11 @@ def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, device
     """Each seed takes one way through the kernels and one type; all of them come round, CI's share included."""
     recompute, path = [(False, "split"), (True, "one_pass"), (True, "split")][seed % 3]
     check(draw(seed), NARROW[seed // 3 % 3], device, recompute, path)
+
+
+@on_each_device
+@pytest.mark.parametrize("path", ["split", "one_pass"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_without_gradients(dtype: torch.dtype, path: str, device: str) -> None:
+    """fp16 tokens fold LayerNorm into the product only here."""
+    check(simple(teacher_grid=(3, 4), mean=10.0, std=3.0, required=()), dtype, device, False, path)

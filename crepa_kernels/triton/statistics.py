@@ -60,9 +60,20 @@ def _statistics_kernel(
         total += tl.sum(high, axis=1)
     mean = total / width
     low = low - mean[:, None]
-    squares = tl.sum(low * low, axis=1)
     if HI > 0:
         high = tl.where(there, high - mean[:, None], 0)
+    if NORMALISE:
+        # A large mean is rounded to more than the tokens spread: what is left of it shows once it is off.
+        left = tl.sum(low, axis=1)
+        if HI > 0:
+            left += tl.sum(high, axis=1)
+        left = left / width
+        mean += left
+        low = low - left[:, None]
+        if HI > 0:
+            high = tl.where(there, high - left[:, None], 0)
+    squares = tl.sum(low * low, axis=1)
+    if HI > 0:
         squares += tl.sum(high * high, axis=1)
     inverse_std = 1 / tl.sqrt(squares / width + eps)
     tl.store(mean_out + row, mean, mask=inside)
