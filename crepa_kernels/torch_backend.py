@@ -24,7 +24,11 @@ import torch.nn.functional as F
 from .chunks import Chunk, is_readable, plan_chunks
 from .compiling import constant_when_compiled
 from .grid import SpatialPlan
-from .ops.layer_norm_resample import layer_norm_resample_backward_op, layer_norm_resample_op
+from .ops.layer_norm_resample import (
+    layer_norm_resample_backward_op,
+    layer_norm_resample_backward_out_op,
+    layer_norm_resample_op,
+)
 from .problem import NORM_FLOOR, CrepaOutput, Problem
 from .reduction import plan_reduction, reduce_frames
 from .teacher_rows import TeacherRows
@@ -130,17 +134,23 @@ class _Student:
                 x = x.mean(dim=1)
         return _Aligned(x.view(-1, width), tokens, mean, inverse_std)
 
-    def align_backward(self, grad: torch.Tensor, aligned: _Aligned) -> torch.Tensor:
-        """dh (frames, P, D) of the chunk from the gradient (frames x M, D) of its aligned rows."""
+    def align_backward(self, grad: torch.Tensor, aligned: _Aligned, out: torch.Tensor) -> None:
+        """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
         tokens, mean, inverse_std, plan = aligned.tokens, aligned.mean, aligned.inverse_std, self.plan
         shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
         if plan.student == "resample":
             geometry = (plan.student_grid, plan.grid, plan.antialias)
-            return layer_norm_resample_backward_op(shaped, tokens, mean, inverse_std, *geometry)
+            if out.dtype == tokens.dtype:
+                layer_norm_resample_backward_out_op(shaped, tokens, mean, inverse_std, *geometry, out)
+            else:
+                out.copy_(layer_norm_resample_backward_op(shaped, tokens, mean, inverse_std, *geometry))
+            return
         spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
-        return torch.ops.aten.native_layer_norm_backward(
-            spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
-        )[0]
+        out.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
+            )[0]
+        )
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """p = x W'ᵀ + c in the wide type."""
@@ -288,7 +298,7 @@ class _Gradients:
             rows = out.view(aligned.rows.shape)
             self._equal_grids(g, g_dot_p, aligned.rows, aligned.inverse_std, rows)
         else:
-            out.copy_(student.align_backward(g.to(student.narrow) @ student.weight, aligned))
+            student.align_backward(g.to(student.narrow) @ student.weight, aligned, out)
 
     def _equal_grids(
         self, g: torch.Tensor, g_dot_p: torch.Tensor, x: torch.Tensor, inverse_std: torch.Tensor, out: torch.Tensor

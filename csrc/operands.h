@@ -90,6 +90,12 @@ inline void check_backward(const Tensor& grad, const Tensor& tokens, const Tenso
   }
 }
 
+inline void check_out(const Tensor& out, const Tensor& tokens) {
+  check_match(out, tokens, "out");
+  check_shape(out, tokens, tokens.size(tokens.dim() - 2), true, "out");
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous, got strides ", numbers(out.strides()));
+}
+
 // Leading axes as a list of frames; rows and channels as they lie.
 struct Frames {
   Tensor tensor;

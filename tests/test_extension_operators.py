@@ -15,7 +15,11 @@ from resampling import exact
 
 from crepa_kernels import resample_tokens
 from crepa_kernels.ops import extension, has_extension
-from crepa_kernels.ops.layer_norm_resample import layer_norm_resample_backward_op, layer_norm_resample_op
+from crepa_kernels.ops.layer_norm_resample import (
+    layer_norm_resample_backward_op,
+    layer_norm_resample_backward_out_op,
+    layer_norm_resample_op,
+)
 from crepa_kernels.ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 
 needs_extension = pytest.mark.skipif(not has_extension("cpu"), reason="the C++ extension is not built")
@@ -71,6 +75,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (resample_tokens_adjoint_op, (grad.clone().requires_grad_(), *GEOMETRY, True)),
         (layer_norm_resample_op, (tokens.clone().requires_grad_(), *GEOMETRY, True, 1e-5)),
         (layer_norm_resample_backward_op, (grad, tokens, mean, inverse_std, *GEOMETRY, True)),
+        (layer_norm_resample_backward_out_op, (grad, tokens, mean, inverse_std, *GEOMETRY, True, tokens.clone())),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments)
@@ -209,6 +214,18 @@ def test_bad_input_is_an_error_with_the_numbers(arguments: tuple[Any, ...], numb
             operator(*arguments, *rest)
         for number in numbers:
             assert any(part in str(caught.value) for part in number.split("|")), str(caught.value)
+
+
+def test_the_gradient_is_written_where_it_is_asked_for() -> None:
+    tokens = tokens_of(torch.float32)
+    _, mean, inverse_std = layer_norm_resample_op(tokens, *GEOMETRY, True, 1e-5)
+    grad = torch.randn(2, 18, 3)
+    whole = torch.full((4, 20, 3), torch.nan)
+    layer_norm_resample_backward_out_op(grad, tokens, mean, inverse_std, *GEOMETRY, True, whole[1:3])
+    expected = layer_norm_resample_backward_op(grad, tokens, mean, inverse_std, *GEOMETRY, True)
+    assert torch.equal(whole[1:3], expected)
+    assert whole[0].isnan().all()
+    assert whole[3].isnan().all()
 
 
 @needs_extension

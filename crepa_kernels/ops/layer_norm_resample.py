@@ -64,8 +64,13 @@ define(
     "layer_norm_resample_backward",
     f"(Tensor grad, Tensor tokens, Tensor mean, Tensor inverse_std, {_GEOMETRY}) -> Tensor",
 )
-keeps_type("layer_norm_resample")
-keeps_type("layer_norm_resample_backward")
+define(
+    "layer_norm_resample_backward_out",
+    f"(Tensor grad, Tensor tokens, Tensor mean, Tensor inverse_std, {_GEOMETRY}, Tensor(a!) out) -> ()",
+)
+for _name in ("layer_norm_resample", "layer_norm_resample_backward", "layer_norm_resample_backward_out"):
+    keeps_type(_name)
+layer_norm_resample_backward_out_op = torch.ops.crepa_kernels.layer_norm_resample_backward_out.default
 layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
 layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
 
@@ -122,6 +127,36 @@ def _(
     check_tokens(tokens, source_grid, target_grid)
     check_tokens(grad, target_grid, source_grid)
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("crepa_kernels::layer_norm_resample_backward_out", "CompositeExplicitAutograd")
+def _(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    source_grid: Sequence[int],
+    target_grid: Sequence[int],
+    antialias: bool,
+    out: torch.Tensor,
+) -> None:
+    geometry = (source_grid, target_grid, antialias)
+    out.copy_(layer_norm_resample_backward_op(grad, tokens, mean, inverse_std, *geometry))
+
+
+@torch.library.register_fake("crepa_kernels::layer_norm_resample_backward_out")
+def _(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    source_grid: Sequence[int],
+    target_grid: Sequence[int],
+    antialias: bool,
+    out: torch.Tensor,
+) -> None:
+    check_tokens(tokens, source_grid, target_grid)
+    check_tokens(grad, target_grid, source_grid)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:

@@ -7,7 +7,7 @@ namespace crepa {
 namespace {
 
 // Rows of a frame are still in a core's cache when the next operator reads them; from here on they are not.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
 constexpr int64_t kBytesPerThread = int64_t(64) << 10;
 
 template <typename A>
@@ -129,10 +129,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Gri
   return {out, mean, inverse_std};
 }
 
-Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
-                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias,
+                                      Tensor out) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
-  Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
+  check_out(out, tokens);
   const Tensor means = torch::stable::contiguous(mean), inverses = torch::stable::contiguous(inverse_std);
   dispatch(tokens, [&](auto zero) {
     using T = decltype(zero);
@@ -140,6 +141,13 @@ Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, co
     run<T>(grad, out, &tokens, source, target, antialias, true, {&means, &inverses, 0},
            kernels<T>().layer_norm_resample_backward);
   });
+}
+
+Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+  check_backward(grad, tokens, mean, inverse_std, source, target);
+  Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
+  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out);
   return out;
 }
 
@@ -150,6 +158,7 @@ STABLE_TORCH_LIBRARY_IMPL(crepa_kernels, CPU, library) {
   library.impl("resample_tokens_adjoint", TORCH_BOX(&resample_tokens_adjoint));
   library.impl("layer_norm_resample", TORCH_BOX(&layer_norm_resample));
   library.impl("layer_norm_resample_backward", TORCH_BOX(&layer_norm_resample_backward));
+  library.impl("layer_norm_resample_backward_out", TORCH_BOX(&layer_norm_resample_backward_out));
 }
 
 }  // namespace crepa

@@ -159,13 +159,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& input, Grid
   return {out, mean, inverse_std};
 }
 
-Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
-                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias,
+                                      Tensor out) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
   const Storage storage = storage_of(tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
-  if (out.numel() == 0) return out;
+  check_out(out, tokens);
+  if (out.numel() == 0) return;
   const Tensor means = torch::stable::contiguous(mean), inverses = torch::stable::contiguous(inverse_std);
   Tensor from = grad, normalised = tokens;
   Task task = make_task(from, out, source, target, antialias, true);
@@ -175,6 +176,13 @@ Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, co
   choose_tile(task, 1, 4, weight_size(tokens), false);
   launch_layer_norm_resample_backward(task, storage, current_stream(tokens));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+  check_backward(grad, tokens, mean, inverse_std, source, target);
+  Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
+  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out);
   return out;
 }
 
@@ -185,6 +193,7 @@ STABLE_TORCH_LIBRARY_IMPL(crepa_kernels, CUDA, library) {
   library.impl("resample_tokens_adjoint", TORCH_BOX(&resample_tokens_adjoint));
   library.impl("layer_norm_resample", TORCH_BOX(&layer_norm_resample));
   library.impl("layer_norm_resample_backward", TORCH_BOX(&layer_norm_resample_backward));
+  library.impl("layer_norm_resample_backward_out", TORCH_BOX(&layer_norm_resample_backward_out));
 }
 
 }  // namespace crepa
