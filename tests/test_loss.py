@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +40,15 @@ def results(case: Case, tensors: Tensors, backend: str) -> Results:
     return {**{name: getattr(output, name).detach() for name in METRICS}, **gradients}
 
 
-def mirrored(tensors: Tensors) -> Tensors:
-    """The same problem with the channels of h in reverse: other sums, other roundings, the same answer."""
-    along = ("h", "gamma", "beta", "weight")
-    return {name: t.flip(-1) if t is not None and name in along else t for name, t in tensors.items()}
+def turned(values: dict[str, Any], order: int) -> dict[str, Any]:
+    """The channels of h and of the features, of inputs or of results, in another order that undoes itself.
+
+    ``order`` 0 leaves them alone, 1 mirrors both widths, 2 mirrors that of the features alone.
+    """
+    axes = {"h": (-1,), "gamma": (-1,), "beta": (-1,), "weight": (-2, -1), "bias": (-1,), "y": (-1,)}
+    of_features = {"weight": (-2,), "bias": (-1,), "y": (-1,)}
+    flips = ({}, axes, of_features)[order]
+    return {name: t if t is None else t.flip(flips.get(name, ())) for name, t in values.items()}
 
 
 def errors(exact: Truth, found: Results, floored: bool) -> dict[str, float]:
@@ -56,15 +62,10 @@ def errors(exact: Truth, found: Results, floored: bool) -> dict[str, float]:
 def yardstick(exact: Truth, eager: Callable[[Tensors], Results], tensors: Tensors, floored: bool) -> dict[str, float]:
     """Errors of eager arithmetic in the same type.
 
-    One error is a draw, of a single number often 0 by luck, so it is the larger of two orders of summation.
+    One error is a draw, of a single number often 0 by luck, so it is the largest over three orders of summation.
     """
-    plain = errors(exact, eager(tensors), floored)
-    turned = {
-        name: value.flip(-1) if name in ("h", "gamma", "beta", "weight") else value
-        for name, value in eager(mirrored(tensors)).items()
-    }
-    other = errors(exact, turned, floored)
-    return {name: max((e for e in (plain[name], other[name]) if e == e), default=0.0) for name in plain}
+    draws = [errors(exact, turned(eager(turned(tensors, order)), order), floored) for order in range(3)]
+    return {name: max((e[name] for e in draws if e[name] == e[name]), default=0.0) for name in draws[0]}
 
 
 def eager_results(case: Case, backend: str) -> Callable[[Tensors], Results]:

@@ -211,6 +211,8 @@ def test_bad_resampling(call: tuple[Any, ...], message: str) -> None:
 
 
 def test_available_backends() -> None:
-    assert available_backends() == ("reference", "torch")
-    for name in available_backends():
+    """Slowest first, and each of them runs; Triton is there with a GPU, or with its interpreter switched on."""
+    names = available_backends()
+    assert names in (("reference", "torch"), ("reference", "torch", "triton"))
+    for name in names:
         assert crepa_loss(**arguments(), backend=name).loss.isfinite()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENTS, Case, simple
-from oracle import METRICS, grid_weights, row_norms
+from oracle import METRICS, grid_weights, row_norms, truth
 from torch import nn
 
 from crepa_kernels import CrepaOutput, CrepaProjector, crepa_loss, resample_tokens, similarity_matrix
@@ -235,6 +235,21 @@ def test_all_zero_rows(align: str, dtype: torch.dtype, backend: str) -> None:
     if dtype in (torch.float64, torch.float32):
         # dp = g z / 1e-12 and LayerNorm of a zero row divides by sqrt(eps): 1e12 x 300 / the number of tokens.
         assert 1e10 < gradients["h"].abs().max() < 1e16
+
+
+@both_backends
+@pytest.mark.parametrize("affine", ["both", "scale", "none"])
+@pytest.mark.parametrize("options", list(PADDED.values()), ids=list(PADDED))
+def test_rows_below_the_floor(options: dict[str, Any], affine: str, backend: str) -> None:
+    """0 < |p| < 1e-12, with and without an offset: divided by a constant, so nothing of p is projected out of dp."""
+    case = simple(affine=affine, linear_bias=False, tiny=True, **options)
+    tensors = case.tensors(torch.float64)
+    exact = truth(case, tensors)
+    assert exact.floored.all()
+    output, gradients = case.run(tensors, backend)
+    torch.testing.assert_close(output.loss, exact.results["loss"], rtol=1e-10, atol=0)  # fp64
+    for name, gradient in gradients.items():
+        assert (gradient - exact.results[name]).norm() <= 1e-10 * exact.results[name].norm(), name
 
 
 def test_resampling_before_projecting_is_resampling_after() -> None:
