@@ -30,13 +30,16 @@ aot: $(VENV)/.test
 
 # These two run with the GPU machine's own Python and torch, in no virtual environment.
 gpu-check:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_triton.py tests/test_triton_operators.py
+	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_triton.py tests/test_triton_operators.py tests/test_extension_cuda.py
 	@if command -v compute-sanitizer >/dev/null; then \
 		PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benches.gpu --gate; \
 	else echo "compute-sanitizer is not installed: memory was not checked"; fi
 
 bench-gpu:
+	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m benches.gpu
+	PYTHONPATH=. $(PYTHON) -m benches.bench_resample --device cuda --out benches/results/resample-gpu.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -47,6 +50,7 @@ bench: $(VENV)/.test
 	mkdir -p benches/results
 	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json
 	$(BIN)/python -m benches.table
+	$(BIN)/python -m benches.bench_resample --out benches/results/resample-cpu.json
 
 # One binary for every Python and torch >= 2.10; abi3audit reads its symbols.
 wheel: $(VENV)/.test
