@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
 TRITON_TESTS := tests/test_triton.py tests/test_triton_operators.py tests/test_ahead_of_time.py
 
-.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
+.PHONY: gpu demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -28,15 +28,18 @@ test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
 aot: $(VENV)/.test
 	$(BIN)/pytest -q tests/test_ahead_of_time.py
 
+gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA or ROCm GPU was found: nothing to launch')"
+
 # These two run with the GPU machine's own Python and torch, in no virtual environment.
-gpu-check:
+gpu-check: gpu
 	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_triton.py tests/test_triton_operators.py tests/test_extension_cuda.py
 	@if command -v compute-sanitizer >/dev/null; then \
 		PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benches.gpu --gate; \
 	else echo "compute-sanitizer is not installed: memory was not checked"; fi
 
-bench-gpu:
+bench-gpu: gpu
 	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m benches.gpu
 	PYTHONPATH=. $(PYTHON) -m benches.bench_resample --device cuda --out benches/results/resample-gpu.json

@@ -1,4 +1,4 @@
-"""The shapes that people train (DESIGN section 6): what the benches and their tables go through."""
+"""The shapes that people train: what the benches and their tables go through."""
 
 from __future__ import annotations
 

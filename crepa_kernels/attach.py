@@ -1,4 +1,4 @@
-"""Attaching the projector to a transformer, and the checks that it stays as it was attached (SPEC section 7)."""
+"""Attaching the projector to a transformer, and the checks that it stays as it was attached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden states out of a stock transformer, by forward hooks (SPEC section 7)."""
+"""Hidden states out of a stock transformer, by forward hooks."""
 
 from __future__ import annotations
 

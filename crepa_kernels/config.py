@@ -1,4 +1,4 @@
-"""`CrepaConfig`: one validated schema for the JSON file, the command line and a form (SPEC section 5)."""
+"""`CrepaConfig`: one validated schema for the JSON file, the command line and a form."""
 
 from __future__ import annotations
 

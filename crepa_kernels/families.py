@@ -1,4 +1,4 @@
-"""Model families: one row for each diffusers transformer class that CREPA can be attached to (SPEC section 7)."""
+"""Model families: one row for each diffusers transformer class that CREPA can be attached to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixel frames and latent frames: which frame of the clip teaches which latent frame (SPEC section 3).
+"""Pixel frames and latent frames: which frame of the clip teaches which latent frame.
 
 A causal video VAE maps P pixel frames to T latent frames: latent 0 is pixel frame 0, each further latent
 covers a group of frames. All of it is integer arithmetic on the host.

@@ -1,4 +1,4 @@
-"""`CrepaRegularizer`: CREPA on a stock diffusers transformer, in one object for a training step (SPEC section 8)."""
+"""`CrepaRegularizer`: CREPA on a stock diffusers transformer, in one object for a training step."""
 
 from __future__ import annotations
 

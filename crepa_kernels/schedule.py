@@ -1,4 +1,4 @@
-"""The weight of the loss over training, and its cutoff by similarity (SPEC section 6)."""
+"""The weight of the loss over training, and its cutoff by similarity."""
 
 from __future__ import annotations
 

@@ -106,8 +106,9 @@ def neighbour_weights(case: Any, exists: torch.Tensor) -> torch.Tensor:
 def truth(case: Any, tensors: dict[str, torch.Tensor | None], wide: torch.dtype = torch.float64) -> Truth:
     """Loss, metrics and all gradients of ``case`` on ``tensors`` (h, y, gamma, beta, weight, bias), in float64.
 
-    With ``wide`` fp32 this is the eager arithmetic of SPEC section 1.9 instead: ``F.layer_norm`` and all else in
-    fp32, the product's operands and result rounded to the type of h. Its error is the yardstick of ``reference``.
+    With ``wide`` fp32 this is the eager arithmetic that crepa_loss promises for its types instead: ``F.layer_norm``
+    and all else in fp32, the product's operands and result rounded to the type of h. Its error is the yardstick of
+    ``reference``.
     """
     exact = wide == torch.float64
     narrow = wide if exact else tensors["h"].dtype

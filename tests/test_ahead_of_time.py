@@ -128,7 +128,7 @@ def test_operations_are_those_of_three_products() -> None:
 
 
 def launch_table(request: Request) -> list[str]:
-    """One line a launch: matrix operations and bytes, and the bytes of DESIGN section 2's floor at the end."""
+    """One line a launch: matrix operations and bytes, and the bytes that must move at the end."""
     rows, size = request.frames * request.tokens, 2
     h, e = rows * request.hidden_size * size, rows * request.feature_size * size
     lines = ["| launch | GFLOP | read MB | written MB |", "|---|---|---|---|"]

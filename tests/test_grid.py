@@ -18,13 +18,13 @@ from crepa_kernels.ops.resample import resample_tokens_adjoint_op, resample_toke
 pytestmark = pytest.mark.usefixtures("one_thread")
 Grid = tuple[int, int]
 
-# The grids that people train (DESIGN section 6) against DINOv2's at 518 and at 224 pixels, both ways.
+# The grids that people train against DINOv2's at 518 and at 224 pixels, both ways.
 STUDENTS: list[Grid] = [(30, 52), (45, 80), (22, 40), (16, 24), (22, 38), (32, 48), (30, 45), (30, 53)]
 TEACHERS: list[Grid] = [(37, 37), (16, 16)]
 TRAINED = [pair for s, t in itertools.product(STUDENTS, TEACHERS) for pair in ((s, t), (t, s))]
 SIDES = (1, 2, 3, 5, 8)
 ODD = [(s, t) for s in itertools.product(SIDES, SIDES) for t in itertools.product((1, 2, 7), (1, 3, 6))]
-# The type's own roundings of a sum of a few hundred taps: 8, as DESIGN section 5 has it.
+# The type's own roundings of a sum of a few hundred taps: 8 eps.
 TYPES = {t: 8 * torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 types = pytest.mark.parametrize("dtype", list(TYPES), ids=str)

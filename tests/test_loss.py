@@ -92,7 +92,7 @@ def test_float64_results_are_exact(seed: int) -> None:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @seeds
 def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, dtype: torch.dtype) -> None:
-    """At most max(2 x eager's, 8 eps x the norm without cancellation): DESIGN section 5."""
+    """At most max(2 x eager's, 8 eps x the norm without cancellation)"""
     case = draw(seed)
     tensors = case.tensors(dtype)
     exact = truth(case, tensors)

@@ -118,7 +118,7 @@ def test_types(case: Case, dtype: torch.dtype, weights_type: torch.dtype, backen
         assert gradient.dtype == tensors[name].dtype
         assert gradient.shape == tensors[name].shape
     exact = truth(case, tensors)
-    # The larger rounding of the two types; 8 eps as in DESIGN section 5.
+    # The larger rounding of the two types; 8 eps of it.
     eps = max(torch.finfo(dtype).eps, torch.finfo(weights_type).eps)
     for name in GRADIENTS:
         assert (gradients[name].double() - exact.results[name]).norm() <= 8 * eps * exact.size(name)

@@ -20,7 +20,7 @@ from crepa_kernels import CrepaProjector, crepa_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_backends = pytest.mark.parametrize("backend", ["reference", "torch"])
-# The shapes for which DESIGN section 4 states a bound: student resampled, and equal grids.
+# The shapes with a bound on kept bytes: student resampled, and equal grids.
 GRIDS = {"30x52-to-16x16": ((30, 52), (16, 16)), "16x26": ((16, 26), (16, 26))}
 
 

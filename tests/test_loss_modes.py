@@ -253,7 +253,7 @@ def test_rows_below_the_floor(options: dict[str, Any], affine: str, backend: str
 
 
 def test_resampling_before_projecting_is_resampling_after() -> None:
-    """``"teacher"`` is the loss of projected, then resampled tokens: SPEC section 2."""
+    """``"teacher"`` is the loss of projected, then resampled tokens."""
     case = simple(spatial_align="teacher", hidden_size=12)
     tensors = case.tensors(torch.float64)
     projector = case.projector(tensors)

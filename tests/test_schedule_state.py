@@ -170,7 +170,7 @@ def test_a_run_resumed_between_micro_batches_decides_bitwise_the_same(
 
 
 def slow_trace(crepa: CrepaSchedule, steps: list[list[tuple[float, int]]]) -> list[Decision]:
-    """SPEC section 6 with everything on the host and the average computed anew at every step."""
+    """The schedule's rules with everything on the host and the average computed anew at every step."""
     config = crepa.config
     decisions: list[Decision] = []
     means: list[tuple[int, float, int]] = []

@@ -68,7 +68,7 @@ def triton_results(case: Case, tensors: Tensors, recompute: bool = False, path: 
 
 
 def check(case: Case, dtype: torch.dtype, device: str, recompute: bool, path: str) -> dict[str, float]:
-    """Asserts DESIGN section 5's bound, max(2 x eager's, 8 eps x the norm without cancellation)."""
+    """Asserts the bound, max(2 x eager's, 8 eps x the norm without cancellation)."""
     tensors = case.tensors(dtype)
     found = triton_results(case, to(device, tensors), recompute, path)
     for name, value in found.items():

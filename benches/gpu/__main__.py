@@ -23,7 +23,7 @@ from benches.gpu.plot import plot
 from benches.gpu.workload import Workload
 from benches.shapes import RESAMPLED, SAME_GRID, Shape
 
-# KERNELS.md's prediction for an H200, ms of forward + backward.
+# docs/kernels.md's prediction for an H200, ms of forward + backward.
 PREDICTED_H200 = {"wan-14b-480p": 2.466, "wan-1.3b-480p": 0.876, "ltx-2b": 0.247}
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -25,7 +25,7 @@ WIDTHS = [(1536, 384), (1536, 1536), (5120, 1536), (1001, 77)]
 
 
 class GateError(Exception):
-    """A result is further from float64 than DESIGN section 5 allows."""
+    """A result is further from float64 than max(2 x eager's error, 8 eps) allows."""
 
 
 def _results(backend: str, dtype: torch.dtype, width: int, features: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,11 @@ class Workload:
         return self.step(compiled)
 
     def floor(self, copy_rate: float, matrix_rate: float) -> Floor:
-        """DESIGN section 4's honest floor, its three products measured here, and the physical one."""
+        """Two lower bounds in ms: the honest one, made of what is measured here, and the physical one.
+
+        Honest: the vendor's three products at this shape, and ``passes`` bytes at the copy rate. Physical: the larger
+        of the operations at the best matrix rate and the bytes that must move at the copy rate.
+        """
         shape, plan = self.shape, self.plan
         rows = shape.frames * plan.tokens
         x = torch.randn(rows, shape.hidden_size, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""From a batch of clips to one teacher frame for each student frame (SPEC section 3)."""
+"""From a batch of clips to one teacher frame for each student frame."""
 
 from __future__ import annotations
 
