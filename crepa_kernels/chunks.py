@@ -12,7 +12,7 @@ from .problem import Problem
 
 # Tokens worked on at a time: a CPU's caches like few. A GPU's launches want many, and every one costs fp32 rows of p, y
 # and z: more than this, and a short clip's peak passes that of the eager loss.
-_CHUNK_TOKENS = {"cpu": 1024}
+_CHUNK_TOKENS = {"cpu": 2560}
 _CHUNK_TOKENS_ELSEWHERE = 4096
 
 

@@ -27,19 +27,28 @@ class TeacherRows:
         self.clip = -1
         self.rows: dict[int, torch.Tensor] = {}
 
-    def unit(self, clip: int, frame: int) -> torch.Tensor:
-        """Rows (M, E) of the teacher frame of student frame ``frame``; zero if it does not exist."""
+    def _unit(self, clip: int, frame: int, out: torch.Tensor) -> None:
+        """Rows of the teacher frame of student frame ``frame`` into ``out`` (M, E); zero if it does not exist."""
+        features, plan = self._features(clip, frame), self.problem.plan
+        if self.problem.teacher_mask is not None:
+            features = features.where(self.problem.teacher_mask[clip, frame], 0)
+        if plan.teacher != "keep":
+            features = features.to(out.dtype)
+        if plan.teacher == "pool":
+            features = features.mean(dim=0, keepdim=True)
+        elif plan.teacher == "resample":
+            features = resample_tokens_op(features, plan.teacher_grid, plan.grid, plan.antialias)
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=out.dtype)
+        torch.div(features, norm.clamp_min_(NORM_FLOOR), out=out)
+
+    def _new_rows(self, frames: int) -> torch.Tensor:
+        tokens, width = self.problem.plan.tokens, self.problem.teacher_features.shape[-1]
+        return self.problem.teacher_features.new_empty((frames * tokens, width), dtype=self.problem.statistics_type)
+
+    def _rows_of(self, clip: int, frame: int) -> torch.Tensor:
         if frame not in self.rows:
-            features = self._features(clip, frame).to(self.problem.statistics_type)
-            if self.problem.teacher_mask is not None:
-                features = features.where(self.problem.teacher_mask[clip, frame], 0)
-            plan = self.problem.plan
-            if plan.teacher == "pool":
-                features = features.mean(dim=0, keepdim=True)
-            elif plan.teacher == "resample":
-                features = resample_tokens_op(features, plan.teacher_grid, plan.grid, plan.antialias)
-            norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-            self.rows[frame] = features / norm.clamp_min_(NORM_FLOOR)
+            self.rows[frame] = self._new_rows(1)
+            self._unit(clip, frame, self.rows[frame])
         return self.rows[frame]
 
     def _features(self, clip: int, frame: int) -> torch.Tensor:
@@ -54,25 +63,34 @@ class TeacherRows:
             self.clip, self.rows = chunk.clip, {}
         self.rows = {k: rows for k, rows in self.rows.items() if k >= chunk.start - self.reach}
         frames = range(chunk.start, chunk.stop)
-        rows = [self.unit(chunk.clip, frame) for frame in frames]
-        if len(rows) == 1:
-            return rows[0]
-        own = torch.cat(rows)
-        self.rows |= zip(frames, own.split(self.problem.plan.tokens), strict=True)
+        if len(frames) == 1:
+            return self._rows_of(chunk.clip, chunk.start)
+        own = self._new_rows(len(frames))
+        for frame, out in zip(frames, own.split(self.problem.plan.tokens), strict=True):
+            if frame in self.rows:
+                out.copy_(self.rows[frame])
+            else:
+                self._unit(chunk.clip, frame, out)
+            self.rows[frame] = out
         return own
 
     def combined(self, chunk: Chunk, own: torch.Tensor) -> torch.Tensor:
         """z = y + the weighted neighbours, (frames x M, E); ``own`` itself where there are none."""
         if self.reach == 0:
             return own
-        tokens = self.problem.plan.tokens
-        combined = own.clone()
-        for frame, out in zip(range(chunk.start, chunk.stop), combined.split(tokens), strict=True):
+        tokens, combined = self.problem.plan.tokens, torch.empty_like(own)
+        frames = range(chunk.start, chunk.stop)
+        for frame, rows, out in zip(frames, own.split(tokens), combined.split(tokens), strict=True):
+            so_far = rows
             for neighbour, weight in self._neighbours(chunk.clip, frame):
+                other = self._rows_of(chunk.clip, neighbour)
                 if isinstance(weight, float):
-                    out.add_(self.unit(chunk.clip, neighbour), alpha=weight)
+                    torch.add(so_far, other, alpha=weight, out=out)
                 else:
-                    out.addcmul_(self.unit(chunk.clip, neighbour), weight)
+                    torch.addcmul(so_far, other, weight, out=out)
+                so_far = out
+            if so_far is rows:
+                out.copy_(rows)
         return combined
 
     def _neighbours(self, clip: int, frame: int) -> Iterator[tuple[int, float | torch.Tensor]]:

@@ -156,8 +156,8 @@ class _Student:
         """p = x W'ᵀ + c in the wide type."""
         if self.narrow == self.wide and self.offset is not None:
             return torch.addmm(self.offset, tokens, self.weight.t())
-        projected = torch.mm(tokens, self.weight.t()).to(self.wide)
-        return projected if self.offset is None else projected.add_(self.offset)
+        projected = torch.mm(tokens, self.weight.t())
+        return projected.to(self.wide) if self.offset is None else projected + self.offset
 
 
 @constant_when_compiled
@@ -306,7 +306,7 @@ class _Gradients:
         """dh = (g W'' + x (<g, c> - <g, p>) / D) / std, the second term being where the product's sum starts."""
         assert self.centred is not None  # for the type checker
         student, inverse_std = self.student, inverse_std.view(-1, 1).to(g.dtype)
-        scaled = (g * inverse_std).to(student.narrow)
+        scaled = torch.mul(g, inverse_std, out=torch.empty_like(g, dtype=student.narrow))
         total = out if out.dtype == student.narrow else x
         along = -g_dot_p if student.offset is None else g @ student.offset - g_dot_p
         along = along[:, None] * inverse_std / x.shape[1]
