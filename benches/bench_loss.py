@@ -21,10 +21,10 @@ from crepa_kernels import CrepaProjector, crepa_loss
 
 CALLS = ["transposed", "reference", "compiled", "torch"]
 
-# Times faster than the transposed eager form, for the shapes with a CPU target: with a downsampled student, and on equal
-# grids. These leave three matrix products on both sides, so the target is "not slower"; medians of two equal calls differ
-# by up to 5 % on a shared machine. In bf16 the eager form takes norms and sums in bf16 and ours in fp32, which costs more
-# than it saves where E is a quarter of D: measured, in the table, and no target is claimed.
+# Times faster than the transposed eager form, for the shapes with a CPU target: with a downsampled student, and on
+# equal grids. These leave three matrix products on both sides, so the target is "not slower"; medians of two equal
+# calls differ by up to 5 % on a shared machine. In bf16 the eager form takes norms and sums in bf16 and ours in fp32,
+# which costs more than it saves where E is a quarter of D: measured, in the table, and no target is claimed.
 AT_LEAST = {"float32": (2.5, 0.95), "bfloat16": (2.5, 0.0)}
 
 
