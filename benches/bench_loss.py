@@ -33,6 +33,7 @@ class Case:
 
     def __init__(self, shape: Shape):
         self.shape = shape
+        torch.compiler.reset()  # each shape is compiled for itself
         torch.manual_seed(0)
         dtype = getattr(torch, shape.dtype)
         students = shape.student_grid[0] * shape.student_grid[1]
