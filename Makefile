@@ -51,8 +51,8 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	mkdir -p benches/results
-	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json
-	$(BIN)/python -m benches.table
+	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json; status=$$?; \
+		$(BIN)/python -m benches.table && exit $$status
 	$(BIN)/python -m benches.bench_resample --out benches/results/resample-cpu.json
 
 # One binary for every Python and torch >= 2.10; abi3audit reads its symbols.

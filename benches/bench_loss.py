@@ -21,11 +21,9 @@ from crepa_kernels import CrepaProjector, crepa_loss
 
 CALLS = ["transposed", "reference", "compiled", "torch"]
 
-# Times faster than the transposed eager form, for the shapes with a CPU target: with a downsampled student, and on
-# equal grids. These leave three matrix products on both sides, so the target is "not slower"; medians of two equal
-# calls differ by up to 5 % on a shared machine. In bf16 the eager form takes norms and sums in bf16 and ours in fp32,
-# which costs more than it saves where E is a quarter of D: measured, in the table, and no target is claimed.
-AT_LEAST = {"float32": (2.5, 0.95), "bfloat16": (2.5, 0.0)}
+# Times faster than the transposed eager form that the TARGETS shapes must be: with a downsampled student, and on equal
+# grids, where the target is "not slower". A miss fails the bench; its figures are stored and tabled all the same.
+AT_LEAST_RESAMPLED, AT_LEAST_EQUAL = 2.5, 1.0
 
 
 class Case:
@@ -105,4 +103,4 @@ def bench_loss(benchmark: Any, case: Case, medians: dict[str, float], call: str)
     benchmark.pedantic(step, rounds=1, warmup_rounds=0)
     if case.shape in TARGETS and call == "torch":
         equal = case.shape.student_grid == case.shape.teacher_grid
-        assert medians["transposed"] / medians["torch"] >= AT_LEAST[case.shape.dtype][equal]
+        assert medians["transposed"] / medians["torch"] >= (AT_LEAST_EQUAL if equal else AT_LEAST_RESAMPLED)
