@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", TORCH_2_10]
 NVCC = ["-O3", "--threads=2", "-DUSE_CUDA", f"-Xcompiler=-fvisibility=hidden,-ffile-prefix-map={ROOT}=."]
 CPU_SOURCES = [
-    f"csrc/cpu/{name}.cpp" for name in ("operators", "dispatch", "kernels_generic", "kernels_avx2", "kernels_avx512")
+    f"csrc/cpu/{name}.cpp"
+    for name in ("operators", "alignment_operators", "dispatch", "kernels_generic", "kernels_avx2", "kernels_avx512")
 ]
 CUDA_SOURCES = ["csrc/cuda/operators.cu", "csrc/cuda/resample.cu", "csrc/cuda/layer_norm.cu"]
 

@@ -66,12 +66,12 @@ class Case:
         )
 
     def step(self, name: str) -> Callable[[], None]:
-        """Forward + backward with fresh gradients."""
+        """Forward + backward; the gradients are dropped at the end, so that each call makes all that it holds."""
 
         def run() -> None:
+            self.losses[name]().backward()
             self.hidden_states.grad = None
             self.projector.zero_grad()
-            self.losses[name]().backward()
 
         return run
 

@@ -12,8 +12,6 @@ from torch import nn
 from .grid import SpatialPlan, count
 from .neighbours import Neighbours
 
-NORM_FLOOR = 1e-12
-
 
 class CrepaOutput(NamedTuple):
     """What ``crepa_loss`` returns; everything but ``loss`` is detached, and nothing was read back to the host.

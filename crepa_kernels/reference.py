@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .problem import NORM_FLOOR, CrepaOutput, Problem
+from .ops.row_alignment import NORM_FLOOR
+from .problem import CrepaOutput, Problem
 from .reduction import plan_reduction, reduce_frames
 
 

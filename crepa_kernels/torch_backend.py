@@ -15,23 +15,17 @@ What makes it cheap, with x the normalised token (no affine part), W' = W diag(g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .chunks import Chunk, is_readable, plan_chunks
-from .compiling import constant_when_compiled
-from .grid import SpatialPlan
-from .ops.layer_norm_resample import (
-    layer_norm_resample_backward_op,
-    layer_norm_resample_backward_out_op,
-    layer_norm_resample_op,
-)
-from .problem import NORM_FLOOR, CrepaOutput, Problem
+from .chunks import Chunk, plan_chunks
+from .ops.row_alignment import align_rows_backward_op, align_rows_op, normalise_rows_op
+from .problem import CrepaOutput, Problem
 from .reduction import plan_reduction, reduce_frames
 from .teacher_rows import TeacherRows
+from .torch_student import Settings, Student
 
 
 def crepa_torch(problem: Problem) -> CrepaOutput:
@@ -56,123 +50,23 @@ def _whole_frames(problem: Problem) -> torch.Tensor:
     return whole.unflatten(1, (problem.frames, tokens))
 
 
-def _in_range(problem: Problem, chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
-    """Teacher rows of a chunk (frames x M, E), zero where the student's token is not in ``token_range``."""
+def _rows_in_range(problem: Problem, chunk: Chunk) -> tuple[int, int]:
+    """Rows [start, stop) of a chunk whose student token is in ``token_range``; the others are zeros."""
+    rows = chunk.frames * problem.plan.tokens
     if problem.token_range is None:
-        return rows
-    token = chunk.start * problem.plan.tokens + torch.arange(len(rows), device=rows.device)
-    start, stop = problem.token_range
-    return rows * ((token >= start) & (token < stop))[:, None]
+        return 0, rows
+    first = chunk.start * problem.plan.tokens
+    start, stop = (min(max(token - first, 0), rows) for token in problem.token_range)
+    return start, stop
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What the student's side needs besides tensors that carry gradients; kept for the backward pass."""
+class _Kept(NamedTuple):
+    """Numbers kept for each row: 1 / |p| and <q, p>, and on equal grids the token's mean and 1/std."""
 
-    plan: SpatialPlan
-    eps: float
-    frame_mask: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class _Aligned:
-    """A chunk of the student's side: normalised rows (frames x M, D), and what they were made of.
-
-    tokens (frames, P, D) with the mean and 1/std of each.
-    """
-
-    rows: torch.Tensor
-    tokens: torch.Tensor
+    inverse_norm: torch.Tensor
+    q_dot_p: torch.Tensor
     mean: torch.Tensor
     inverse_std: torch.Tensor
-
-
-class _Student:
-    """The student's side of a chunk: normalised tokens, their projection, and the way back.
-
-    ``wide`` is the type of statistics and sums, ``narrow`` that of the products' operands: the hidden states' type,
-    or fp32 for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a CPU
-    without bf16 products.
-    """
-
-    def __init__(
-        self,
-        settings: _Settings,
-        hidden_states: torch.Tensor,
-        gamma: torch.Tensor | None,
-        beta: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
-        self.hidden_states = hidden_states
-        self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
-        self.wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        self.narrow = _product_type(hidden_states)
-        self.weight_wide = weight.to(self.wide) if gamma is None else weight.to(self.wide) * gamma.to(self.wide)
-        self.weight = self.weight_wide.to(self.narrow)  # W' (E, D)
-        self.offset = None if bias is None else bias.to(self.wide)  # c (E,)
-        if beta is not None:
-            folded = weight.to(self.wide) @ beta.to(self.wide)
-            self.offset = folded if self.offset is None else folded + self.offset
-        # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
-        cpu_bf16 = self.narrow == torch.bfloat16 and hidden_states.device.type == "cpu"
-        self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
-
-    def align(self, chunk: Chunk) -> _Aligned:
-        """The chunk's tokens, normalised and on the common grid."""
-        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.narrow)
-        if self.frame_mask is not None and not is_readable(self.frame_mask):
-            tokens = tokens.where(self.frame_mask[chunk.clip, chunk.start : chunk.stop, None, None], 0)
-        width, plan = tokens.shape[-1], self.plan
-        if plan.student == "resample":
-            x, mean, inverse_std = layer_norm_resample_op(
-                tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
-            )
-        else:
-            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
-            if plan.student == "pool":
-                x = x.mean(dim=1)
-        return _Aligned(x.view(-1, width), tokens, mean, inverse_std)
-
-    def align_backward(self, grad: torch.Tensor, aligned: _Aligned, out: torch.Tensor) -> None:
-        """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
-        tokens, mean, inverse_std, plan = aligned.tokens, aligned.mean, aligned.inverse_std, self.plan
-        shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
-        if plan.student == "resample":
-            geometry = (plan.student_grid, plan.grid, plan.antialias)
-            if out.dtype == tokens.dtype:
-                layer_norm_resample_backward_out_op(shaped, tokens, mean, inverse_std, *geometry, out)
-            else:
-                out.copy_(layer_norm_resample_backward_op(shaped, tokens, mean, inverse_std, *geometry))
-            return
-        spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
-        out.copy_(
-            torch.ops.aten.native_layer_norm_backward(
-                spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
-            )[0]
-        )
-
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """p = x W'ᵀ + c in the wide type."""
-        if self.narrow == self.wide and self.offset is not None:
-            return torch.addmm(self.offset, tokens, self.weight.t())
-        projected = torch.mm(tokens, self.weight.t())
-        return projected.to(self.wide) if self.offset is None else projected + self.offset
-
-
-@constant_when_compiled
-def _cpu_has_bf16_products() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _product_type(hidden_states: torch.Tensor) -> torch.dtype:
-    dtype = hidden_states.dtype
-    if dtype == torch.float16:
-        return torch.float32
-    on_cpu = hidden_states.device.type == "cpu"
-    if dtype == torch.bfloat16 and on_cpu and not _cpu_has_bf16_products():
-        return torch.float32
-    return dtype
 
 
 class _FrameSimilarity(torch.autograd.Function):
@@ -190,8 +84,8 @@ class _FrameSimilarity(torch.autograd.Function):
         weights: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = _Settings(problem.plan, problem.projector.eps, problem.frame_mask)
-        student = _Student(settings, hidden_states, gamma, beta, weight, bias)
+        settings = Settings(problem.plan, problem.projector.eps, problem.frame_mask)
+        student = Student(settings, hidden_states, gamma, beta, weight, bias)
         teacher = TeacherRows(problem, weights)
         chunks, tokens = plan_chunks(problem), problem.plan.tokens
         own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.wide)
@@ -199,33 +93,22 @@ class _FrameSimilarity(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
         q = hidden_states.new_empty((rows, weight.shape[0]))
-        inverse_norm, q_dot_p = hidden_states.new_empty((2, rows), dtype=student.wide)
+        kept = _Kept(*hidden_states.new_empty((4, rows), dtype=student.wide))
         for chunk in chunks:
-            p = student.project(student.align(chunk).rows)
-            y = teacher.own(chunk)
-            z = _in_range(problem, chunk, teacher.combined(chunk, y))
-            y = _in_range(problem, chunk, y)
-            norm = torch.linalg.vector_norm(p, dim=-1)
-            inverse = norm.clamp_min(NORM_FLOOR).reciprocal_()
-            scratch = torch.mul(p, z)
-            cosine = scratch.sum(dim=-1).mul_(inverse)
-            span = slice(chunk.start, chunk.stop)
-            total[chunk.clip, span] = cosine.view(-1, tokens).mean(dim=-1)
-            if teacher.reach == 0:
-                own[chunk.clip, span] = total[chunk.clip, span]
-            else:
-                torch.mul(p, y, out=scratch)
-                own[chunk.clip, span] = scratch.sum(dim=-1).mul_(inverse).view(-1, tokens).mean(dim=-1)
+            projected = student.project(chunk)
+            span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
+            own_rows, total_rows, inverse_norm, q_dot_p = align_rows_op(
+                projected.rows, *projected.fold, *teacher.around(chunk), chunk.start, teacher.offsets,
+                *_rows_in_range(problem, chunk), q[out],
+            )  # fmt: skip
+            own[chunk.clip, span] = own_rows.view(-1, tokens).mean(dim=-1)
+            total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
             if keep:
-                # Below the norm's floor the row is divided by a constant: nothing to project out, and <q, p> stays.
-                floored = norm <= NORM_FLOOR
-                along = (cosine * inverse).where(~floored, 0)
-                out = slice(chunk.row, chunk.row + len(p))
-                q_dot_p[out] = (cosine / inverse).where(floored, 0)
-                torch.addcmul(z, p, along[:, None], value=-1, out=q[out])
-                inverse_norm[out] = inverse
+                kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
+                if problem.plan.student == "keep":
+                    kept.mean[out], kept.inverse_std[out] = projected.mean.flatten(), projected.inverse_std.flatten()
         if keep:
-            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, q, inverse_norm, q_dot_p)
+            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept)
             ctx.settings, ctx.chunks = settings, chunks
         ctx.mark_non_differentiable(own)
         return own, total
@@ -235,27 +118,30 @@ class _FrameSimilarity(torch.autograd.Function):
     def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A backward pass inside autocast would cast the fp32 products below.
         with torch.autocast(grad_total.device.type, enabled=False):
-            hidden_states, gamma, beta, weight, bias, q, inverse_norm, q_dot_p = ctx.saved_tensors
+            hidden_states, gamma, beta, weight, bias, offset, q, *kept = ctx.saved_tensors
             need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
-            student = _Student(ctx.settings, hidden_states, gamma, beta, weight, bias)
+            student = Student(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
             gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
             tokens = ctx.settings.plan.tokens
             for chunk in ctx.chunks:
                 rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
-                scale = (grad_total[chunk.clip, chunk.start : chunk.stop] / tokens).repeat_interleave(tokens)
-                scale *= inverse_norm[rows]
-                gradients.add(chunk, q[rows] * scale[:, None], q_dot_p[rows] * scale)
+                grad = grad_total[chunk.clip, chunk.start : chunk.stop].contiguous()
+                gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)))
             # W' = W diag(gamma) and c = W beta + b, taken apart again.
-            d_folded, d_offset, weight_wide = gradients.folded, gradients.offset, weight.to(student.wide)
-            d_weight = d_gamma = None
-            if d_folded is not None and need_weight:
-                d_weight = d_folded if gamma is None else d_folded * gamma.to(student.wide)
+            d_weight, d_offset, weight_wide = gradients.folded, gradients.offset, weight.to(student.wide)
+            d_gamma = None
+            if need_gamma or need_weight:
+                if d_weight is None:
+                    d_weight = torch.zeros_like(weight_wide)
+                if need_gamma:
+                    d_gamma = (weight_wide * d_weight).sum(dim=0)
+                if gamma is not None:
+                    d_weight.mul_(gamma.to(student.wide))
                 if beta is not None:
-                    d_weight = torch.addr(d_weight, d_offset, beta.to(student.wide))
-            if d_folded is not None and need_gamma:
-                d_gamma = (weight_wide * d_folded).sum(dim=0)
+                    d_weight.addr_(d_offset, beta.to(student.wide))
             d_beta = weight_wide.t() @ d_offset if need_beta else None
             d_bias = d_offset if need_bias else None
+            d_weight = d_weight if need_weight else None
             pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
             weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
             return gradients.hidden_states, *weights, None, None, None
@@ -264,52 +150,70 @@ class _FrameSimilarity(torch.autograd.Function):
 class _Gradients:
     """dh, dW' and dc, summed over the chunks."""
 
-    def __init__(self, student: _Student, chunks: list[Chunk], need_h: bool, need_folded: bool):
-        self.student = student
-        h, weight = student.hidden_states, student.weight_wide
-        self.offset = weight.new_zeros(weight.shape[0])  # dc (E,)
-        self.folded = torch.zeros_like(weight) if need_folded else None  # dW' (E, D)
+    def __init__(self, student: Student, chunks: list[Chunk], need_h: bool, need_folded: bool):
+        self.student, self.need_folded = student, need_folded
+        h = student.hidden_states
+        self.offset = h.new_zeros(student.weight.shape[0], dtype=student.wide)  # dc (E,)
+        self.folded: torch.Tensor | None = None  # dW' (E, D)
         self.hidden_states: torch.Tensor | None = None
         if need_h:
             # Frames outside the loss have no chunk, and keep the zeros.
             covered = sum(chunk.frames for chunk in chunks) == h.shape[0] * h.shape[1]
             self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
-        self.centred = None
-        if need_h and student.plan.student == "keep":
-            self.centred = (weight - weight.mean(dim=1, keepdim=True)).to(student.narrow)  # W'' (E, D)
+        self.centred = student.centred if need_h and student.plan.student == "keep" else None
 
-    def add(self, chunk: Chunk, g: torch.Tensor, g_dot_p: torch.Tensor) -> None:
-        """``g`` = d loss / d p of the chunk's rows, (frames x M, E) in the wide type; ``g_dot_p`` (frames x M,)."""
-        self.offset += g.sum(dim=0)
-        if self.folded is None and self.hidden_states is None:
+    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept) -> None:
+        """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E) and ``kept`` of its rows."""
+        student, same_grid = self.student, self.centred is not None
+        need_g = self.need_folded or (self.hidden_states is not None and not same_grid)
+        g = torch.empty_like(q if need_g else q[:0], dtype=student.narrow)
+        scaled = torch.empty_like(q if same_grid else q[:0], dtype=student.narrow)
+        along = torch.empty_like(kept.mean)
+        align_rows_backward_op(
+            q, grad, kept.inverse_norm, kept.q_dot_p, student.offset, kept.inverse_std,
+            student.hidden_states.shape[-1], g, scaled, along, self.offset,
+        )  # fmt: skip
+        out = None
+        if self.hidden_states is not None:
+            out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
+        if not self.need_folded and out is None:
             return
-        student = self.student
-        aligned = student.align(chunk)
-        if self.folded is not None:
-            narrow = g.to(student.narrow)
-            if student.narrow == student.wide:
-                self.folded.addmm_(narrow.t(), aligned.rows)
-            else:
-                self.folded += narrow.t() @ aligned.rows
-        if self.hidden_states is None:
-            return
-        out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
-        if self.centred is not None:
-            rows = out.view(aligned.rows.shape)
-            self._equal_grids(g, g_dot_p, aligned.rows, aligned.inverse_std, rows)
+        if student.plan.student == "keep":
+            self._same_grid(student.tokens(chunk), g, scaled, along, kept, out)
         else:
-            student.align_backward(g.to(student.narrow) @ student.weight, aligned, out)
+            aligned = student.align(chunk)
+            self._fold(g, aligned.rows)
+            if out is not None:
+                student.align_backward(g @ student.operand, aligned, out)
 
-    def _equal_grids(
-        self, g: torch.Tensor, g_dot_p: torch.Tensor, x: torch.Tensor, inverse_std: torch.Tensor, out: torch.Tensor
+    def _fold(self, g: torch.Tensor, x: torch.Tensor) -> None:
+        if not self.need_folded:
+            return
+        if self.folded is None:
+            self.folded = (g.t() @ x).to(self.student.wide)
+        elif g.dtype == self.folded.dtype:
+            self.folded.addmm_(g.t(), x)
+        else:
+            self.folded += g.t() @ x
+
+    def _same_grid(
+        self,
+        tokens: torch.Tensor,
+        g: torch.Tensor,
+        scaled: torch.Tensor,
+        along: torch.Tensor,
+        kept: _Kept,
+        out: torch.Tensor | None,
     ) -> None:
-        """dh = (g W'' + x (<g, c> - <g, p>) / D) / std, the second term being where the product's sum starts."""
-        assert self.centred is not None  # for the type checker
-        student, inverse_std = self.student, inverse_std.view(-1, 1).to(g.dtype)
-        scaled = torch.mul(g, inverse_std, out=torch.empty_like(g, dtype=student.narrow))
-        total = out if out.dtype == student.narrow else x
-        along = -g_dot_p if student.offset is None else g @ student.offset - g_dot_p
-        along = along[:, None] * inverse_std / x.shape[1]
-        torch.mul(x, along.to(x.dtype), out=total).addmm_(scaled, self.centred)
-        if total is not out:
-            out.copy_(total)
+        """dh = (g / std) W'' + x (<g, c> - <g, p>) / (D std), the second term being where the product's sum starts."""
+        rows = tokens.flatten(0, 1)
+        # dh's own memory holds x first: it is the only thing of its size.
+        in_place = out is not None and out.dtype == rows.dtype
+        x = out.view(rows.shape) if out is not None and in_place else rows.new_empty(rows.shape)
+        normalise_rows_op(tokens, kept.mean, kept.inverse_std, x)
+        self._fold(g, x)
+        if out is None or self.centred is None:
+            return
+        x.mul_(along[:, None].to(x.dtype)).addmm_(scaled, self.centred)
+        if not in_place:
+            out.copy_(x.view(out.shape))

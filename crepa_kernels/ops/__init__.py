@@ -1,8 +1,8 @@
 """Operators of ``torch.ops.crepa_kernels``: schemas, fake kernels, autograd, and their kernels in PyTorch."""
 
-from . import layer_norm_resample, resample
+from . import layer_norm_resample, resample, row_alignment
 from .extension import has_extension, load
 
-__all__ = ["has_extension", "layer_norm_resample", "resample"]
+__all__ = ["has_extension", "layer_norm_resample", "resample", "row_alignment"]
 
 load()

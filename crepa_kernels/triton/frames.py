@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..neighbours import Neighbours
-from ..problem import NORM_FLOOR
+from ..ops.row_alignment import NORM_FLOOR
 from .launch import Cost, launch
 
 FLOOR = tl.constexpr(NORM_FLOOR)

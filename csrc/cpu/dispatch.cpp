@@ -1,14 +1,22 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "alignment.h"
 
 namespace crepa {
 
-#define CREPA_DECLARE(level)  \
-  namespace level {           \
-  template <typename T>       \
-  Kernels<T> table();         \
+#define CREPA_DECLARE(level)                           \
+  namespace level {                                    \
+  template <typename T>                                \
+  Kernels<T> table();                                  \
+  template <typename P, typename Y, typename Q>        \
+  AlignKernel<P, Y, Q> align_table();                  \
+  template <typename Y, typename A>                    \
+  InverseNormKernel<Y, A> inverse_norm_table();        \
+  template <typename Q, typename P>                    \
+  AlignBackwardKernel<Q, P> align_backward_table();    \
+  template <typename T>                                \
+  NormaliseKernel<T> normalise_table();                \
   }
 
 CREPA_DECLARE(generic)
@@ -44,20 +52,18 @@ int level() {
   return chosen;
 }
 
-template <typename T>
-Kernels<T> choose() {
 #if defined(CREPA_LEVELS)
-  if (level() == 2) return avx512::table<T>();
-  if (level() == 1) return avx2::table<T>();
+#define CREPA_NEWEST(...) \
+  (level() == 2 ? avx512::__VA_ARGS__ : level() == 1 ? avx2::__VA_ARGS__ : generic::__VA_ARGS__)
+#else
+#define CREPA_NEWEST(...) generic::__VA_ARGS__
 #endif
-  return generic::table<T>();
-}
 
 }  // namespace
 
 template <typename T>
 const Kernels<T>& kernels() {
-  static const Kernels<T> chosen = choose<T>();
+  static const Kernels<T> chosen = CREPA_NEWEST(table<T>());
   return chosen;
 }
 
@@ -65,6 +71,38 @@ template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
 template const Kernels<Float16>& kernels<Float16>();
+
+template <typename P, typename Y, typename Q>
+AlignKernel<P, Y, Q> align_kernel() {
+  return CREPA_NEWEST(align_table<P, Y, Q>());
+}
+template <typename Y, typename A>
+InverseNormKernel<Y, A> inverse_norm_kernel() {
+  return CREPA_NEWEST(inverse_norm_table<Y, A>());
+}
+template <typename Q, typename P>
+AlignBackwardKernel<Q, P> align_backward_kernel() {
+  return CREPA_NEWEST(align_backward_table<Q, P>());
+}
+template <typename T>
+NormaliseKernel<T> normalise_kernel() {
+  return CREPA_NEWEST(normalise_table<T>());
+}
+
+#define CREPA_DEFINE(P, Y, Q) template AlignKernel<P, Y, Q> align_kernel<P, Y, Q>();
+CREPA_ALIGN_TYPES(CREPA_DEFINE)
+#undef CREPA_DEFINE
+#define CREPA_DEFINE(Q, P) template AlignBackwardKernel<Q, P> align_backward_kernel<Q, P>();
+CREPA_ALIGN_BACKWARD_TYPES(CREPA_DEFINE)
+#undef CREPA_DEFINE
+template InverseNormKernel<float, float> inverse_norm_kernel<float, float>();
+template InverseNormKernel<BFloat16, float> inverse_norm_kernel<BFloat16, float>();
+template InverseNormKernel<Float16, float> inverse_norm_kernel<Float16, float>();
+template InverseNormKernel<double, double> inverse_norm_kernel<double, double>();
+template NormaliseKernel<float> normalise_kernel<float>();
+template NormaliseKernel<BFloat16> normalise_kernel<BFloat16>();
+template NormaliseKernel<Float16> normalise_kernel<Float16>();
+template NormaliseKernel<double> normalise_kernel<double>();
 
 const char* instruction_set() {
   static const char* const names[] = {"generic", "avx2", "avx512"};

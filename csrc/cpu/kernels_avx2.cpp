@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "alignment.h"
 
 #include <stdlib.h>
 

@@ -151,6 +151,8 @@ void layer_norm_resample_backward(const Task<T>& task, int64_t begin, int64_t en
   }
 }
 
+#include "alignment_rows.h"
+
 }  // namespace
 
 template <typename T>
@@ -162,6 +164,38 @@ template Kernels<float> table<float>();
 template Kernels<double> table<double>();
 template Kernels<BFloat16> table<BFloat16>();
 template Kernels<Float16> table<Float16>();
+
+template <typename P, typename Y, typename Q>
+AlignKernel<P, Y, Q> align_table() {
+  return align<P, Y, Q>;
+}
+template <typename Y, typename A>
+InverseNormKernel<Y, A> inverse_norm_table() {
+  return inverse_norms<Y, A>;
+}
+template <typename Q, typename P>
+AlignBackwardKernel<Q, P> align_backward_table() {
+  return align_backward<Q, P>;
+}
+template <typename T>
+NormaliseKernel<T> normalise_table() {
+  return normalise<T>;
+}
+
+#define CREPA_DEFINE(P, Y, Q) template AlignKernel<P, Y, Q> align_table<P, Y, Q>();
+CREPA_ALIGN_TYPES(CREPA_DEFINE)
+#undef CREPA_DEFINE
+#define CREPA_DEFINE(Q, P) template AlignBackwardKernel<Q, P> align_backward_table<Q, P>();
+CREPA_ALIGN_BACKWARD_TYPES(CREPA_DEFINE)
+#undef CREPA_DEFINE
+template InverseNormKernel<float, float> inverse_norm_table<float, float>();
+template InverseNormKernel<BFloat16, float> inverse_norm_table<BFloat16, float>();
+template InverseNormKernel<Float16, float> inverse_norm_table<Float16, float>();
+template InverseNormKernel<double, double> inverse_norm_table<double, double>();
+template NormaliseKernel<float> normalise_table<float>();
+template NormaliseKernel<BFloat16> normalise_table<BFloat16>();
+template NormaliseKernel<Float16> normalise_table<Float16>();
+template NormaliseKernel<double> normalise_table<double>();
 
 }  // namespace CREPA_LEVEL
 }  // namespace crepa

@@ -1,0 +1,192 @@
+"""``crepa_kernels::align_rows`` and its backward, ``normalise_rows``: what the ``torch`` backend does to rows.
+
+The kernels are the C++ extension's on a CPU where it is there; what is here in PyTorch runs everywhere else.
+Equations, for row p of token m of student frame f, y its teacher rows and ŷ = y / max(|y|, 1e-12)::
+
+    z = ŷ[f] + sum_k w[f, k] ŷ[k]           total = <p, z> / max(|p|, 1e-12),   own = <p, ŷ[f]> / max(|p|, 1e-12)
+    q = z - (<p, z> / |p|^2) p              or q = z where |p| is below the floor
+    g = q grad[f] / (M max(|p|, 1e-12))     the gradient of p
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .register import define, keeps_type
+
+NORM_FLOOR = 1e-12
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+
+define(
+    "align_rows",
+    "(Tensor projected, Tensor? mean, Tensor? inverse_std, Tensor? row_sums, Tensor? offset, Tensor[] teacher, "
+    "int base, Tensor weights, int first, int[] offsets, int start, int stop, Tensor(a!) q) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+define(
+    "align_rows_backward",
+    "(Tensor q, Tensor grad, Tensor inverse_norm, Tensor q_dot_p, Tensor? offset, Tensor inverse_std, int width, "
+    "Tensor(a!) g, Tensor(b!) scaled, Tensor(c!) along, Tensor(d!) sum) -> ()",
+)
+define("row_statistics", "(Tensor tokens, float eps) -> (Tensor, Tensor)")
+define("normalise_rows", "(Tensor tokens, Tensor mean, Tensor inverse_std, Tensor(a!) out) -> ()")
+for _name in ("align_rows", "align_rows_backward", "row_statistics", "normalise_rows"):
+    keeps_type(_name)
+align_rows_op = torch.ops.crepa_kernels.align_rows.default
+align_rows_backward_op = torch.ops.crepa_kernels.align_rows_backward.default
+row_statistics_op = torch.ops.crepa_kernels.row_statistics.default
+normalise_rows_op = torch.ops.crepa_kernels.normalise_rows.default
+
+
+@torch.library.impl("crepa_kernels::align_rows", "CompositeExplicitAutograd")
+def _(
+    projected: Tensor,
+    mean: Tensor | None,
+    inverse_std: Tensor | None,
+    row_sums: Tensor | None,
+    offset: Tensor | None,
+    teacher: Sequence[Tensor],
+    base: int,
+    weights: Tensor,
+    first: int,
+    offsets: Sequence[int],
+    start: int,
+    stop: int,
+    q: Tensor,
+) -> Rows:
+    """Rows of frames first, first + 1, ... of a clip: p = (projected - mean row_sums) inverse_std + offset.
+
+    Args:
+        projected: (F x M, E), in the products' type.
+        mean, inverse_std, row_sums: (F x M,), (F x M,), (E,) of tokens that were projected before they were
+            normalised; all None where they were not.
+        offset: (E,) or None.
+        teacher: (M, E) of the clip's frames base, base + 1, ...
+        weights: (T, T), w[f, k] of the clip's frames; 0 where k is no neighbour of f or does not exist.
+        offsets: k - f of all neighbours, negative ones as well.
+        start, stop: rows outside are not in the loss: zeros.
+        q: (F x M, E), written; or empty.
+
+    Returns:
+        own, total, 1 / max(|p|, floor) and <q, p>, each (F x M,) in fp32 (fp64 for fp64).
+    """
+    tokens, wide = teacher[0].shape[0], weights.dtype
+    p = projected.to(wide)
+    if mean is not None and inverse_std is not None and row_sums is not None:
+        p = torch.addr(p, mean, row_sums, alpha=-1) * inverse_std[:, None]
+    if offset is not None:
+        p = p + offset
+    unit = [_unit(frame.to(wide)) for frame in teacher]
+    frames = range(first, first + len(p) // tokens)
+    y = torch.cat([unit[frame - base] for frame in frames])
+    z = y if not offsets else y.clone()
+    for frame, rows in zip(frames, z.split(tokens), strict=True):
+        for offset_ in offsets:
+            if 0 <= frame + offset_ < weights.shape[0]:
+                rows.addcmul_(unit[frame + offset_ - base], weights[frame, frame + offset_])
+    inside = None
+    if (start, stop) != (0, len(p)):
+        row = torch.arange(len(p), device=p.device)
+        inside = ((row >= start) & (row < stop)).to(wide)[:, None]
+        y, z = y * inside, z * inside
+    norm = torch.linalg.vector_norm(p, dim=-1)
+    inverse = norm.clamp_min(NORM_FLOOR).reciprocal_()
+    scratch = torch.mul(p, z)
+    total = scratch.sum(dim=-1).mul_(inverse)
+    own = torch.mul(p, y, out=scratch).sum(dim=-1).mul_(inverse)
+    floored = norm <= NORM_FLOOR
+    if q.numel():
+        along = (total * inverse).where(~floored, 0)
+        torch.addcmul(z, p, along[:, None], value=-1, out=q)
+    return own, total, inverse, (total / inverse).where(floored, 0)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / norm.clamp_min_(NORM_FLOOR)
+
+
+@torch.library.register_fake("crepa_kernels::align_rows")
+def _(
+    projected: Tensor,
+    mean: Tensor | None,
+    inverse_std: Tensor | None,
+    row_sums: Tensor | None,
+    offset: Tensor | None,
+    teacher: Sequence[Tensor],
+    base: int,
+    weights: Tensor,
+    first: int,
+    offsets: Sequence[int],
+    start: int,
+    stop: int,
+    q: Tensor,
+) -> Rows:
+    own, total, inverse_norm, q_dot_p = (weights.new_empty(projected.shape[0]) for _ in range(4))
+    return own, total, inverse_norm, q_dot_p
+
+
+@torch.library.impl("crepa_kernels::align_rows_backward", "CompositeExplicitAutograd")
+def _(
+    q: Tensor,
+    grad: Tensor,
+    inverse_norm: Tensor,
+    q_dot_p: Tensor,
+    offset: Tensor | None,
+    inverse_std: Tensor,
+    width: int,
+    g: Tensor,
+    scaled: Tensor,
+    along: Tensor,
+    sum: Tensor,
+) -> None:
+    """The gradient of rows, from ``align_rows`` and the gradient ``grad`` (F,) of each frame's mean total.
+
+    Args:
+        q, inverse_norm, q_dot_p: (F x M, E), (F x M,), (F x M,) of ``align_rows``.
+        offset: (E,) or None, c of p = W' x + c.
+        inverse_std: (F x M,) of the tokens, and ``width`` their channels D; read with ``scaled``.
+        g, scaled: (F x M, E), written: the gradient of p, and that times ``inverse_std``; or empty.
+        along: (F x M,), written with ``scaled``: (<g, c> - <g, p>) / (D std), where dh's sum starts.
+        sum: (E,), added to: the sum of the gradient over rows.
+    """
+    tokens = len(q) // len(grad)
+    scale = (grad / tokens).repeat_interleave(tokens) * inverse_norm
+    gradient = q * scale[:, None]
+    sum += gradient.sum(dim=0)
+    if g.numel():
+        g.copy_(gradient)
+    if scaled.numel():
+        torch.mul(gradient, inverse_std[:, None], out=scaled)
+        dot = -q_dot_p * scale if offset is None else gradient @ offset - q_dot_p * scale
+        torch.mul(dot, inverse_std / width, out=along)
+
+
+@torch.library.impl("crepa_kernels::row_statistics", "CompositeExplicitAutograd")
+def _(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/sqrt(variance + eps) of each of ``tokens`` (..., N, C), (N...,) in fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    variance, mean = torch.var_mean(tokens.reshape(-1, tokens.shape[-1]).to(wide), dim=-1, correction=0)
+    return mean, variance.add_(eps).rsqrt_()
+
+
+@torch.library.register_fake("crepa_kernels::row_statistics")
+def _(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = tokens.new_empty(tokens.shape[:-1].numel(), dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.impl("crepa_kernels::normalise_rows", "CompositeExplicitAutograd")
+def _(tokens: Tensor, mean: Tensor, inverse_std: Tensor, out: Tensor) -> None:
+    """out (N..., C) = (h - mean) / std of ``tokens`` (..., N, C); mean and 1/std (N...,) in fp32 (fp64 for fp64)."""
+    out.copy_((tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]).mul_(inverse_std[:, None]))
+
+
+@torch.library.register_fake("crepa_kernels::align_rows_backward")
+@torch.library.register_fake("crepa_kernels::normalise_rows")
+def _(*arguments: object) -> None:
+    return None

@@ -1,0 +1,179 @@
+"""The student's side of the ``torch`` backend: tokens normalised, resampled and projected, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .chunks import Chunk, is_readable
+from .compiling import constant_when_compiled
+from .grid import SpatialPlan
+from .ops import has_extension
+from .ops.layer_norm_resample import (
+    layer_norm_resample_backward_op,
+    layer_norm_resample_backward_out_op,
+    layer_norm_resample_op,
+)
+from .ops.row_alignment import row_statistics_op
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the student's side needs besides tensors that carry gradients; kept for the backward pass."""
+
+    plan: SpatialPlan
+    eps: float
+    frame_mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A chunk of the student's side: normalised rows (frames x M, D), and what they were made of.
+
+    tokens (frames, P, D) with the mean and 1/std of each.
+    """
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    mean: torch.Tensor
+    inverse_std: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Projected rows (frames x M, E) of a chunk with the tokens' mean and 1/std.
+
+    fold: mean, 1/std, row sums of the weights and offset, as ``align_rows`` makes p of the rows with them.
+    """
+
+    rows: torch.Tensor
+    mean: torch.Tensor
+    inverse_std: torch.Tensor
+    fold: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class Student:
+    """The student's side of a chunk: normalised tokens, their projection, and the way back.
+
+    ``wide`` is the type of statistics and sums, ``narrow`` that of the products' operands: the hidden states' type,
+    or fp32 for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a CPU
+    without bf16 products.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        hidden_states: torch.Tensor,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        offset: torch.Tensor | None = None,
+    ) -> None:
+        self.hidden_states, self.gamma, self.weight = hidden_states, gamma, weight
+        self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
+        self.wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        self.narrow = _product_type(hidden_states)
+        self.offset = offset  # c (E,)
+        if offset is None:
+            terms = [weight.to(self.wide) @ beta.to(self.wide)] if beta is not None else []
+            terms += [bias.to(self.wide)] if bias is not None else []
+            self.offset = terms[0] if len(terms) == 1 else terms[0] + terms[1] if terms else None
+        # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
+        cpu_bf16 = self.narrow == torch.bfloat16 and hidden_states.device.type == "cpu"
+        self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
+
+    def folded(self) -> torch.Tensor:
+        """W' = W diag(gamma) (E, D) in the wide type."""
+        weight = self.weight.to(self.wide)
+        return weight if self.gamma is None else weight * self.gamma.to(self.wide)
+
+    @cached_property
+    def operand(self) -> torch.Tensor:
+        """W' in the products' type."""
+        return self.folded().to(self.narrow)
+
+    @cached_property
+    def centred(self) -> torch.Tensor:
+        """W'', the row means of W' taken off, in the products' type."""
+        folded = self.folded()
+        out = torch.empty_like(folded, dtype=self.narrow)
+        return torch.sub(folded, folded.mean(dim=1, keepdim=True), out=out)
+
+    def tokens(self, chunk: Chunk) -> torch.Tensor:
+        """The chunk's hidden states (frames, P, D) in the products' type."""
+        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.narrow)
+        if self.frame_mask is not None and not is_readable(self.frame_mask):
+            tokens = tokens.where(self.frame_mask[chunk.clip, chunk.start : chunk.stop, None, None], 0)
+        return tokens
+
+    def align(self, chunk: Chunk) -> Aligned:
+        """The chunk's tokens, normalised and on the common grid."""
+        tokens, plan = self.tokens(chunk), self.plan
+        width = tokens.shape[-1]
+        on_cpu = tokens.device.type == "cpu" and has_extension("cpu")
+        if plan.student == "resample" or (plan.student == "keep" and on_cpu):
+            x, mean, inverse_std = layer_norm_resample_op(
+                tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
+            )
+        else:
+            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
+            if plan.student == "pool":
+                x = x.mean(dim=1)
+        return Aligned(x.view(-1, width), tokens, mean, inverse_std)
+
+    def align_backward(self, grad: torch.Tensor, aligned: Aligned, out: torch.Tensor) -> None:
+        """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
+        tokens, mean, inverse_std, plan = aligned.tokens, aligned.mean, aligned.inverse_std, self.plan
+        shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
+        if plan.student == "resample":
+            geometry = (plan.student_grid, plan.grid, plan.antialias)
+            if out.dtype == tokens.dtype:
+                layer_norm_resample_backward_out_op(shaped, tokens, mean, inverse_std, *geometry, out)
+            else:
+                out.copy_(layer_norm_resample_backward_op(shaped, tokens, mean, inverse_std, *geometry))
+            return
+        spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
+        out.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
+            )[0]
+        )
+
+    def project(self, chunk: Chunk) -> Projected:
+        """The chunk's tokens on the common grid, normalised and projected.
+
+        bf16 tokens on equal grids are projected as they are, by weights whose row means are taken off: products of
+        bf16 are exact in fp32, and what is left of the tokens' mean is small where the sum is rounded.
+        """
+        if self.plan.student == "keep" and self.narrow != self.wide:
+            tokens = self.tokens(chunk)
+            mean, inverse_std = row_statistics_op(tokens, self.eps)
+            rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
+            sums = self.centred.sum(dim=1, dtype=self.wide)
+            return Projected(rows, mean, inverse_std, (mean, inverse_std, sums, self.offset))
+        aligned = self.align(chunk)
+        statistics = (aligned.mean, aligned.inverse_std)
+        if self.narrow == self.wide and self.offset is not None:
+            rows = torch.addmm(self.offset, aligned.rows, self.operand.t())
+            return Projected(rows, *statistics, (None, None, None, None))
+        # The offset would be rounded in the products' type.
+        offset = None if self.narrow == self.wide else self.offset
+        return Projected(torch.mm(aligned.rows, self.operand.t()), *statistics, (None, None, None, offset))
+
+
+@constant_when_compiled
+def _cpu_has_bf16_products() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _product_type(hidden_states: torch.Tensor) -> torch.dtype:
+    dtype = hidden_states.dtype
+    if dtype == torch.float16:
+        return torch.float32
+    on_cpu = hidden_states.device.type == "cpu"
+    if dtype == torch.bfloat16 and on_cpu and not _cpu_has_bf16_products():
+        return torch.float32
+    return dtype
