@@ -61,11 +61,12 @@ def _rows_in_range(problem: Problem, chunk: Chunk) -> tuple[int, int]:
 
 
 class _Kept(NamedTuple):
-    """Numbers kept for each row: 1 / |p| and <q, p>, and on equal grids the token's mean and 1/std."""
+    """Numbers kept for each row: 1 / |p| and <q, p>, and on equal grids the token's mean in two parts and 1/std."""
 
     inverse_norm: torch.Tensor
     q_dot_p: torch.Tensor
     mean: torch.Tensor
+    low: torch.Tensor
     inverse_std: torch.Tensor
 
 
@@ -93,7 +94,7 @@ class _FrameSimilarity(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
         q = hidden_states.new_empty((rows, weight.shape[0]))
-        kept = _Kept(*hidden_states.new_empty((4, rows), dtype=student.wide))
+        kept = _Kept(*hidden_states.new_empty((5, rows), dtype=student.wide))
         for chunk in chunks:
             projected = student.project(chunk)
             span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
@@ -105,8 +106,8 @@ class _FrameSimilarity(torch.autograd.Function):
             total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
             if keep:
                 kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
-                if problem.plan.student == "keep":
-                    kept.mean[out], kept.inverse_std[out] = projected.mean.flatten(), projected.inverse_std.flatten()
+                for numbers, into in zip(projected.statistics or (), kept[2:], strict=False):
+                    into[out] = numbers
         if keep:
             ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept)
             ctx.settings, ctx.chunks = settings, chunks
@@ -210,7 +211,7 @@ class _Gradients:
         # dh's own memory holds x first: it is the only thing of its size.
         in_place = out is not None and out.dtype == rows.dtype
         x = out.view(rows.shape) if out is not None and in_place else rows.new_empty(rows.shape)
-        normalise_rows_op(tokens, kept.mean, kept.inverse_std, x)
+        normalise_rows_op(tokens, kept.mean, kept.low, kept.inverse_std, x)
         self._fold(g, x)
         if out is None or self.centred is None:
             return

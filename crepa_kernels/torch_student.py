@@ -10,13 +10,12 @@ import torch
 from .chunks import Chunk, is_readable
 from .compiling import constant_when_compiled
 from .grid import SpatialPlan
-from .ops import has_extension
 from .ops.layer_norm_resample import (
     layer_norm_resample_backward_op,
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
 )
-from .ops.row_alignment import row_statistics_op
+from .ops.row_alignment import layer_norm_rows_op
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,15 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Projected:
-    """Projected rows (frames x M, E) of a chunk with the tokens' mean and 1/std.
+    """Projected rows (frames x M, E) of a chunk.
 
     fold: mean, 1/std, row sums of the weights and offset, as ``align_rows`` makes p of the rows with them.
+    statistics: mean, its low part and 1/std of the tokens, each (frames x M,), on equal grids.
     """
 
     rows: torch.Tensor
-    mean: torch.Tensor
-    inverse_std: torch.Tensor
     fold: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+    statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 
 
 class Student:
@@ -110,18 +109,16 @@ class Student:
         return tokens
 
     def align(self, chunk: Chunk) -> Aligned:
-        """The chunk's tokens, normalised and on the common grid."""
+        """The chunk's tokens, normalised and on the common grid, which is not their own."""
         tokens, plan = self.tokens(chunk), self.plan
         width = tokens.shape[-1]
-        on_cpu = tokens.device.type == "cpu" and has_extension("cpu")
-        if plan.student == "resample" or (plan.student == "keep" and on_cpu):
+        if plan.student == "resample":
             x, mean, inverse_std = layer_norm_resample_op(
                 tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
             )
         else:
             x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
-            if plan.student == "pool":
-                x = x.mean(dim=1)
+            x = x.mean(dim=1)
         return Aligned(x.view(-1, width), tokens, mean, inverse_std)
 
     def align_backward(self, grad: torch.Tensor, aligned: Aligned, out: torch.Tensor) -> None:
@@ -148,20 +145,21 @@ class Student:
         bf16 tokens on equal grids are projected as they are, by weights whose row means are taken off: products of
         bf16 are exact in fp32, and what is left of the tokens' mean is small where the sum is rounded.
         """
-        if self.plan.student == "keep" and self.narrow != self.wide:
+        half, statistics = self.narrow != self.wide, None
+        if self.plan.student == "keep":
             tokens = self.tokens(chunk)
-            mean, inverse_std = row_statistics_op(tokens, self.eps)
-            rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
-            sums = self.centred.sum(dim=1, dtype=self.wide)
-            return Projected(rows, mean, inverse_std, (mean, inverse_std, sums, self.offset))
-        aligned = self.align(chunk)
-        statistics = (aligned.mean, aligned.inverse_std)
-        if self.narrow == self.wide and self.offset is not None:
-            rows = torch.addmm(self.offset, aligned.rows, self.operand.t())
-            return Projected(rows, *statistics, (None, None, None, None))
-        # The offset would be rounded in the products' type.
-        offset = None if self.narrow == self.wide else self.offset
-        return Projected(torch.mm(aligned.rows, self.operand.t()), *statistics, (None, None, None, offset))
+            x, mean, low, inverse_std = layer_norm_rows_op(tokens, self.eps, not half)
+            statistics = (mean, low, inverse_std)
+            if half:
+                sums = self.centred.sum(dim=1, dtype=self.wide)
+                rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
+                return Projected(rows, (mean, inverse_std, sums, self.offset), statistics)
+        else:
+            x = self.align(chunk).rows
+        # The offset would be rounded in half types.
+        if self.offset is None or half:
+            return Projected(torch.mm(x, self.operand.t()), (None, None, None, self.offset), statistics)
+        return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics)
 
 
 @constant_when_compiled

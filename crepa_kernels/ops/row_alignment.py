@@ -32,13 +32,13 @@ define(
     "(Tensor q, Tensor grad, Tensor inverse_norm, Tensor q_dot_p, Tensor? offset, Tensor inverse_std, int width, "
     "Tensor(a!) g, Tensor(b!) scaled, Tensor(c!) along, Tensor(d!) sum) -> ()",
 )
-define("row_statistics", "(Tensor tokens, float eps) -> (Tensor, Tensor)")
-define("normalise_rows", "(Tensor tokens, Tensor mean, Tensor inverse_std, Tensor(a!) out) -> ()")
-for _name in ("align_rows", "align_rows_backward", "row_statistics", "normalise_rows"):
+define("layer_norm_rows", "(Tensor tokens, float eps, bool normalised) -> (Tensor, Tensor, Tensor, Tensor)")
+define("normalise_rows", "(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor(a!) out) -> ()")
+for _name in ("align_rows", "align_rows_backward", "layer_norm_rows", "normalise_rows"):
     keeps_type(_name)
 align_rows_op = torch.ops.crepa_kernels.align_rows.default
 align_rows_backward_op = torch.ops.crepa_kernels.align_rows_backward.default
-row_statistics_op = torch.ops.crepa_kernels.row_statistics.default
+layer_norm_rows_op = torch.ops.crepa_kernels.layer_norm_rows.default
 normalise_rows_op = torch.ops.crepa_kernels.normalise_rows.default
 
 
@@ -166,24 +166,34 @@ def _(
         torch.mul(dot, inverse_std / width, out=along)
 
 
-@torch.library.impl("crepa_kernels::row_statistics", "CompositeExplicitAutograd")
-def _(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/sqrt(variance + eps) of each of ``tokens`` (..., N, C), (N...,) in fp32 (fp64 for fp64)."""
+@torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
+def _(tokens: Tensor, eps: float, normalised: bool) -> Rows:
+    """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
+
+    The three are (N...,) in fp32 (fp64 for fp64); the mean is the sum of two numbers, where one would be rounded.
+    """
+    rows = tokens.reshape(-1, tokens.shape[-1])
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    variance, mean = torch.var_mean(tokens.reshape(-1, tokens.shape[-1]).to(wide), dim=-1, correction=0)
-    return mean, variance.add_(eps).rsqrt_()
+    # On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights.
+    half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
+    ones = rows.new_ones(rows.shape[-1], dtype=torch.float32) if half else None
+    x, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], ones, None, eps)
+    mean, inverse_std = mean.flatten().to(wide), inverse_std.flatten().to(wide)
+    return x if normalised else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
 
 
-@torch.library.register_fake("crepa_kernels::row_statistics")
-def _(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    mean = tokens.new_empty(tokens.shape[:-1].numel(), dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return mean, torch.empty_like(mean)
+@torch.library.register_fake("crepa_kernels::layer_norm_rows")
+def _(tokens: Tensor, eps: float, normalised: bool) -> Rows:
+    rows, wide = tokens.shape[:-1].numel(), torch.promote_types(tokens.dtype, torch.float32)
+    mean, low, inverse_std = (tokens.new_empty(rows, dtype=wide) for _ in range(3))
+    return tokens.new_empty((rows if normalised else 0, tokens.shape[-1])), mean, low, inverse_std
 
 
 @torch.library.impl("crepa_kernels::normalise_rows", "CompositeExplicitAutograd")
-def _(tokens: Tensor, mean: Tensor, inverse_std: Tensor, out: Tensor) -> None:
-    """out (N..., C) = (h - mean) / std of ``tokens`` (..., N, C); mean and 1/std (N...,) in fp32 (fp64 for fp64)."""
-    out.copy_((tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]).mul_(inverse_std[:, None]))
+def _(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tensor) -> None:
+    """out (N..., C) = (h - mean - low) / std of ``tokens`` (..., N, C), from what ``layer_norm_rows`` returned."""
+    rows = tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]
+    out.copy_(rows.sub_(low[:, None]).mul_(inverse_std[:, None]))
 
 
 @torch.library.register_fake("crepa_kernels::align_rows_backward")

@@ -65,16 +65,18 @@ using AlignBackwardKernel = void (*)(const AlignBackwardTask<Q, P>&, int64_t beg
 template <typename Q, typename P>
 AlignBackwardKernel<Q, P> align_backward_kernel();
 
-// Mean and 1/std of tokens, written where `out` is null; else x = (h - mean) inverse_std.
+// x = (h - mean - low) inverse_std. The mean is kept in two parts: of a token far from zero one would lose what is left.
 template <typename T>
 struct NormaliseTask {
   using A = Accumulate<T>;
   Rows<const T> tokens;
   int64_t per_frame, channels;
   A* mean;
+  A* low;
   A* inverse_std;
+  bool measure;  // writes the three, else reads them
   double eps;
-  T* out;  // contiguous
+  T* out;  // contiguous, or null
 };
 
 template <typename T>

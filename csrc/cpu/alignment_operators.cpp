@@ -212,27 +212,32 @@ void align_rows_backward(Tensor q, Tensor grad, Tensor inverse_norm, Tensor q_do
                   torch::headeronly::toString(p));
 }
 
+struct RowStatistics {
+  Tensor mean, low, inverse_std;
+};
+
 template <typename T>
-void normalise_of(const Frames& frames, const Tensor& mean, const Tensor& inverse_std, double eps, T* result) {
+void normalise_of(const Frames& frames, const RowStatistics& statistics, bool measure, double eps, T* result) {
   using A = Accumulate<T>;
   std::vector<int64_t> offset(frames.count);
   for (int64_t frame = 0; frame < frames.count; ++frame) offset[frame] = frames.offset(frame);
   NormaliseTask<T> task{};
   task.tokens = {in<T>(frames.tensor), offset.data(), frames.row_stride};
   task.per_frame = frames.tensor.size(frames.tensor.dim() - 2), task.channels = frames.channels;
-  task.mean = out<A>(mean), task.inverse_std = out<A>(inverse_std), task.eps = eps;
+  task.mean = out<A>(statistics.mean), task.low = out<A>(statistics.low);
+  task.inverse_std = out<A>(statistics.inverse_std);
+  task.measure = measure, task.eps = eps;
   task.out = result;
   torch::stable::parallel_for(0, frames.count * task.per_frame, grain(task.channels * sizeof(T)),
                               [&](int64_t begin, int64_t end) { normalise_kernel<T>()(task, begin, end); });
 }
 
-// Into `result`, or the statistics alone where there is none.
-void normalise(const Frames& frames, const Tensor& mean, const Tensor& inverse_std, double eps, const Tensor* result) {
-  const Tensor& tokens = frames.tensor;
+void normalise(const Tensor& tokens, const RowStatistics& statistics, bool measure, double eps, const Tensor& result) {
   if (tokens.numel() == 0) return;
+  const Frames frames(tokens);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    normalise_of<T>(frames, mean, inverse_std, eps, result ? out<T>(*result) : nullptr);
+    normalise_of<T>(frames, statistics, measure, eps, out<T>(result));
   };
   switch (tokens.scalar_type()) {
     case ScalarType::Float: return run(float());
@@ -250,21 +255,23 @@ int64_t row_count(const Tensor& tokens) {
   return rows;
 }
 
-std::tuple<Tensor, Tensor> row_statistics(Tensor tokens, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_rows(Tensor tokens, double eps, bool normalised) {
   const int64_t rows = row_count(tokens);
-  Tensor mean = torch::stable::new_empty(tokens, {rows}, statistics_type(tokens));
-  Tensor inverse_std = torch::stable::new_empty(tokens, {rows}, statistics_type(tokens));
-  normalise(Frames(tokens), mean, inverse_std, eps, nullptr);
-  return {mean, inverse_std};
+  const auto empty = [&] { return torch::stable::new_empty(tokens, {rows}, statistics_type(tokens)); };
+  const RowStatistics statistics{empty(), empty(), empty()};
+  Tensor x = torch::stable::new_empty(tokens, {normalised ? rows : 0, tokens.size(tokens.dim() - 1)});
+  normalise(tokens, statistics, true, eps, x);
+  return {x, statistics.mean, statistics.low, statistics.inverse_std};
 }
 
-void normalise_rows(Tensor tokens, Tensor mean, Tensor inverse_std, Tensor result) {
+void normalise_rows(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor result) {
   const int64_t rows = row_count(tokens);
   const ScalarType wide = statistics_type(tokens);
   check_is(mean, "mean", wide, {rows});
+  check_is(low, "low", wide, {rows});
   check_is(inverse_std, "inverse_std", wide, {rows});
   check_is(result, "out", tokens.scalar_type(), {rows, tokens.size(tokens.dim() - 1)});
-  normalise(Frames(tokens), mean, inverse_std, 0, &result);
+  normalise(tokens, {mean, low, inverse_std}, false, 0, result);
 }
 
 }  // namespace
@@ -272,7 +279,7 @@ void normalise_rows(Tensor tokens, Tensor mean, Tensor inverse_std, Tensor resul
 STABLE_TORCH_LIBRARY_IMPL(crepa_kernels, CPU, library) {
   library.impl("align_rows", TORCH_BOX(&align_rows));
   library.impl("align_rows_backward", TORCH_BOX(&align_rows_backward));
-  library.impl("row_statistics", TORCH_BOX(&row_statistics));
+  library.impl("layer_norm_rows", TORCH_BOX(&layer_norm_rows));
   library.impl("normalise_rows", TORCH_BOX(&normalise_rows));
 }
 

@@ -160,13 +160,13 @@ void normalise(const NormaliseTask<T>& task, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* h = task.tokens.data + task.tokens.frame_offset[row / task.per_frame] +
                  row % task.per_frame * task.tokens.row_stride;
-    if (!task.out) {
-      row_statistics(h, task.channels, static_cast<Accumulate<T>>(task.eps), task.mean + row, task.inverse_std + row);
-      continue;
-    }
+    if (task.measure)
+      row_statistics(h, task.channels, static_cast<Accumulate<T>>(task.eps), task.mean + row, task.low + row,
+                     task.inverse_std + row);
+    if (!task.out) continue;
     T* out = task.out + row * task.channels;
-    const auto mean = task.mean[row], inverse_std = task.inverse_std[row];
+    const auto mean = task.mean[row], low = task.low[row], inverse_std = task.inverse_std[row];
 #pragma omp simd
-    for (int64_t c = 0; c < task.channels; ++c) store(out + c, (load(h + c) - mean) * inverse_std);
+    for (int64_t c = 0; c < task.channels; ++c) store(out + c, (load(h + c) - mean - low) * inverse_std);
   }
 }

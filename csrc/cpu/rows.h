@@ -55,9 +55,9 @@ void combine_all(int64_t count, const Tap<T, A>* taps, A* partial, Out* out, int
   combine_up_to_six<kCentred, true>(count, taps, partial, out, channels);
 }
 
-// Four sums at a time hide the latency of an addition.
+// Four sums at a time hide the latency of an addition. `low` is what rounding takes off the mean.
 template <typename T, typename A>
-void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* inverse_std) {
+void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* low, A* inverse_std) {
   const int64_t quarter = channels / 4;
   A a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
@@ -86,6 +86,7 @@ void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* inverse_s
   const A residue = ((e + f) + (g + h)) / static_cast<A>(channels);
   const A variance = ((a + b) + (c + d)) / static_cast<A>(channels) - residue * residue;
   *mean = centre + residue;
+  *low = residue - (*mean - centre);
   *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps);
 }
 

@@ -105,8 +105,9 @@ void layer_norm_resample(const Task<T>& task, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < columns; ++i) {
         const int64_t token = line * h.from + read.data[i];
         prefetch_row(rows + (line * h.from + read.data[i + 2]) * task.from.row_stride, task.channels);
+        A low;
         row_statistics(rows + token * task.from.row_stride, task.channels, static_cast<A>(task.eps), mean.data + token,
-                       inverse_std.data + token);
+                       &low, inverse_std.data + token);
         if (line < others) continue;
         task.mean[frame * tokens + token] = mean.data[token];
         task.inverse_std[frame * tokens + token] = inverse_std.data[token];
