@@ -176,7 +176,7 @@ def test_statistics_and_normalised_rows_agree_with_float64(dtype: torch.dtype) -
     out = tokens.new_empty(rows.shape)
     normalise_rows_op(tokens, mean, low, inverse_std, out)
     exact_x = (rows - rows.mean(dim=-1, keepdim=True)) * exact_inverse[:, None]
-    # PyTorch's kernels keep the mean as one number: 50 eps are lost where it is taken off. So does this test in float64.
+    # PyTorch keeps the mean as one number: 50 eps are lost where it is taken off. So does this test in float64.
     lost = 4 if has_extension("cpu") and dtype != torch.float64 else 50
     for found in (x, out):
         torch.testing.assert_close(found.double(), exact_x, rtol=torch.finfo(dtype).eps, atol=lost * fine)
