@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .families import Family, TokenLayout
+from .families import Family
+from .layouts import Arguments, TokenLayout
 from .projector import CrepaProjector
 
 
@@ -22,25 +24,26 @@ class CapturedStates(NamedTuple):
 
 
 class _Slot:
-    """Holds one block's output between the model's forward and the loss.
+    """Holds the video tokens of one block's output between the model's forward and the loss.
 
-    Two plain attributes and nothing that counts: a compiled frame that runs the hook recompiles on no other change.
+    Plain attributes and nothing that counts: a compiled frame that runs the hook recompiles on no other change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, video_tokens: Callable[[Any], torch.Tensor]) -> None:
         self.armed = False
         self.output: torch.Tensor | None = None
+        self._video_tokens = video_tokens
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         if self.armed:
-            self.output = output
+            self.output = self._video_tokens(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
         # A copied model (an EMA's) starts empty: a graph cannot be copied.
-        return _Slot()
+        return _Slot(self._video_tokens)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"armed": False, "output": None}
+        return {"armed": False, "output": None, "_video_tokens": self._video_tokens}
 
 
 class Capture:
@@ -76,8 +79,9 @@ class Capture:
         self._transformer = transformer
         self._family = family
         self._projector = projector
-        self._slots = {index: _Slot() for index in self._blocks}
-        self._latent_shape: tuple[int, int, int] | None = None
+        self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
+        self._parameters = tuple(inspect.signature(transformer.forward).parameters)
+        self._arguments: Arguments | None = None
         self._training = False
         self._gradients = False
         self._handles: list[RemovableHandle] = []
@@ -93,7 +97,8 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._training = module.training
         self._gradients = torch.is_grad_enabled()
-        self._latent_shape = self._family.input_shape(args, kwargs)
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self._arguments = {name: _described(given.get(name)) for name in self._family.arguments}
         for slot in self._slots.values():
             slot.armed = self.enabled and self._training and self._gradients
             slot.output = None
@@ -116,10 +121,10 @@ class Capture:
         """The output of block ``index`` in the last forward.
 
         Raises:
-            ValueError: when the model has not run since attaching or ``release()``, or ran in a way that captures
-                nothing; the message says which and what to do.
+            ValueError: when the model has not run since attaching or ``release()``, ran in a way that captures
+                nothing, or without the arguments that say how its tokens lie; the message says which and what to do.
         """
-        if self._latent_shape is None:
+        if self._arguments is None:
             raise ValueError(
                 "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
                 "very object that CrepaRegularizer was given (or its DDP/FSDP wrapper), not a copy of it"
@@ -127,14 +132,13 @@ class Capture:
         output = self._slots[index].output
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._family.layout(self._transformer, self._latent_shape)
-        tokens = layout.frames * layout.grid[0] * layout.grid[1]
-        if output.dim() != 3 or output.shape[1] != tokens:
+        layout = self._family.token_layout(self._transformer.config, self._arguments)
+        if output.dim() != 3 or output.shape[1] != layout.tokens:
             raise ValueError(
-                f"block {index} returned {tuple(output.shape)}, expected (B, {tokens}, D): "
+                f"block {index} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
                 f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
             )
-        return CapturedStates(output.unflatten(1, (layout.frames, -1)), layout)
+        return CapturedStates(layout.by_frame(output), layout)
 
     def _why_nothing(self) -> str:
         if not self._gradients:
@@ -150,7 +154,7 @@ class Capture:
 
     def release(self) -> None:
         """Lets go of the captured states; ``states`` raises until the next forward."""
-        self._latent_shape = None
+        self._arguments = None
         for slot in self._slots.values():
             slot.output = None
 
@@ -160,6 +164,15 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _described(value: Any) -> Any:
+    """What is kept of an argument until the loss: of a tensor its shape, of a mapping what is no tensor."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: one for key, one in value.items() if not isinstance(one, torch.Tensor)}
+    return value
 
 
 def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from .families import FAMILIES
+
 PREFIX = "crepa_"
 KEY_ALIASES = {"crepa_model": "crepa_encoder"}
 
@@ -34,14 +36,7 @@ UNSUPPORTED_KEYS: dict[str, Any] = {
 }
 UNSUPPORTED = "not supported by this package"
 
-RECOMMENDED_BLOCK_INDEX = {
-    "wan": 8,
-    "ltxvideo": 8,
-    "kandinsky5_video": 8,
-    "cogvideox": 8,
-    "sanavideo": 10,
-    "hunyuan_video": 10,
-}
+RECOMMENDED_BLOCK_INDEX = {family.name: family.block_index for family in FAMILIES}
 
 _PRESET_BASE = {
     "crepa_enabled": True,

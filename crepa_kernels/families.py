@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .grid import Grid
-from .teachers.latents import decode_wan
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """How one forward's video tokens lie: ``frames`` x ``grid`` in raster order.
-
-    Attributes:
-        frames: T, token frames of the clip (latent frames / ``patch``).
-        grid: (height, width) of one frame's tokens.
-        patch: latent frames of one token frame, the transformer's temporal patch.
-        latent_shape: (frames, height, width) of the latents.
-    """
-
-    frames: int
-    grid: Grid
-    patch: int
-    latent_shape: tuple[int, int, int]
+from . import layouts
+from .layouts import LayoutRule, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -37,24 +20,31 @@ class Family:
     Attributes:
         name: the family's name in tables and messages.
         transformer: the diffusers class.
-        vae: the diffusers class of its VAE.
+        vaes: the diffusers classes of its VAE that can be decoded, the usual one first.
         block_lists: attributes that hold the blocks, in the order in which they run.
+        block_classes: classes of these blocks in diffusers.
         after_blocks: top-level attributes whose weights come into play after the last block.
+        block_index: the recommended block to align.
         hidden_size: D, from the transformer's config.
-        input_shape: (frames, height, width) of the latents from a forward's positional and keyword arguments.
-        patch_size: (frames, height, width) of one token in latents, from the transformer's config.
-        decode: ``(vae, latents (B, C, T, H, W)) -> pixels (B, P, 3, H, W)`` in [0, 1], as the pipeline does it.
+        arguments: parameters of the transformer's forward that say how its tokens lie.
+        token_layout: the layout of a forward, from the transformer's config and these arguments.
+        video_tokens: (B, tokens, D) from what a block returns.
+        first_frame_is_clean: whether image-to-video training of a transformer with this config gives it the first
+            frame's own tokens without noise (True), or the image by other ways (False).
     """
 
     name: str
     transformer: str
-    vae: str
+    vaes: tuple[str, ...]
     block_lists: tuple[str, ...]
+    block_classes: tuple[str, ...]
     after_blocks: tuple[str, ...]
+    block_index: int
     hidden_size: Callable[[Any], int]
-    input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int, int]]
-    patch_size: Callable[[Any], tuple[int, int, int]]
-    decode: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    arguments: tuple[str, ...]
+    token_layout: LayoutRule
+    video_tokens: Callable[[Any], torch.Tensor]
+    first_frame_is_clean: Callable[[Any], bool]
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in the order in which they run."""
@@ -70,46 +60,133 @@ class Family:
         return blocks[index]
 
     def layout(self, transformer: nn.Module, latent_shape: Sequence[int]) -> TokenLayout:
-        """The token layout of a forward whose latents were (frames, height, width)."""
-        patch = self.patch_size(transformer.config)
-        frames, height, width = latent_shape
-        grid = (height // patch[1], width // patch[2])
-        return TokenLayout(frames // patch[0], grid, patch[0], (frames, height, width))
-
-
-def _wan_input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-    _, _, frames, height, width = (args[0] if args else kwargs["hidden_states"]).shape
-    return frames, height, width
+        """The token layout of a forward whose latents are (frames, height, width), in raster order."""
+        return layouts.of_latents(transformer.config, latent_shape)
 
 
 def _heads_times_size(config: Any) -> int:
     return int(config.num_attention_heads * config.attention_head_dim)
 
 
-def _patch_size(config: Any) -> tuple[int, int, int]:
-    frames, height, width = config.patch_size
-    return frames, height, width
+def _model_dim(config: Any) -> int:
+    return int(config.model_dim)
+
+
+def _no_extra_channels(config: Any) -> bool:
+    # Wan 2.2 5B. The others have the image in channels beside the noisy latents'.
+    return bool(config.in_channels == config.out_channels)
+
+
+def _replaces_tokens(config: Any) -> bool:
+    return bool(config.image_condition_type == "token_replace")
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+def _never(config: Any) -> bool:
+    return False
 
 
 # Named functions, so that a model with hooks that hold its row can still be pickled.
-_FAMILIES = (
+FAMILIES = (
     Family(
         name="wan",
         transformer="WanTransformer3DModel",
-        vae="AutoencoderKLWan",
+        vaes=("AutoencoderKLWan",),
         block_lists=("blocks",),
+        block_classes=("WanTransformerBlock",),
         after_blocks=("norm_out", "proj_out", "scale_shift_table"),
+        block_index=8,
         hidden_size=_heads_times_size,
-        input_shape=_wan_input_shape,
-        patch_size=_patch_size,
-        decode=decode_wan,
+        arguments=("hidden_states",),
+        token_layout=layouts.channels_second,
+        video_tokens=layouts.whole_output,
+        first_frame_is_clean=_no_extra_channels,
+    ),
+    Family(
+        name="ltxvideo",
+        transformer="LTXVideoTransformer3DModel",
+        vaes=("AutoencoderKLLTXVideo",),
+        block_lists=("transformer_blocks",),
+        block_classes=("LTXVideoTransformerBlock",),
+        after_blocks=("norm_out", "proj_out", "scale_shift_table"),
+        block_index=8,
+        hidden_size=_heads_times_size,
+        arguments=("num_frames", "height", "width"),
+        token_layout=layouts.packed,
+        video_tokens=layouts.whole_output,
+        first_frame_is_clean=_always,
+    ),
+    Family(
+        name="sanavideo",
+        transformer="SanaVideoTransformer3DModel",
+        vaes=("AutoencoderKLWan", "AutoencoderKLLTX2Video"),
+        block_lists=("transformer_blocks",),
+        block_classes=("SanaVideoTransformerBlock",),
+        after_blocks=("norm_out", "proj_out", "scale_shift_table"),
+        block_index=10,
+        hidden_size=_heads_times_size,
+        arguments=("hidden_states",),
+        token_layout=layouts.channels_second,
+        video_tokens=layouts.whole_output,
+        first_frame_is_clean=_always,
+    ),
+    Family(
+        name="kandinsky5_video",
+        transformer="Kandinsky5Transformer3DModel",
+        vaes=("AutoencoderKLHunyuanVideo",),
+        block_lists=("visual_transformer_blocks",),
+        block_classes=("Kandinsky5TransformerDecoderBlock",),
+        after_blocks=("out_layer",),
+        block_index=8,
+        hidden_size=_model_dim,
+        arguments=("hidden_states", "sparse_params"),
+        token_layout=layouts.channels_last,
+        video_tokens=layouts.whole_output,
+        # Its extra channels say which frame is clean and hold no image.
+        first_frame_is_clean=_always,
+    ),
+    Family(
+        name="cogvideox",
+        transformer="CogVideoXTransformer3DModel",
+        vaes=("AutoencoderKLCogVideoX",),
+        block_lists=("transformer_blocks",),
+        block_classes=("CogVideoXBlock",),
+        after_blocks=("norm_final", "norm_out", "proj_out"),
+        block_index=8,
+        hidden_size=_heads_times_size,
+        arguments=("hidden_states",),
+        token_layout=layouts.channels_third,
+        video_tokens=layouts.first_of_pair,
+        first_frame_is_clean=_never,
+    ),
+    Family(
+        name="hunyuan_video",
+        transformer="HunyuanVideoTransformer3DModel",
+        vaes=("AutoencoderKLHunyuanVideo",),
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        block_classes=(
+            "HunyuanVideoTransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+            "HunyuanVideoTokenReplaceTransformerBlock",
+            "HunyuanVideoTokenReplaceSingleTransformerBlock",
+        ),
+        after_blocks=("norm_out", "proj_out"),
+        block_index=10,
+        hidden_size=_heads_times_size,
+        arguments=("hidden_states",),
+        token_layout=layouts.channels_second,
+        video_tokens=layouts.first_of_pair,
+        first_frame_is_clean=_replaces_tokens,
     ),
 )
 
 
 def supported_families() -> tuple[str, ...]:
     """Names of the model families that CREPA can be attached to."""
-    return tuple(family.name for family in _FAMILIES)
+    return tuple(family.name for family in FAMILIES)
 
 
 def family_of(transformer: nn.Module) -> Family:
@@ -120,8 +197,28 @@ def family_of(transformer: nn.Module) -> Family:
     """
     # By name, so that diffusers is imported by those who have a model from it and by nobody else.
     names = {base.__name__ for base in type(transformer).__mro__}
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if family.transformer in names:
             return family
-    known = ", ".join(f"{family.name} ({family.transformer})" for family in _FAMILIES)
+    known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
     raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
+
+
+def image_to_video_mask(transformer: nn.Module, batch: int, frames: int) -> torch.Tensor | None:
+    """The ``frame_mask`` (B, T) of image-to-video training: False at frame 0 where its tokens are clean, else None.
+
+    Clean tokens hold the image itself, which the student has not to find: aligning them teaches nothing. Where the
+    image comes in channels beside the noisy latents, frame 0 is noisy like every other one.
+
+    Args:
+        transformer: of a supported family, not wrapped.
+        batch, frames: B and T, token frames of the forward.
+
+    Raises:
+        ValueError: for a transformer of no supported family.
+    """
+    if not family_of(transformer).first_frame_is_clean(transformer.config):
+        return None
+    mask = torch.ones(batch, frames, dtype=torch.bool)
+    mask[:, 0] = False
+    return mask

@@ -65,10 +65,11 @@ def frame_indices(rule: str, pixel_frames: int, latent_frames: int, *, patch: in
     groups = frame_groups(pixel_frames, latent_frames, patch=patch)
     if rule == "mean":
         return list(range(pixel_frames))
-    return [_teacher_frame(rule, group) for group in groups]
+    return [teacher_frame(rule, group) for group in groups]
 
 
-def _teacher_frame(rule: str, group: tuple[int, int]) -> int:
+def teacher_frame(rule: str, group: tuple[int, int]) -> int:
+    """The pixel frame that teaches a student frame of the inclusive (start, end): "last" or "center"."""
     start, end = group
     return end if rule == "last" else start + (end - start) // 2
 
@@ -100,9 +101,9 @@ def select_frames(
     latent_counts = _per_clip("num_latents", num_latents, batch, latent_frames, "latent_frames")
     clips = list(zip(pixel_counts, latent_counts, strict=True))
     if len(set(clips)) == 1:
-        return _select(features, rule, _clip_groups(*clips[0], latent_frames, patch))
+        return _select(features, rule, clip_groups(*clips[0], latent_frames, patch))
     parts = [
-        _select(features[b : b + 1], rule, _clip_groups(pixels, latents, latent_frames, patch))
+        _select(features[b : b + 1], rule, clip_groups(pixels, latents, latent_frames, patch))
         for b, (pixels, latents) in enumerate(clips)
     ]
     return torch.cat(parts)
@@ -121,7 +122,7 @@ def _per_clip(name: str, counts: int | Sequence[int] | None, batch: int, most: i
     return listed
 
 
-def _clip_groups(pixels: int, latents: int, padded_latents: int, patch: int) -> list[tuple[int, int]]:
+def clip_groups(pixels: int, latents: int, padded_latents: int, patch: int) -> list[tuple[int, int]]:
     """Pixel groups of a clip whose `latents` latent frames are padded at the end to `padded_latents`."""
     groups = frame_groups(pixels, latents)
     last = latents - 1
@@ -134,5 +135,5 @@ def _clip_groups(pixels: int, latents: int, padded_latents: int, patch: int) -> 
 def _select(features: Tensor, rule: str, groups: list[tuple[int, int]]) -> Tensor:
     # Slices instead of an index tensor: a list copied to a GPU would make the host wait.
     if rule != "mean":
-        return torch.stack([features[:, _teacher_frame(rule, group)] for group in groups], dim=1)
+        return torch.stack([features[:, teacher_frame(rule, group)] for group in groups], dim=1)
     return torch.stack([features[:, start : end + 1].mean(dim=1) for start, end in groups], dim=1)

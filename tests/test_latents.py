@@ -12,9 +12,11 @@ from tiny import tiny_pipeline, tiny_vae, tiny_wan
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.families import family_of
+from crepa_kernels.layouts import TokenLayout
 from crepa_kernels.teachers.latents import LatentDecoder, free_vae_encoder
 
 CPU = torch.device("cpu")
+LAYOUT = TokenLayout(frames=3, grid=(2, 3), patch=1, latent_shape=(3, 4, 6))
 
 
 def latents(batch: int = 2, frames: int = 3) -> torch.Tensor:
@@ -41,7 +43,7 @@ def test_latents_are_decoded_as_the_pipeline_does_it(tmp_path: Path) -> None:
     # The VAE by itself, by its folder, by the pipeline's folder, and by a callable.
     for source in (pipeline.vae, tmp_path / "vae", str(tmp_path), tiny_vae):
         one = decoder(source)
-        found = one.decode(latents(), (3, 4, 6), CPU)
+        found = one.decode(latents(), LAYOUT, CPU)
         assert found.shape == (2, 9, 3, 32, 48)
         assert one.frames_decoded == 18
         # Dividing by 1/std and multiplying by std round differently.
@@ -52,7 +54,7 @@ def test_latents_are_decoded_as_the_pipeline_does_it(tmp_path: Path) -> None:
 
 def test_without_a_vae_the_error_says_what_to_pass() -> None:
     with pytest.raises(ValueError, match=r"CrepaRegularizer\(vae=\.\.\.\).*pixels= or features="):
-        decoder(None).decode(latents(), (3, 4, 6), CPU)
+        decoder(None).decode(latents(), LAYOUT, CPU)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_without_a_vae_the_error_says_what_to_pass() -> None:
 )
 def test_latents_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decoder(tiny_vae()).decode(torch.zeros(shape), (3, 4, 6), CPU)
+        decoder(tiny_vae()).decode(torch.zeros(shape), LAYOUT, CPU)
 
 
 def test_another_vae_is_refused(tmp_path: Path) -> None:
@@ -73,23 +75,23 @@ def test_another_vae_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be an AutoencoderKLWan for wan, got AutoencoderKL"):
         decoder(image_vae)
     with pytest.raises(ValueError, match="got AutoencoderKL"):
-        decoder(lambda: image_vae).decode(latents(), (3, 4, 6), CPU)
+        decoder(lambda: image_vae).decode(latents(), LAYOUT, CPU)
     with pytest.raises(ValueError, match="got int"):
         decoder(3)
     with pytest.raises(ValueError, match=r"neither config.json nor vae/config.json"):
-        decoder(tmp_path).decode(latents(), (3, 4, 6), CPU)
+        decoder(tmp_path).decode(latents(), LAYOUT, CPU)
 
 
 def test_freeing_the_vae_encoder_leaves_decoding_as_it_was() -> None:
     vae = tiny_vae()
-    expected = decoder(vae).decode(latents(), (3, 4, 6), CPU)
+    expected = decoder(vae).decode(latents(), LAYOUT, CPU)
     size = sum(parameter.nbytes for parameter in vae.parameters())
     encoder = sum(p.nbytes for part in (vae.encoder, vae.quant_conv) for p in part.parameters())
     freeing = decoder(vae, drop_encoder=True)
     assert sum(parameter.nbytes for parameter in vae.parameters()) == size  # not before it decodes
-    assert torch.equal(freeing.decode(latents(), (3, 4, 6), CPU), expected)
+    assert torch.equal(freeing.decode(latents(), LAYOUT, CPU), expected)
     assert sum(parameter.nbytes for parameter in vae.parameters()) == size - encoder < size
-    assert torch.equal(freeing.decode(latents(), (3, 4, 6), CPU), expected)
+    assert torch.equal(freeing.decode(latents(), LAYOUT, CPU), expected)
     with pytest.raises(ValueError, match="freed by crepa_drop_vae_encoder"):
         vae.encode(torch.zeros(1, 3, 5, 32, 48))
     assert free_vae_encoder(vae) == 0

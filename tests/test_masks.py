@@ -25,7 +25,7 @@ def test_a_padded_clip_gives_its_own_unpadded_loss() -> None:
         # The states of the padded batch, in which attention saw the padding.
         whole = crepa._capture.states(1).hidden_states[:, :length]
         crepa._capture._slots[1].output = whole.flatten(1, 2)
-        crepa._capture._latent_shape = (length, 4, 6)
+        crepa._capture._arguments = {"hidden_states": (1, 4, length, 4, 6)}
         losses.append(crepa.loss(step=0, pixels=pixels[clip : clip + 1, : pixel_frames(length)])[0])
     transformer(**inputs)
     found, _ = crepa.loss(step=0, pixels=pixels, num_frames=[9, 5])

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..families import TokenLayout
-from ..frames import frame_groups, frame_indices, select_frames
+from ..frames import clip_groups, frame_groups, select_frames, teacher_frame
+from ..layouts import TokenLayout
 from . import TeacherFeatures
 from .dinov2 import DinoV2Teacher
 
@@ -44,7 +44,7 @@ class ClipLengths:
         pixels: P of each clip.
         latents: latent frames of each clip that they map to.
         tokens: student frames of each clip (``latents`` / temporal patch, rounded up).
-        layout: of the padded batch.
+        layout: of the padded batch, without latents that pad its front.
     """
 
     pixels: tuple[int, ...]
@@ -63,6 +63,7 @@ class ClipLengths:
         Raises:
             ValueError: for a count below 1 or above ``stored``, or not one for each clip.
         """
+        layout = layout.of_pixels(num_frames if isinstance(num_frames, int) else stored)
         latent_frames = layout.latent_shape[0]
         given = [num_frames] * batch if num_frames is None or isinstance(num_frames, int) else list(num_frames)
         if len(given) != batch:
@@ -75,7 +76,7 @@ class ClipLengths:
         if num_frames is not None and not isinstance(num_frames, int):
             starts = [start for start, _ in frame_groups(stored, latent_frames)]
             latents = [sum(start < count for start in starts) for count in pixels]
-        tokens = [-(-count // layout.patch) for count in latents]
+        tokens = [-(-(layout.front_padding + count) // layout.patch) for count in latents]
         return cls(tuple(pixels), tuple(latents), tuple(tokens), layout)
 
     @property
@@ -126,10 +127,12 @@ def encode_clips(
 ) -> TeacherFeatures:
     """Teacher features (B, T, N, E) of clips' pixels (B, P, 3, H, W); encodes only the frames that ``rule`` needs."""
     layout = lengths.layout
-    chosen = [
-        frame_indices(rule, count, latents, patch=layout.patch)
-        for count, latents in zip(lengths.pixels, lengths.latents, strict=True)
-    ]
+    counts = list(zip(lengths.pixels, lengths.latents, strict=True))
+    if rule == "mean":
+        chosen = [list(range(pixels)) for pixels, _ in counts]
+    else:
+        groups = [clip_groups(*count, layout.latent_shape[0], layout.patch) for count in counts]
+        chosen = [[teacher_frame(rule, group) for group in own] for own in groups]
     needed = [sorted(set(indices)) for indices in chosen]
     # Slices instead of an index tensor: a list copied to a GPU would make the host wait.
     frames = torch.stack([clip[index] for clip, indices in zip(pixels, needed, strict=True) for index in indices])
@@ -144,7 +147,7 @@ def encode_clips(
         ]
     else:
         rows = [
-            torch.stack([clip[indices.index(own[min(f, len(own) - 1)])] for f in range(layout.frames)])
+            torch.stack([clip[indices.index(frame)] for frame in own])
             for clip, indices, own in zip(clips, needed, chosen, strict=True)
         ]
     return TeacherFeatures(torch.stack(rows), grid)
@@ -201,7 +204,7 @@ def given_features(
     selected = select_frames(
         features,
         rule,
-        layout.latent_shape[0],
+        lengths.layout.latent_shape[0],
         num_frames=lengths.pixels,
         num_latents=lengths.latents,
         patch=layout.patch,

@@ -1,4 +1,4 @@
-"""Latents to pixels: each family's own denormalise and decode."""
+"""Decoding the latents of a batch by the family's VAE, which is loaded when a batch first needs it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,19 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..extras import require
-
-if TYPE_CHECKING:
-    from ..families import Family
+from ..families import Family
+from ..layouts import TokenLayout
+from .decoding import VIDEO_VAES, VideoVae
 
 logger = logging.getLogger(__name__)
 
 VaeSource = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
-
-
-def decode_wan(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels (B, P, 3, H, W) in [0, 1] of clean Wan latents (B, C, T, H, W), normalised as the transformer sees them.
-
-    As ``WanPipeline``: ``vae.decode(latents * std + mean)``, then from [-1, 1] to [0, 1].
-    """
-    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
-    # From pageable memory, so the host does not wait for the device.
-    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
-    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
-    return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
 class _FreedEncoder(nn.Module):
@@ -74,7 +62,7 @@ class LatentDecoder:
     def __init__(self, source: VaeSource | None, family: Family, *, drop_encoder: bool = False) -> None:
         if not (source is None or isinstance(source, str | os.PathLike) or callable(source)):
             raise ValueError(
-                f"vae must be an {family.vae}, a folder or hub id, or a callable that loads it, "
+                f"vae must be an {_either(family)}, a folder or hub id, or a callable that loads it, "
                 f"got {type(source).__name__}"
             )
         self.frames_decoded = 0
@@ -85,12 +73,13 @@ class LatentDecoder:
         self._told_place = False
         self._vae: Any = self._checked(source) if isinstance(source, nn.Module) else None
 
-    def decode(self, latents: torch.Tensor, latent_shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, layout: TokenLayout, device: torch.device) -> torch.Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1], without gradient.
 
         Args:
-            latents: (B, C, T, H, W), clean, normalised as the transformer sees them, not packed.
-            latent_shape: (T, H, W) that the transformer's last forward had.
+            latents: (B, C, T, H, W), clean, normalised as the transformer sees them, not packed; with or without
+                the frames that pad their count at the front to a multiple of the transformer's temporal patch.
+            layout: of the transformer's last forward.
             device: where a VAE that is loaded now goes.
 
         Raises:
@@ -99,13 +88,14 @@ class LatentDecoder:
         if not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
             what = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a floating-point tensor (B, C, T, H, W), got {what}")
-        if latents.dim() != 5 or tuple(latents.shape[2:]) != latent_shape:
+        if latents.dim() != 5 or tuple(latents.shape[2:]) != layout.of_latents(latents.shape[2]).latent_shape:
             raise ValueError(
-                f"latents must be (B, C, T, H, W) with (T, H, W) = {latent_shape} as in the transformer's forward, "
-                f"got {tuple(latents.shape)}"
+                f"latents must be (B, C, T, H, W) with (T, H, W) = {layout.latent_shape} as in the transformer's "
+                f"forward, got {tuple(latents.shape)}"
             )
         vae = self._vae if self._vae is not None else self._load(device)
-        channels = len(vae.config.latents_mean)
+        rule = _rule_of(vae, self._family)
+        channels = rule.channels(vae.config)
         if latents.shape[1] != channels:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE decodes {channels}")
         if self._drop_encoder and not self._dropped:
@@ -117,7 +107,7 @@ class LatentDecoder:
             self._told_place = True
             logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            pixels = self._family.decode(vae, latents.detach().to(place))
+            pixels = rule.decode(vae, latents.detach().to(place))
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 
@@ -130,7 +120,7 @@ class LatentDecoder:
         if self._source is None:
             raise ValueError(
                 "latents were given but no VAE to decode them: pass CrepaRegularizer(vae=...) "
-                f"(an {self._family.vae}, a folder, a hub id or a callable that loads it), "
+                f"(an {_either(self._family)}, a folder, a hub id or a callable that loads it), "
                 "or give loss() pixels= or features="
             )
         if isinstance(self._source, str | os.PathLike):
@@ -141,19 +131,41 @@ class LatentDecoder:
         return self._vae
 
     def _from_pretrained(self, source: str, device: torch.device) -> nn.Module:
-        vae_class = getattr(require("diffusers", "decoding latents"), self._family.vae)
-        subfolder = _vae_subfolder(vae_class, source)
+        diffusers = require("diffusers", "decoding latents")
+        subfolder, name = _found(getattr(diffusers, self._family.vaes[0]), source)
+        if name not in self._family.vaes:
+            raise ValueError(f"vae = {source} holds an {name}; {self._family.name} needs an {_either(self._family)}")
         # Decoding for a teacher is most of CREPA's time, and its features do not need fp32 pixels.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         logger.info("loading the VAE from %s as %s", source, dtype)
+        vae_class = getattr(diffusers, name)
         vae: nn.Module = vae_class.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype).to(device)
         return vae
 
     def _checked(self, vae: Any) -> nn.Module:
-        if self._family.vae not in {base.__name__ for base in type(vae).__mro__}:
-            raise ValueError(f"vae must be an {self._family.vae} for {self._family.name}, got {type(vae).__name__}")
+        _rule_of(vae, self._family)
         vae.requires_grad_(False)
         return vae.eval()
+
+
+def _either(family: Family) -> str:
+    return " or ".join(family.vaes)
+
+
+def _rule_of(vae: Any, family: Family) -> VideoVae:
+    """How ``vae`` is decoded; ValueError where it is none of the family's."""
+    names = {base.__name__ for base in type(vae).__mro__}
+    for name in family.vaes:
+        if name in names:
+            return VIDEO_VAES[name]
+    raise ValueError(f"vae must be an {_either(family)} for {family.name}, got {type(vae).__name__}")
+
+
+def _found(vae_class: Any, source: str) -> tuple[str | None, str]:
+    """The subfolder of a VAE and its class: ``"vae"`` in a pipeline's folder or hub id, None where it is its own."""
+    subfolder = _vae_subfolder(vae_class, source)
+    config = vae_class.load_config(source, subfolder=subfolder)
+    return subfolder, str(config.get("_class_name"))
 
 
 def _vae_subfolder(vae_class: Any, source: str) -> str | None:

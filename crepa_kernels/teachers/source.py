@@ -110,4 +110,4 @@ class TeacherSource:
             raise ValueError("loss() needs one of latents=, pixels= and features= to teach from")
         if len(inputs.latents) != batch:
             raise ValueError(f"latents have {len(inputs.latents)} clips, the transformer's last forward had {batch}")
-        return self.decoder.decode(inputs.latents, student.layout.latent_shape, student.hidden_states.device)
+        return self.decoder.decode(inputs.latents, student.layout, student.hidden_states.device)
