@@ -1,0 +1,286 @@
+"""Tiny real models of every family, the calls that their pipelines make, and their VAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    SanaVideoTransformer3DModel,
+)
+from tiny import CHANNELS, TEXT_DIM, WAN, WanTransformer3DModel, _reloaded, tiny_vae
+
+WIDTH = 32  # of the hidden states
+TEXT_TOKENS = 5
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": CHANNELS, "out_channels": CHANNELS}
+
+LTX = {**HEADS, "cross_attention_dim": WIDTH, "caption_channels": TEXT_DIM, "num_layers": 3}
+SANA = {
+    **HEADS,
+    "num_layers": 3,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": WIDTH,
+    "caption_channels": TEXT_DIM,
+    "rope_max_seq_len": 64,
+}
+KANDINSKY = {
+    "in_visual_dim": CHANNELS,
+    "out_visual_dim": CHANNELS,
+    "in_text_dim": TEXT_DIM,
+    "in_text_dim2": TEXT_DIM,
+    "time_dim": 16,
+    "model_dim": WIDTH,
+    "ff_dim": 32,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 3,
+    "axes_dims": (4, 6, 6),
+}
+SPARSE = {
+    "attention_type": "nabla",
+    "attention_P": 0.9,
+    "attention_wT": 3,
+    "attention_wH": 1,
+    "attention_wW": 1,
+    "attention_add_sta": True,
+    "attention_method": "topcdf",
+}
+COGVIDEOX = {
+    **HEADS,
+    "time_embed_dim": 16,
+    "text_embed_dim": TEXT_DIM,
+    "max_text_seq_length": TEXT_TOKENS,
+    "num_layers": 3,
+    "sample_width": 6,
+    "sample_height": 4,
+    "sample_frames": 9,
+}
+HUNYUAN = {
+    **HEADS,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "guidance_embeds": False,
+    "text_embed_dim": TEXT_DIM,
+    "pooled_projection_dim": TEXT_DIM,
+    "rope_axes_dim": (4, 6, 6),
+}
+
+
+def _text(latents: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    batch = len(latents)
+    return {
+        "timestep": torch.randint(1, 1000, (batch,), generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, TEXT_DIM, generator=generator),
+    }
+
+
+def _plain(latents: torch.Tensor, generator: torch.Generator, model: Any) -> dict[str, Any]:
+    return {"hidden_states": latents, **_text(latents, generator)}
+
+
+def _ltx(latents: torch.Tensor, generator: torch.Generator, model: Any) -> dict[str, Any]:
+    frames, height, width = latents.shape[2:]
+    return {
+        "hidden_states": LTXPipeline._pack_latents(latents),
+        **_text(latents, generator),
+        "encoder_attention_mask": torch.ones(len(latents), TEXT_TOKENS),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+    }
+
+
+def _kandinsky(latents: torch.Tensor, generator: torch.Generator, model: Any) -> dict[str, Any]:
+    frames, height, width = latents.shape[2:]
+    states = latents.permute(0, 2, 3, 4, 1).contiguous()
+    pipeline = Kandinsky5T2VPipeline(model, None, None, None, None, None, None)
+    return {
+        "hidden_states": states,
+        **_text(latents, generator),
+        "pooled_projections": torch.randn(len(latents), TEXT_DIM, generator=generator),
+        "visual_rope_pos": [torch.arange(frames), torch.arange(height // 2), torch.arange(width // 2)],
+        "text_rope_pos": torch.arange(TEXT_TOKENS),
+        "sparse_params": pipeline.get_sparse_params(states, states.device),
+    }
+
+
+def _cogvideox(latents: torch.Tensor, generator: torch.Generator, model: Any) -> dict[str, Any]:
+    return {"hidden_states": latents.transpose(1, 2), **_text(latents, generator)}
+
+
+def _hunyuan(latents: torch.Tensor, generator: torch.Generator, model: Any) -> dict[str, Any]:
+    mask = torch.ones(len(latents), TEXT_TOKENS, dtype=torch.int64)
+    mask[:, -1] = 0
+    return {
+        "hidden_states": latents,
+        **_text(latents, generator),
+        "encoder_attention_mask": mask,
+        "pooled_projections": torch.randn(len(latents), TEXT_DIM, generator=generator),
+    }
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """One family's transformer, or one variant of it.
+
+    Attributes:
+        name: the family's.
+        model: the diffusers class.
+        config: its tiny settings.
+        call: ``(latents (B, C, T, H, W), generator, model) -> keyword arguments`` of the transformer's forward.
+        blocks: paths of the blocks in the model, in the order in which they run.
+        query: the end of the path of the attention's query projection in a block.
+        patch: (frames, height, width) of a token in latents.
+        latents: (T, H, W) that ``inputs`` uses.
+    """
+
+    name: str
+    model: type
+    config: Mapping[str, Any]
+    call: Callable[..., dict[str, Any]]
+    blocks: tuple[str, ...]
+    query: str = "attn1.to_q"
+    patch: tuple[int, int, int] = (1, 2, 2)
+    latents: tuple[int, int, int] = (3, 4, 6)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> int:
+        return self.latents[0] // self.patch[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.latents[1] // self.patch[1], self.latents[2] // self.patch[2]
+
+    def make(self, **overrides: Any) -> Any:
+        """The transformer, in train mode, saved to the hub's layout and loaded back."""
+        settings = {**self.config, **self.overrides, **overrides}
+        key = f"{self.model.__name__} {settings}"
+        return _reloaded(partial(self._built, settings), 0, None, key).train()
+
+    def _built(self, settings: Mapping[str, Any]) -> Any:
+        model = self.model(**settings)
+        if isinstance(model, Kandinsky5Transformer3DModel):
+            # Zero in a new model, whose blocks then do nothing.
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "modulation" in name:
+                        parameter.normal_(std=0.2)
+        return model
+
+    def inputs(self, batch: int = 1, *, seed: int = 3, model: Any = None) -> dict[str, Any]:
+        """Arguments of one forward on random latents."""
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn(batch, CHANNELS, *self.latents, generator=generator)
+        return self.call(latents, generator, self.make() if model is None else model)
+
+
+def _listed(name: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{name}.{index}" for index in range(count))
+
+
+_BLOCKS = _listed("transformer_blocks", 3)
+_HUNYUAN_BLOCKS = (*_listed("transformer_blocks", 2), *_listed("single_transformer_blocks", 2))
+
+FAMILIES = {
+    "wan": TinyFamily("wan", WanTransformer3DModel, WAN, _plain, _listed("blocks", 3)),
+    "ltxvideo": TinyFamily("ltxvideo", LTXVideoTransformer3DModel, LTX, _ltx, _BLOCKS, patch=(1, 1, 1)),
+    "sanavideo": TinyFamily("sanavideo", SanaVideoTransformer3DModel, SANA, _plain, _BLOCKS),
+    "kandinsky5_video": TinyFamily(
+        "kandinsky5_video",
+        Kandinsky5Transformer3DModel,
+        KANDINSKY,
+        _kandinsky,
+        _listed("visual_transformer_blocks", 3),
+        "self_attention.to_query",
+    ),
+    "cogvideox": TinyFamily("cogvideox", CogVideoXTransformer3DModel, COGVIDEOX, _cogvideox, _BLOCKS),
+    "cogvideox 1.5": TinyFamily(
+        "cogvideox",
+        CogVideoXTransformer3DModel,
+        COGVIDEOX,
+        _cogvideox,
+        _BLOCKS,
+        patch=(2, 2, 2),
+        latents=(6, 4, 6),
+        overrides={"patch_size_t": 2, "use_rotary_positional_embeddings": True},
+    ),
+    "hunyuan_video": TinyFamily(
+        "hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN, _hunyuan, _HUNYUAN_BLOCKS, "attn.to_q"
+    ),
+    "hunyuan_video token_replace": TinyFamily(
+        "hunyuan_video",
+        HunyuanVideoTransformer3DModel,
+        HUNYUAN,
+        _hunyuan,
+        _HUNYUAN_BLOCKS,
+        "attn.to_q",
+        overrides={"image_condition_type": "token_replace"},
+    ),
+}
+# Flex attention has no backward on a CPU, so this one only runs forward there.
+SPARSE_KANDINSKY = TinyFamily(
+    "kandinsky5_video",
+    Kandinsky5Transformer3DModel,
+    KANDINSKY,
+    _kandinsky,
+    _listed("visual_transformer_blocks", 3),
+    "self_attention.to_query",
+    latents=(2, 16, 32),
+    overrides=SPARSE,
+)
+
+_SMALL = {"latent_channels": CHANNELS, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+LTX_VAE = {
+    "latent_channels": CHANNELS,
+    "block_out_channels": (8, 8, 8, 8),
+    "decoder_block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1, 1),
+}
+LTX2_VAE = {
+    "latent_channels": CHANNELS,
+    "block_out_channels": (8, 8, 8, 16),
+    "decoder_block_out_channels": (8, 16, 32),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1),
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+
+
+def tiny_vaes(name: str, **overrides: Any) -> Any:
+    """A family's VAE with 4 latent channels, in eval mode: ``name`` of the family, or "ltx2"."""
+    if name in ("wan", "sanavideo"):
+        return tiny_vae(**overrides)
+    model, config = {
+        "ltxvideo": (AutoencoderKLLTXVideo, LTX_VAE),
+        "ltx2": (AutoencoderKLLTX2Video, LTX2_VAE),
+        "cogvideox": (AutoencoderKLCogVideoX, _SMALL),
+        "hunyuan_video": (AutoencoderKLHunyuanVideo, _SMALL),
+        "kandinsky5_video": (AutoencoderKLHunyuanVideo, _SMALL),
+    }[name]
+    return _reloaded(partial(_with_statistics, model, {**config, **overrides}), 1, None, f"{name} vae {overrides}")
+
+
+def _with_statistics(model: Any, config: Mapping[str, Any]) -> Any:
+    vae = model(**config)
+    if "latents_mean" in dict(vae.named_buffers()):
+        vae.latents_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+        vae.latents_std.copy_(torch.tensor([1.5, 0.8, 2.0, 1.2]))
+    return vae
