@@ -57,6 +57,21 @@ def test_a_padded_clip_is_encoded_as_if_it_were_alone(teacher: DinoV2Teacher, ru
     torch.testing.assert_close(found[1:, :2], expected, rtol=1e-4, atol=1e-5)  # other batch sizes
 
 
+def test_latents_that_pad_the_front_of_a_batch_count_to_its_first_token_frame(teacher: DinoV2Teacher) -> None:
+    # 17 pixel frames are 5 latents, which a temporal patch of 2 pads to 6: token frames of latent 0, 1-2 and 3-4.
+    layout = TokenLayout(3, GRID, 2, (6, 4, 6), temporal_ratio=4)
+    pixels = clip_pixels(2, 17)
+    lengths = ClipLengths.of([17, 5], 2, 17, layout)
+    assert (lengths.latents, lengths.tokens, lengths.layout.front_padding) == ((5, 2), (3, 2), 1)
+    found = encode_clips(teacher, pixels, lengths, "last", CPU).features
+    every = torch.stack([teacher.encode(clip, GRID, CPU).features for clip in pixels])  # [B, P, N, E]
+    # The second clip's token frame of latents 1-2 has latent 1 alone.
+    expected = torch.stack([every[0, [0, 8, 16]], every[1, [0, 4, 4]]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # other batch sizes
+    given, _ = given_features(every, None, [17, 5], "last", 2, layout)
+    assert torch.equal(given.features, expected)
+
+
 def test_one_number_of_frames_crops_the_pixels(teacher: DinoV2Teacher) -> None:
     pixels = clip_pixels(1, 12)
     lengths = ClipLengths.of(9, 1, 12, LAYOUT)

@@ -52,7 +52,7 @@ DINOV2: dict[str, Any] = {
 _LOADED: dict[str, Any] = {}
 
 
-def _reloaded(build: Callable[[], Any], seed: int, folder: Path | None, key: str) -> Any:
+def reloaded(build: Callable[[], Any], seed: int, folder: Path | None, key: str) -> Any:
     """A model with weights of ``seed``, saved and loaded back; without a folder once for each key, then copied."""
     if folder is None and key in _LOADED:
         return copy.deepcopy(_LOADED[key])
@@ -70,12 +70,12 @@ def _reloaded(build: Callable[[], Any], seed: int, folder: Path | None, key: str
 def tiny_wan(folder: Path | None = None, *, seed: int = 0, **overrides: Any) -> WanTransformer3DModel:
     """A Wan transformer in train mode: width 32, 3 blocks, patch (1, 2, 2); saved to ``folder`` when it is given."""
     build = partial(WanTransformer3DModel, **{**WAN, **overrides})
-    return _reloaded(build, seed, folder, f"wan {seed} {overrides}").train()
+    return reloaded(build, seed, folder, f"wan {seed} {overrides}").train()
 
 
 def tiny_vae(folder: Path | None = None, *, seed: int = 1, **overrides: Any) -> AutoencoderKLWan:
     """A Wan VAE: 4 latent channels with their own mean and std, 8 times smaller in space and 4 times in time."""
-    return _reloaded(partial(AutoencoderKLWan, **{**VAE, **overrides}), seed, folder, f"vae {seed} {overrides}")
+    return reloaded(partial(AutoencoderKLWan, **{**VAE, **overrides}), seed, folder, f"vae {seed} {overrides}")
 
 
 def tiny_dinov2(
@@ -88,7 +88,7 @@ def tiny_dinov2(
         build = partial(Dinov2WithRegistersModel, config)
     else:
         build = partial(Dinov2Model, Dinov2Config(**settings))
-    return _reloaded(build, seed, folder, f"dinov2 {seed} {registers} {overrides}")
+    return reloaded(build, seed, folder, f"dinov2 {seed} {registers} {overrides}")
 
 
 def tiny_pipeline(

@@ -1,4 +1,4 @@
-"""Tiny real models of every family, the calls that their pipelines make, and their VAEs."""
+"""Tiny real models of every family, the calls that their pipelines make, their VAEs, and CREPA on them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
     SanaVideoTransformer3DModel,
+    WanTransformer3DModel,
 )
-from tiny import CHANNELS, TEXT_DIM, WAN, WanTransformer3DModel, _reloaded, tiny_vae
+from tiny import CHANNELS, TEXT_DIM, WAN, clip_pixels, reloaded, tiny_dinov2, tiny_vae
+
+from crepa_kernels import CrepaRegularizer
 
 WIDTH = 32  # of the hidden states
 TEXT_TOKENS = 5
@@ -171,7 +174,7 @@ class TinyFamily:
         """The transformer, in train mode, saved to the hub's layout and loaded back."""
         settings = {**self.config, **self.overrides, **overrides}
         key = f"{self.model.__name__} {settings}"
-        return _reloaded(partial(self._built, settings), 0, None, key).train()
+        return reloaded(partial(self._built, settings), 0, None, key).train()
 
     def _built(self, settings: Mapping[str, Any]) -> Any:
         model = self.model(**settings)
@@ -275,7 +278,7 @@ def tiny_vaes(name: str, **overrides: Any) -> Any:
         "hunyuan_video": (AutoencoderKLHunyuanVideo, _SMALL),
         "kandinsky5_video": (AutoencoderKLHunyuanVideo, _SMALL),
     }[name]
-    return _reloaded(partial(_with_statistics, model, {**config, **overrides}), 1, None, f"{name} vae {overrides}")
+    return reloaded(partial(_with_statistics, model, {**config, **overrides}), 1, None, f"{name} vae {overrides}")
 
 
 def _with_statistics(model: Any, config: Mapping[str, Any]) -> Any:
@@ -284,3 +287,29 @@ def _with_statistics(model: Any, config: Mapping[str, Any]) -> Any:
         vae.latents_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
         vae.latents_std.copy_(torch.tensor([1.5, 0.8, 2.0, 1.2]))
     return vae
+
+
+def crepa_on(transformer: Any, **settings: Any) -> CrepaRegularizer:
+    """A regularizer of block 1 with a seeded projector and a DINOv2 teacher, or the one that ``settings`` name."""
+    torch.manual_seed(0)
+    config = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70, **settings}
+    return CrepaRegularizer(config, transformer, encoder=None if "crepa_feature_source" in config else tiny_dinov2())
+
+
+def pixels_of(tiny: TinyFamily, batch: int) -> torch.Tensor:
+    """Random pixels of the clips that ``tiny.inputs`` are latents of, if each stood for 4 x 8 x 8 pixels."""
+    frames, height, width = tiny.latents
+    return clip_pixels(batch, 1 + 4 * (frames - 1), 8 * height, 8 * width)
+
+
+def by_frame(tokens: torch.Tensor, tiny: TinyFamily, tile: int = 1) -> torch.Tensor:
+    """(B, tokens, D) in the transformer's order -> (B, T, P, D), token by token."""
+    frames, (height, width) = tiny.frames, tiny.grid
+    result = tokens.new_empty(len(tokens), frames, height * width, tokens.shape[-1])
+    for frame in range(frames):
+        for y in range(height):
+            for x in range(width):
+                square = (y // tile) * (width // tile) + x // tile
+                place = square * tile * tile + (y % tile) * tile + x % tile
+                result[:, frame, y * width + x] = tokens[:, frame * height * width + place]
+    return result
