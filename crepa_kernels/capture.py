@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ class Capture:
         self._family = family
         self._projector = projector
         self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
-        self._parameters = tuple(inspect.signature(transformer.forward).parameters)
+        self._parameters = family.forward_parameters(transformer)
         self._arguments: Arguments | None = None
         self._training = False
         self._gradients = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,11 @@ class Family:
                 f"{key} = {index}: this {self.transformer} has {len(blocks)} blocks, valid are 0 to {len(blocks) - 1}"
             )
         return blocks[index]
+
+    def forward_parameters(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of the diffusers class's forward, whatever wraps or overrides it here."""
+        stock: Any = next(base for base in type(transformer).__mro__ if base.__name__ == self.transformer)
+        return tuple(inspect.signature(stock.forward).parameters)[1:]
 
     def layout(self, transformer: nn.Module, latent_shape: Sequence[int]) -> TokenLayout:
         """The token layout of a forward whose latents are (frames, height, width), in raster order."""

@@ -88,20 +88,31 @@ def of_latents(config: Any, latent_shape: Sequence[int]) -> TokenLayout:
     return TokenLayout(-(-frames // patch[0]), grid, patch[0], (frames, height, width), temporal_ratio=ratio)
 
 
+def _sizes(arguments: Arguments, axes: str) -> tuple[int, int, int]:
+    """Latent frames, height and width of ``hidden_states``, whose axes are named by one letter each."""
+    shape = arguments["hidden_states"]
+    if not isinstance(shape, tuple) or len(shape) != len(axes):
+        raise ValueError(
+            f"the transformer's forward was called without hidden_states ({', '.join(axes)}), so CREPA does not know "
+            f"where its tokens lie: {'none were given' if shape is None else f'got {shape}'}"
+        )
+    frames, height, width = (shape[axes.index(axis)] for axis in "THW")
+    return frames, height, width
+
+
 def channels_second(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, C, T, H, W)."""
-    return of_latents(config, arguments["hidden_states"][2:])
+    return of_latents(config, _sizes(arguments, "BCTHW"))
 
 
 def channels_third(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, T, C, H, W)."""
-    _, frames, _, height, width = arguments["hidden_states"]
-    return of_latents(config, (frames, height, width))
+    return of_latents(config, _sizes(arguments, "BTCHW"))
 
 
 def channels_last(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, T, H, W, C), whose tokens come by tiles where sparse attention is asked for."""
-    layout = of_latents(config, arguments["hidden_states"][1:4])
+    layout = of_latents(config, _sizes(arguments, "BTHWC"))
     sparse = arguments["sparse_params"]
     return replace(layout, tile=_SPARSE_TILE) if sparse is not None and sparse["to_fractal"] else layout
 

@@ -174,7 +174,7 @@ class CrepaRegularizer:
 
         Args:
             step: optimizer step from 0; the same number for each of its micro-batches.
-            latents: (B, C, T, H, W), clean, normalised as the transformer sees them; decoded by the VAE.
+            latents: (B, C, T, H, W), never packed, clean, normalised as the transformer sees them; decoded by the VAE.
             pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
                 One frame for each latent frame, or with ``num_frames`` one for each pixel frame.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, by_frame, crepa_on, pixels_of
 
@@ -103,6 +103,19 @@ def test_arguments_may_be_given_by_position(name: str) -> None:
     assert torch.equal(found.hidden_states, expected.hidden_states)
 
 
+def test_arguments_reach_a_forward_that_only_passes_them_on() -> None:
+    class Passing(WanTransformer3DModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    transformer = FAMILIES["wan"].make()
+    transformer.__class__ = Passing
+    crepa = crepa_on(transformer)
+    inputs = FAMILIES["wan"].inputs(model=transformer)
+    transformer(inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+    assert crepa._capture.states(STUDENT).layout.latent_shape == (3, 4, 6)
+
+
 @every_family
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_the_prediction_does_not_change(name: str, return_dict: bool) -> None:
@@ -178,6 +191,24 @@ def test_tokens_beside_the_clips_are_refused() -> None:
     transformer(**inputs)
     with pytest.raises(ValueError, match=r"block 1 returned \(1, 96, 32\), expected \(B, 72, D\): 3 frames of 4 x 6"):
         crepa.loss(step=0, pixels=pixels_of(tiny, 1))
+
+
+def test_latents_that_the_forward_was_not_given_are_named() -> None:
+    class Keeping(WanTransformer3DModel):
+        def forward(self, hidden_states: Any = None, **kwargs: Any) -> Any:
+            return super().forward(self.kept if hidden_states is None else hidden_states[:, :, None], **kwargs)
+
+    transformer = FAMILIES["wan"].make()
+    transformer.__class__ = Keeping
+    crepa = crepa_on(transformer)
+    inputs = FAMILIES["wan"].inputs(model=transformer)
+    transformer.kept = inputs.pop("hidden_states")
+    transformer(**inputs)
+    with pytest.raises(ValueError, match=r"without hidden_states \(B, C, T, H, W\).*none were given"):
+        crepa.loss(step=0, pixels=pixels_of(FAMILIES["wan"], 1))
+    transformer(hidden_states=transformer.kept[:, :, 0], **inputs)
+    with pytest.raises(ValueError, match=r"got \(1, 4, 4, 6\)"):
+        crepa.loss(step=0, pixels=pixels_of(FAMILIES["wan"], 1))
 
 
 @every_family

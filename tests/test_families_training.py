@@ -65,6 +65,29 @@ def test_the_gradient_reaches_every_token_of_every_unmasked_frame(name: str, set
         assert gradients[f"{PROJECTOR_NAME}.{parameter}"].any()
 
 
+@every_family
+@pytest.mark.parametrize("how", ["autocast", "bf16 weights"])
+def test_states_and_gradients_in_bf16(name: str, how: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[name]
+    transformer = tiny.make()
+    inputs = tiny.inputs(2, model=transformer)
+    if how == "bf16 weights":
+        # Loaded as users do it: Kandinsky's time embedding stays fp32 this way and not by .to().
+        transformer.save_pretrained(tmp_path)
+        transformer = type(transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).train()
+        inputs = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    crepa = crepa_on(transformer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        prediction = transformer(**inputs)[0]
+        aux, _ = crepa.loss(step=0, pixels=pixels_of(tiny, 2))
+    assert aux.dtype == torch.float32
+    (prediction.float().square().mean() + aux).backward()
+    first = transformer.get_submodule(f"{tiny.blocks[0]}.{tiny.query}").weight.grad
+    assert first.isfinite().all()
+    assert first.any()
+    assert crepa.projector[1].weight.grad.dtype == torch.float32
+
+
 def reentrant(module: torch.nn.Module, *args: Any) -> Any:
     return checkpoint(module.__call__, *args, use_reentrant=True)
 
@@ -118,6 +141,25 @@ def test_compiled_blocks_give_the_same_gradients_and_are_not_recompiled(name: st
                 inputs = FAMILIES[name].inputs(2, seed=seed, model=made[0])
                 inputs["hidden_states"].requires_grad_(True)
                 made[0](**inputs)[0].sum().backward()
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@every_family
+def test_a_compiled_model_is_captured(name: str) -> None:
+    tiny = FAMILIES[name]
+    plain, transformer = tiny.make(), tiny.make()
+    expected, crepa = crepa_on(plain), crepa_on(transformer)
+    inputs = tiny.inputs(2, model=plain)
+    torch._dynamo.reset()
+    try:
+        plain(**inputs)
+        torch.compile(transformer, backend="aot_eager")(**inputs)
+        losses = [one.loss(step=0, pixels=pixels_of(tiny, 2))[0] for one in (expected, crepa)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)  # fused chains round elsewhere
+        losses[1].backward()
+        assert transformer.get_submodule(f"{tiny.blocks[0]}.{tiny.query}").weight.grad.any()
     finally:
         torch._dynamo.reset()
 
