@@ -11,7 +11,7 @@ from .projector import CrepaProjector
 
 if TYPE_CHECKING:
     from .config import CrepaConfig
-    from .families import supported_families
+    from .families import image_to_video_mask, supported_families
     from .regularizer import CrepaRegularizer
     from .schedule import CrepaSchedule
 
@@ -22,6 +22,7 @@ _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "schedule",
+    "image_to_video_mask": "families",
     "supported_families": "families",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "available_backends",
     "crepa_loss",
     "frame_indices",
+    "image_to_video_mask",
     "resample_tokens",
     "select_frames",
     "similarity_matrix",

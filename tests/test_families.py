@@ -12,7 +12,8 @@ from diffusers import UNet2DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, by_frame, crepa_on, pixels_of
 
-from crepa_kernels.families import family_of, image_to_video_mask, supported_families
+from crepa_kernels import image_to_video_mask, supported_families
+from crepa_kernels.families import family_of
 
 STUDENT = 1
 
