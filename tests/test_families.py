@@ -142,27 +142,6 @@ def test_the_token_order_of_sparse_attention_is_undone() -> None:
     assert not torch.equal(states, by_frame(seen[0], tiny))
 
 
-# Image to video
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "clean"),
-    [
-        ("wan", {}, True),  # Wan 2.2 5B
-        ("wan", {"in_channels": 12}, False),  # the image and its mask in channels
-        ("ltxvideo", {}, True),
-        ("sanavideo", {}, True),
-        ("kandinsky5_video", {"visual_cond": True}, True),
-        ("cogvideox", {"in_channels": 8}, False),
-        ("hunyuan_video", {"image_condition_type": "latent_concat"}, False),
-        ("hunyuan_video", {"image_condition_type": "token_replace"}, True),
-    ],
-)
-def test_frame_0_is_masked_where_its_tokens_are_clean(name: str, settings: dict[str, Any], clean: bool) -> None:
-    mask = image_to_video_mask(FAMILIES[name].make(**settings), 2, 3)
-    assert (None if mask is None else mask.tolist()) == ([[False, True, True]] * 2 if clean else None)
-
-
 # What is refused
 
 

@@ -7,26 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLLTXVideo,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
-    Kandinsky5T2VPipeline,
-    LTXPipeline,
-    SanaVideoPipeline,
-    WanPipeline,
-)
-from tiny import CHANNELS, TEXT_DIM
-from tiny_families import FAMILIES, TEXT_TOKENS, tiny_vaes
+from diffusers import AutoencoderDC, AutoencoderKLLTXVideo, LTXPipeline
+from tiny import CHANNELS
+from tiny_families import FAMILIES, crepa_on, tiny_vaes
+from tiny_pipelines import pipeline_of, run
 
 from crepa_kernels.families import family_of
 from crepa_kernels.teachers.latents import LatentDecoder
 
 CPU = torch.device("cpu")
-NO_TEXT = {"tokenizer": None, "text_encoder": None}
-NO_TEXTS = {**NO_TEXT, "tokenizer_2": None, "text_encoder_2": None}
+DC_AE = {"block_out_channels": (8, 8), "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
 
 
 def clean_latents(batch: int, frames: int, height: int = 4, width: int = 6) -> torch.Tensor:
@@ -34,63 +24,21 @@ def clean_latents(batch: int, frames: int, height: int = 4, width: int = 6) -> t
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
-def as_stored(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, T, H, W) as this pipeline keeps them while it denoises."""
-    if isinstance(pipeline, LTXPipeline):
-        return pipeline._pack_latents(latents)
-    if isinstance(pipeline, Kandinsky5T2VPipeline):
-        return latents.permute(0, 2, 3, 4, 1).clone()
-    return latents.transpose(1, 2) if isinstance(pipeline, CogVideoXPipeline) else latents
-
-
-def pipeline_pixels(pipeline: Any, latents: torch.Tensor, pixels: tuple[int, int, int], **options: Any) -> torch.Tensor:
-    """What a pipeline shows after one step of denoising, whose result is replaced by ``latents``."""
-    batch, (frames, height, width) = len(latents), pixels
-    text = torch.zeros(batch, TEXT_TOKENS, TEXT_DIM)
-    mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
-    arguments: dict[str, Any] = {"prompt_embeds": text, "num_frames": frames, "guidance_scale": 1.0}
-    if isinstance(pipeline, LTXPipeline | SanaVideoPipeline | HunyuanVideoPipeline):
-        arguments["prompt_attention_mask"] = mask
-    if isinstance(pipeline, HunyuanVideoPipeline):
-        arguments["pooled_prompt_embeds"] = text[:, 0]
-    if isinstance(pipeline, SanaVideoPipeline):
-        arguments["frames"] = arguments.pop("num_frames")
-        arguments["use_resolution_binning"] = False
-    if isinstance(pipeline, Kandinsky5T2VPipeline):
-        arguments["prompt_embeds_qwen"] = arguments.pop("prompt_embeds")
-        arguments["prompt_embeds_clip"] = text[:, 0]
-        arguments["prompt_cu_seqlens"] = torch.arange(batch + 1) * TEXT_TOKENS
-    stored = as_stored(pipeline, latents)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        **arguments,
-        **options,
-        height=height,
-        width=width,
-        num_inference_steps=1,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=lambda *_: {"latents": stored},
-        output_type="pt",
-    ).frames
-
-
-def flow() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def pipeline_of(name: str, vae: Any) -> Any:
-    transformer = FAMILIES[name].make().eval()
-    if name == "wan":
-        return WanPipeline(**NO_TEXT, transformer=transformer, vae=vae, scheduler=flow())
+def as_stored(name: str, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, T, H, W) as the family's pipeline keeps them while it denoises."""
     if name == "ltxvideo":
-        return LTXPipeline(**NO_TEXT, transformer=transformer, vae=vae, scheduler=flow())
-    if name == "sanavideo":
-        return SanaVideoPipeline(**NO_TEXT, transformer=transformer, vae=vae, scheduler=flow())
+        return LTXPipeline._pack_latents(latents)
     if name == "kandinsky5_video":
-        return Kandinsky5T2VPipeline(**NO_TEXTS, transformer=transformer, vae=vae, scheduler=flow())
-    if name == "hunyuan_video":
-        return HunyuanVideoPipeline(**NO_TEXTS, transformer=transformer, vae=vae, scheduler=flow())
-    return CogVideoXPipeline(**NO_TEXT, transformer=transformer, vae=vae, scheduler=CogVideoXDDIMScheduler())
+        return latents.permute(0, 2, 3, 4, 1).clone()
+    return latents.transpose(1, 2) if name == "cogvideox" else latents
+
+
+def pipeline_pixels(variant: str, vae: Any, latents: torch.Tensor, pixels: tuple[int, int, int]) -> torch.Tensor:
+    """What the variant's pipeline shows after one step of denoising, whose result is replaced by ``latents``."""
+    tiny = FAMILIES[variant]
+    stored = as_stored(tiny.name, latents)
+    callback = {"num_inference_steps": 1, "callback_on_step_end": lambda *_: {"latents": stored}}
+    return run(tiny.name, pipeline_of(tiny.name, tiny.make().eval(), vae), len(latents), pixels, **callback)
 
 
 # Family or variant, VAE, its settings, latent frames, and (frames, height, width) in pixels.
@@ -120,7 +68,7 @@ def test_latents_are_decoded_as_the_familys_pipeline_does_it(case: str, tmp_path
     vae = tiny_vaes(vae_name, **settings)
     scale = 32 if "ltx" in vae_name else 8
     latents = clean_latents(2, frames, pixels[1] // scale, pixels[2] // scale)
-    expected = pipeline_pixels(pipeline_of(name, vae), latents, pixels)
+    expected = pipeline_pixels(name, vae, latents, pixels)
     assert expected.shape == (2, pixels[0], 3, *pixels[1:])
     vae.save_pretrained(tmp_path / "vae")
     for source in (vae, tmp_path):
@@ -137,12 +85,29 @@ def test_latents_padded_at_the_front_are_decoded_without_their_padding(frames: i
     layout = family.layout(transformer, (4, 4, 6))  # of the forward, whose latents were padded to 4
     pixels = 9 if frames == 3 else 16
     padded = torch.cat([latents[:, :, :1]] * (4 - frames) + [latents], dim=2)
-    expected = pipeline_pixels(pipeline_of("cogvideox 1.5", vae), padded, (4 * frames - 3, 32, 48))
+    expected = pipeline_pixels("cogvideox 1.5", vae, padded, (4 * frames - 3, 32, 48))
     found = LatentDecoder(vae, family).decode(latents, layout, CPU)
     assert found.shape[1] == pixels
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     with pytest.raises(ValueError, match=r"\(T, H, W\) = \(4, 4, 6\).*got \(1, 4, 2, 4, 6\)"):
         LatentDecoder(vae, family).decode(latents[:, :, :2], layout, CPU)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_the_loss_of_latents_is_that_of_their_pixels(variant: str) -> None:
+    tiny = FAMILIES[variant]
+    transformer, vae = tiny.make(), tiny_vaes(tiny.name)
+    # With a temporal patch of 2, 5 latent frames were padded at the front to the forward's 6.
+    latents = clean_latents(2, 1 + tiny.frames * tiny.patch[0] - tiny.patch[0])
+    crepa = crepa_on(transformer, vae=vae)
+    transformer(**tiny.inputs(2, model=transformer))
+    losses = [crepa.loss(step=0, latents=latents)[0]]
+    assert crepa.frames_decoded == 2 * (17 if "ltx" in variant or "1.5" in variant else 9)
+    assert crepa.frames_encoded == 2 * 3
+    losses.append(crepa.loss(step=0, pixels=found_pixels(variant, vae, latents))[0])
+    assert torch.equal(*losses)
+    losses.append(crepa.loss(step=0, latents=latents.flip(-1))[0])
+    assert not torch.equal(losses[0], losses[2])
 
 
 def shrink_tiles(vae: Any) -> None:
@@ -166,7 +131,7 @@ def test_tiling_and_slicing_are_the_vaes_own(name: str) -> None:
     shrink_tiles(vae)
     tiled = found_pixels(name, vae, latents)
     assert (tiled - whole).abs().max() > 1e-3, "tiles see less around them"
-    expected = pipeline_pixels(pipeline_of(name, vae), latents, (whole.shape[1], *whole.shape[3:]))
+    expected = pipeline_pixels(name, vae, latents, (whole.shape[1], *whole.shape[3:]))
     torch.testing.assert_close(tiled, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -196,6 +161,9 @@ def test_another_familys_vae_is_refused(tmp_path: Path) -> None:
         ValueError, match="an AutoencoderKLWan or AutoencoderKLLTX2Video for sanavideo, got AutoencoderKLHunyuanVideo"
     ):
         LatentDecoder(tiny_vaes("hunyuan_video"), sana)
+    settings = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in DC_AE.items()}
+    with pytest.raises(ValueError, match="for sanavideo, got AutoencoderDC"):
+        LatentDecoder(AutoencoderDC(latent_channels=CHANNELS, **settings), sana)
     tiny_vaes("hunyuan_video").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds an AutoencoderKLHunyuanVideo; ltxvideo needs an AutoencoderKLLTXVideo"):
         found_pixels("ltxvideo", tmp_path, clean_latents(1, 2))

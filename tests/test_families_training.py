@@ -35,7 +35,8 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     # A reentrant checkpoint passes gradients only to inputs that ask for them.
     inputs["hidden_states"].requires_grad_(True)
     prediction = transformer(**inputs)[0]
-    states = crepa._capture._slots[STUDENT].output
+    slot = crepa._capture._slots[crepa.config.crepa_block_index]
+    states = slot.output
     assert states is not None
     mask = torch.ones(2, tiny.frames, dtype=torch.bool)
     mask[:, 0] = False
@@ -44,13 +45,22 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     assert -1 <= logs["crepa_similarity"] <= 1
     (to_states,) = torch.autograd.grad(aux, states, retain_graph=True)
     (prediction.square().mean() + aux).backward()
-    assert crepa._capture._slots[STUDENT].output is states, "the recomputation in the backward was captured"
+    assert slot.output is states, "the recomputation in the backward was captured"
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     return {"states": to_states, **gradients}
 
 
 def leave(transformer: Any) -> None:
     """Trains it as it is."""
+
+
+def reentrant(module: torch.nn.Module, *args: Any) -> Any:
+    return checkpoint(module.__call__, *args, use_reentrant=True)
+
+
+def checkpointed(transformer: Any, mode: Any) -> None:
+    """With gradient checkpointing: diffusers' own when ``mode`` is None."""
+    transformer.enable_gradient_checkpointing(*([] if mode is None else [mode]))
 
 
 @every_family
@@ -63,6 +73,17 @@ def test_the_gradient_reaches_every_token_of_every_unmasked_frame(name: str, set
     assert reached[:, 1:].all()
     for parameter in ("0.weight", "0.bias", "1.weight", "1.bias"):
         assert gradients[f"{PROJECTOR_NAME}.{parameter}"].any()
+
+
+@pytest.mark.parametrize("mode", [None, reentrant], ids=["not reentrant", "reentrant"])
+def test_single_stream_blocks_are_aligned_as_well(mode: Any) -> None:
+    # Their video tokens are a part of a longer tensor, with the text after them.
+    settings = {**BACKBONE, "crepa_block_index": 2, "crepa_teacher_block_index": 3}
+    expected = training_step("hunyuan_video", settings, leave)
+    assert (expected["states"].unflatten(1, (3, -1))[:, 1:].abs().sum(-1) > 0).all()
+    found = training_step("hunyuan_video", settings, lambda transformer: checkpointed(transformer, mode))
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)  # a reentrant backward adds up otherwise
 
 
 @every_family
@@ -88,19 +109,12 @@ def test_states_and_gradients_in_bf16(name: str, how: str, tmp_path: Path) -> No
     assert crepa.projector[1].weight.grad.dtype == torch.float32
 
 
-def reentrant(module: torch.nn.Module, *args: Any) -> Any:
-    return checkpoint(module.__call__, *args, use_reentrant=True)
-
-
 @every_family
 @pytest.mark.parametrize("settings", [{}, BACKBONE], ids=["dinov2", "backbone"])
 @pytest.mark.parametrize("mode", [None, reentrant], ids=["not reentrant", "reentrant"])
 def test_checkpointing_gives_the_same_gradients(name: str, settings: dict[str, Any], mode: Any) -> None:
     expected = training_step(name, settings, leave)
-    if mode is None:
-        found = training_step(name, settings, lambda transformer: transformer.enable_gradient_checkpointing())
-    else:
-        found = training_step(name, settings, lambda transformer: transformer.enable_gradient_checkpointing(mode))
+    found = training_step(name, settings, lambda transformer: checkpointed(transformer, mode))
     assert expected.keys() == found.keys()
     for key, gradient in expected.items():
         # The same operations in the same order; a reentrant backward adds up in another one.

@@ -289,11 +289,12 @@ def _with_statistics(model: Any, config: Mapping[str, Any]) -> Any:
     return vae
 
 
-def crepa_on(transformer: Any, **settings: Any) -> CrepaRegularizer:
+def crepa_on(transformer: Any, *, vae: Any = None, **settings: Any) -> CrepaRegularizer:
     """A regularizer of block 1 with a seeded projector and a DINOv2 teacher, or the one that ``settings`` name."""
     torch.manual_seed(0)
     config = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70, **settings}
-    return CrepaRegularizer(config, transformer, encoder=None if "crepa_feature_source" in config else tiny_dinov2())
+    encoder = None if "crepa_feature_source" in config else tiny_dinov2()
+    return CrepaRegularizer(config, transformer, vae, encoder)
 
 
 def pixels_of(tiny: TinyFamily, batch: int) -> torch.Tensor:
