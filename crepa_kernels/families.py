@@ -67,7 +67,7 @@ class Family:
 
     def layout(self, transformer: nn.Module, latent_shape: Sequence[int]) -> TokenLayout:
         """The token layout of a forward whose latents are (frames, height, width), in raster order."""
-        return layouts.of_latents(transformer.config, latent_shape)
+        return layouts.raster_layout(transformer.config, latent_shape)
 
 
 def _heads_times_size(config: Any) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -71,6 +72,10 @@ class TokenLayout:
         return self.of_latents(1 + -(-(pixel_frames - 1) // self.temporal_ratio))
 
 
+# The layout of a forward, from the transformer's config and the arguments.
+LayoutRule = Callable[[Any, Arguments], TokenLayout]
+
+
 def patch_size(config: Any) -> tuple[int, int, int]:
     """(frames, height, width) of one token in latents, from a transformer's config."""
     if isinstance(config.patch_size, int):
@@ -79,7 +84,7 @@ def patch_size(config: Any) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def of_latents(config: Any, latent_shape: Sequence[int]) -> TokenLayout:
+def raster_layout(config: Any, latent_shape: Sequence[int]) -> TokenLayout:
     """The layout of latents (frames, height, width), in raster order."""
     frames, height, width = latent_shape
     patch = patch_size(config)
@@ -102,17 +107,17 @@ def _sizes(arguments: Arguments, axes: str) -> tuple[int, int, int]:
 
 def channels_second(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, C, T, H, W)."""
-    return of_latents(config, _sizes(arguments, "BCTHW"))
+    return raster_layout(config, _sizes(arguments, "BCTHW"))
 
 
 def channels_third(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, T, C, H, W)."""
-    return of_latents(config, _sizes(arguments, "BTCHW"))
+    return raster_layout(config, _sizes(arguments, "BTCHW"))
 
 
 def channels_last(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, T, H, W, C), whose tokens come by tiles where sparse attention is asked for."""
-    layout = of_latents(config, _sizes(arguments, "BTHWC"))
+    layout = raster_layout(config, _sizes(arguments, "BTHWC"))
     sparse = arguments["sparse_params"]
     return replace(layout, tile=_SPARSE_TILE) if sparse is not None and sparse["to_fractal"] else layout
 
@@ -121,16 +126,16 @@ def packed(config: Any, arguments: Arguments) -> TokenLayout:
     """Of tokens (B, T x H x W, C), whose ``num_frames``, ``height`` and ``width`` are arguments of their own.
 
     Raises:
-        ValueError: when one of them was not given.
+        ValueError: when one of them was not given as an integer.
     """
     names = ("num_frames", "height", "width")
-    missing = [name for name in names if not isinstance(arguments[name], int)]
+    missing = [name for name in names if not isinstance(arguments[name], SupportsIndex)]
     if missing:
         raise ValueError(
-            f"the transformer's forward was called without {', '.join(missing)}: CREPA needs num_frames=, height= and "
-            "width= (of the latents) to know which token of a packed clip lies where"
+            f"the transformer's forward was called without an integer {', '.join(missing)}: CREPA needs num_frames=, "
+            "height= and width= (of the latents) to know which token of a packed clip lies where"
         )
-    frames, height, width = (arguments[name] for name in names)
+    frames, height, width = (operator.index(arguments[name]) for name in names)
     patch = patch_size(config)
     latent_shape = (frames * patch[0], height * patch[1], width * patch[2])
     return TokenLayout(frames, (height, width), patch[0], latent_shape)
@@ -144,6 +149,3 @@ def whole_output(output: Any) -> torch.Tensor:
 def first_of_pair(output: Any) -> torch.Tensor:
     """Video tokens of a block that returns (video, text)."""
     return output[0]
-
-
-LayoutRule = Callable[[Any, Arguments], TokenLayout]

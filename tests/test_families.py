@@ -14,6 +14,7 @@ from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, by_frame, crepa_on,
 
 from crepa_kernels import image_to_video_mask, supported_families
 from crepa_kernels.families import family_of
+from crepa_kernels.layouts import TokenLayout
 
 STUDENT = 1
 
@@ -142,6 +143,14 @@ def test_the_token_order_of_sparse_attention_is_undone() -> None:
     assert not torch.equal(states, by_frame(seen[0], tiny))
 
 
+def test_the_gradient_of_reordered_tokens_goes_back_to_their_own_place() -> None:
+    layout = TokenLayout(frames=2, grid=(4, 6), patch=1, latent_shape=(2, 8, 12), tile=2)
+    tokens = torch.zeros(1, layout.tokens, 1, requires_grad=True)
+    # Frame 1, row 2, column 5: the third square of the second row of squares, its second token.
+    (gradient,) = torch.autograd.grad(layout.by_frame(tokens)[0, 1, 2 * 6 + 5, 0], tokens)
+    assert gradient.flatten().nonzero().tolist() == [[24 + 5 * 4 + 1]]
+
+
 # What is refused
 
 
@@ -156,7 +165,7 @@ def test_a_packed_forward_without_its_sizes_is_named_at_the_loss(missing: tuple[
         del inputs[argument]
     inputs["video_coords"] = torch.zeros(1, 3, inputs["hidden_states"].shape[1])
     transformer(**inputs)
-    with pytest.raises(ValueError, match=f"called without {', '.join(missing)}: CREPA needs num_frames="):
+    with pytest.raises(ValueError, match=f"called without an integer {', '.join(missing)}: CREPA needs num_frames="):
         crepa.loss(step=0, pixels=pixels_of(tiny, 1))
 
 
