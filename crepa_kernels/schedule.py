@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LAG = 2
 
 _CPU = torch.device("cpu")
+_STATE_KEYS = {"ema", "similarity_cutoff", "step", "last_run_step", "under_way"}
 
 
 def crepa_weight(config: CrepaConfig, step: int, max_train_steps: int) -> float:
@@ -257,9 +258,8 @@ class CrepaSchedule:
 
         ValueError: keys are missing or unknown.
         """
-        wanted = self.state_dict().keys()
-        if set(state) != set(wanted):
-            raise ValueError(f"the schedule's state must have the keys {sorted(wanted)}, got {sorted(state)}")
+        if set(state) != _STATE_KEYS:
+            raise ValueError(f"the schedule's state must have the keys {sorted(_STATE_KEYS)}, got {sorted(state)}")
         self._ema = state["ema"]
         self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
         self._step, self._last_run = state["step"], state["last_run_step"]
