@@ -128,8 +128,11 @@ class _FrameSimilarity(torch.autograd.Function):
                 rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
                 grad = grad_total[chunk.clip, chunk.start : chunk.stop].contiguous()
                 gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)))
+            gradients.release()
             # W' = W diag(gamma) and c = W beta + b, taken apart again.
-            d_weight, d_offset, weight_wide = gradients.folded, gradients.offset, weight.to(student.wide)
+            d_weight, d_offset = gradients.folded, gradients.offset
+            wide = d_offset.dtype
+            weight_wide = weight.to(wide)
             d_gamma = None
             if need_gamma or need_weight:
                 if d_weight is None:
@@ -137,9 +140,9 @@ class _FrameSimilarity(torch.autograd.Function):
                 if need_gamma:
                     d_gamma = (weight_wide * d_weight).sum(dim=0)
                 if gamma is not None:
-                    d_weight.mul_(gamma.to(student.wide))
+                    d_weight.mul_(gamma.to(wide))
                 if beta is not None:
-                    d_weight.addr_(d_offset, beta.to(student.wide))
+                    d_weight.addr_(d_offset, beta.to(wide))
             d_beta = weight_wide.t() @ d_offset if need_beta else None
             d_bias = d_offset if need_bias else None
             d_weight = d_weight if need_weight else None
@@ -166,10 +169,12 @@ class _Gradients:
     def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept) -> None:
         """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E) and ``kept`` of its rows."""
         student, same_grid = self.student, self.centred is not None
-        need_g = self.need_folded or (self.hidden_states is not None and not same_grid)
+        # fp32 rows are scaled in their place later; half types would be rounded twice.
+        both = same_grid and (not self.need_folded or student.narrow != student.wide)
+        need_g = self.need_folded or (self.hidden_states is not None and not both)
         g = torch.empty_like(q if need_g else q[:0], dtype=student.narrow)
-        scaled = torch.empty_like(q if same_grid else q[:0], dtype=student.narrow)
-        along = torch.empty_like(kept.mean)
+        scaled = torch.empty_like(q if both else q[:0], dtype=student.narrow)
+        along = torch.empty_like(kept.mean if same_grid else kept.mean[:0])
         align_rows_backward_op(
             q, grad, kept.inverse_norm, kept.q_dot_p, student.offset, kept.inverse_std,
             student.hidden_states.shape[-1], g, scaled, along, self.offset,
@@ -186,6 +191,11 @@ class _Gradients:
             self._fold(g, aligned.rows)
             if out is not None:
                 student.align_backward(g @ student.operand, aligned, out)
+
+    def release(self) -> None:
+        """Lets go of all but the sums: what comes after them takes as much memory as the weights."""
+        self.centred = None
+        self.student.release()
 
     def _fold(self, g: torch.Tensor, x: torch.Tensor) -> None:
         if not self.need_folded:
@@ -215,6 +225,8 @@ class _Gradients:
         self._fold(g, x)
         if out is None or self.centred is None:
             return
+        if not scaled.numel():
+            scaled = g.mul_(kept.inverse_std[:, None])
         x.mul_(along[:, None].to(x.dtype)).addmm_(scaled, self.centred)
         if not in_place:
             out.copy_(x.view(out.shape))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -75,6 +74,8 @@ class Student:
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
         self.wide = torch.promote_types(hidden_states.dtype, torch.float32)
         self.narrow = _product_type(hidden_states)
+        self._operand: torch.Tensor | None = None
+        self._centred: torch.Tensor | None = None
         self.offset = offset  # c (E,)
         if offset is None:
             terms = [weight.to(self.wide) @ beta.to(self.wide)] if beta is not None else []
@@ -89,17 +90,28 @@ class Student:
         weight = self.weight.to(self.wide)
         return weight if self.gamma is None else weight * self.gamma.to(self.wide)
 
-    @cached_property
+    # Not functools.cached_property, whose lock torch.compile does not know.
+    @property
     def operand(self) -> torch.Tensor:
         """W' in the products' type."""
-        return self.folded().to(self.narrow)
+        if self._operand is None:
+            self._operand = self.folded().to(self.narrow)
+        return self._operand
 
-    @cached_property
+    @property
     def centred(self) -> torch.Tensor:
-        """W'', the row means of W' taken off, in the products' type."""
-        folded = self.folded()
-        out = torch.empty_like(folded, dtype=self.narrow)
-        return torch.sub(folded, folded.mean(dim=1, keepdim=True), out=out)
+        """W'', the row means of W' taken off, in the products' type; kept until ``release``."""
+        if self._centred is None:
+            folded = self.folded()
+            # In its own place where it is nobody else's.
+            owned = self.narrow == self.wide and self.gamma is not None
+            out = folded if owned else torch.empty_like(folded, dtype=self.narrow)
+            self._centred = torch.sub(folded, folded.mean(dim=1, keepdim=True), out=out)
+        return self._centred
+
+    def release(self) -> None:
+        """Lets go of W''."""
+        self._centred = None
 
     def tokens(self, chunk: Chunk) -> torch.Tensor:
         """The chunk's hidden states (frames, P, D) in the products' type."""

@@ -149,9 +149,10 @@ def _(
     Args:
         q, inverse_norm, q_dot_p: (F x M, E), (F x M,), (F x M,) of ``align_rows``.
         offset: (E,) or None, c of p = W' x + c.
-        inverse_std: (F x M,) of the tokens, and ``width`` their channels D; read with ``scaled``.
+        inverse_std: (F x M,) of the tokens, and ``width`` their channels D; read with ``along``.
         g, scaled: (F x M, E), written: the gradient of p, and that times ``inverse_std``; or empty.
-        along: (F x M,), written with ``scaled``: (<g, c> - <g, p>) / (D std), where dh's sum starts.
+        along: (F x M,), written: (<g, c> - <g, p>) / (D std), where dh's sum starts; or empty. With ``scaled`` it is
+            not empty.
         sum: (E,), added to: the sum of the gradient over rows.
     """
     tokens = len(q) // len(grad)
@@ -162,6 +163,7 @@ def _(
         g.copy_(gradient)
     if scaled.numel():
         torch.mul(gradient, inverse_std[:, None], out=scaled)
+    if along.numel():
         dot = -q_dot_p * scale if offset is None else gradient @ offset - q_dot_p * scale
         torch.mul(dot, inverse_std / width, out=along)
 

@@ -52,10 +52,10 @@ struct AlignBackwardTask {
   const A* inverse_norm;  // (rows)
   const A* q_dot_p;       // (rows)
   const A* offset;        // (features) or null
-  const A* inverse_std;   // (rows), with `scaled` and `along`
+  const A* inverse_std;   // (rows), with `along`
   int64_t rows, tokens, features, width;
   P* g;       // (rows, features) or null
-  P* scaled;  // g inverse_std, (rows, features) or null
+  P* scaled;  // g inverse_std, (rows, features) or null, with `along`
   A* along;   // (rows) or null
   A* sum;     // of g over each block's rows, (blocks, features)
 };

@@ -167,10 +167,8 @@ void backward_of(const Tensor& q, const Tensor& grad, const Tensor& inverse_norm
   task.rows = q.size(0), task.features = q.size(1), task.tokens = task.rows / grad.size(0), task.width = width;
   task.g = out<P>(g);
   task.scaled = out<P>(scaled);
-  if (task.scaled) {
-    task.inverse_std = in<A>(inverse_std);
-    task.along = out<A>(along);
-  }
+  task.along = out<A>(along);
+  if (task.along) task.inverse_std = in<A>(inverse_std);
   const int64_t blocks = (task.rows + kRowsPerBlock - 1) / kRowsPerBlock;
   std::vector<A> sums(blocks * task.features);
   task.sum = sums.data();
@@ -195,8 +193,8 @@ void align_rows_backward(Tensor q, Tensor grad, Tensor inverse_norm, Tensor q_do
   check_is(sum, "sum", wide, {features});
   if (offset) check_is(*offset, "offset", wide, {features});
   if (g.numel()) check_is(g, "g", p, {rows, features});
-  if (scaled.numel()) {
-    check_is(scaled, "scaled", p, {rows, features});
+  if (scaled.numel()) check_is(scaled, "scaled", p, {rows, features});
+  if (scaled.numel() || along.numel()) {
     check_is(inverse_std, "inverse_std", wide, {rows});
     check_is(along, "along", wide, {rows});
   }

@@ -114,11 +114,9 @@ A gradient_row(const Q* q, const A* offset, A scale, A inverse_std, P* g, P* sca
   for (int64_t e = 0; e < features; ++e) {
     const A value = load(q + e) * scale;
     sum[e] += value;
+    dot += value * offset[e];
     if (kG) store(g + e, value);
-    if (kScaled) {
-      store(scaled + e, value * inverse_std);
-      dot += value * offset[e];
-    }
+    if (kScaled) store(scaled + e, value * inverse_std);
   }
   return dot;
 }
@@ -130,25 +128,21 @@ void align_backward(const AlignBackwardTask<Q, P>& task, int64_t begin, int64_t 
   Buffer<A> zeros(features), sum(features);
   for (int64_t e = 0; e < features; ++e) zeros.data[e] = 0;
   const A* offset = task.offset ? task.offset : zeros.data;
+  const auto gradient = task.g && task.scaled ? gradient_row<true, true, Q, P, A>
+                        : task.g             ? gradient_row<true, false, Q, P, A>
+                        : task.scaled        ? gradient_row<false, true, Q, P, A>
+                                             : gradient_row<false, false, Q, P, A>;
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t e = 0; e < features; ++e) sum.data[e] = 0;
     const int64_t from = block * kRowsPerBlock, to = from + kRowsPerBlock < task.rows ? from + kRowsPerBlock : task.rows;
     for (int64_t row = from; row < to; ++row) {
       const A scale = task.grad[row / task.tokens] / static_cast<A>(task.tokens) * task.inverse_norm[row];
-      const Q* q = task.q + row * features;
-      P* g = task.g ? task.g + row * features : nullptr;
-      if (!task.scaled) {
-        if (g)
-          gradient_row<true, false>(q, offset, scale, A(0), g, g, sum.data, features);
-        else
-          gradient_row<false, false>(q, offset, scale, A(0), g, g, sum.data, features);
-        continue;
-      }
-      const A inverse_std = task.inverse_std[row];
-      P* scaled = task.scaled + row * features;
-      const A dot = g ? gradient_row<true, true>(q, offset, scale, inverse_std, g, scaled, sum.data, features)
-                      : gradient_row<false, true>(q, offset, scale, inverse_std, g, scaled, sum.data, features);
-      task.along[row] = (dot - task.q_dot_p[row] * scale) * inverse_std / static_cast<A>(task.width);
+      const A inverse_std = task.along ? task.inverse_std[row] : A(0);
+      const A dot = gradient(task.q + row * features, offset, scale, inverse_std,
+                             task.g ? task.g + row * features : nullptr,
+                             task.scaled ? task.scaled + row * features : nullptr, sum.data, features);
+      if (task.along)
+        task.along[row] = (dot - task.q_dot_p[row] * scale) * inverse_std / static_cast<A>(task.width);
     }
     A* out = task.sum + block * features;
     for (int64_t e = 0; e < features; ++e) out[e] = sum.data[e];
