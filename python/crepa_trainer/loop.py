@@ -34,8 +34,9 @@ class NoisyLatents:
     """Flow matching: x_t = (1 - t) x_0 + t ε, and the velocity ε - x_0 that is to be predicted from it."""
 
     latents: Tensor  # (B, C, T, h, w)
-    timestep: Tensor  # (B,), 1000 t, as Wan takes it
+    timestep: Tensor  # (B,), 1000 t, as Wan takes it; (B, tokens) where tokens have times of their own
     target: Tensor  # (B, C, T, h, w)
+    frame_mask: Tensor | None = None  # (B, T) bool: frames that are predicted; None: all
 
 
 def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
