@@ -80,11 +80,12 @@ def micro_batch(
     predict: Callable[[torch.nn.Module, NoisyLatents], Tensor],
     teacher: Mapping[str, Any],
     step: int,
+    look: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Forward, losses and backward of one micro-batch, and the optimiser when it is its turn.
 
     predict: the prediction of `noisy.target` from the prepared transformer. teacher: what CREPA learns from, as
-    arguments of `CrepaRegularizer.loss`.
+    arguments of `CrepaRegularizer.loss`. look: called while CREPA's hidden states are still there, if it ran.
 
     Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
     """
@@ -95,6 +96,8 @@ def micro_batch(
         if student.crepa is not None:
             aux, logs = student.crepa.loss(step=step, frame_mask=noisy.frame_mask, **teacher)
             loss = flow_loss + aux
+            if look is not None and "crepa_loss" in logs:
+                look()
             student.crepa.release()
         accelerator.backward(loss)
         if accelerator.sync_gradients:

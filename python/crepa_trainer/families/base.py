@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +144,37 @@ class TrainingFamily(ABC):
     @abstractmethod
     def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline without text side that samples with prompt embeddings."""
+
+    def sample(
+        self,
+        pipeline: Any,
+        text: Tensor,
+        negative: Tensor | None,
+        size: ClipSize,
+        *,
+        steps: int,
+        guidance: float,
+        generator: torch.Generator,
+        image: Tensor | None = None,
+    ) -> np.ndarray:
+        """A clip (P, H, W, 3) in [0, 1] of a prompt's embedding (L, d); `image` (3, H, W) begins it where it is given.
+
+        `negative` (L, d) is only needed with a guidance above 1.
+        """
+        given = {} if image is None else {"image": image[None]}
+        clip: np.ndarray = pipeline(
+            prompt_embeds=text[None],
+            negative_prompt_embeds=None if negative is None else negative[None],
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="np",
+            **given,
+        ).frames[0]
+        return clip
 
     @abstractmethod
     def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
