@@ -92,20 +92,26 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
         name = path.relative_to(settings.data).as_posix()
         starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
         keys += [ClipKey(name, start, bucket, captions[path]) for start in starts]
+    tell_skipped(skipped, len(videos))
     if not keys:
-        reasons = _listed(f"{path}: {reason}" for path, reason in skipped.items())
+        reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
-    if skipped:
-        logger.warning("%d of %d videos skipped", len(skipped), len(videos))
     return FoundClips(settings.data, tuple(keys), skipped)
 
 
 def skip_video(skipped: dict[str, str], path: Path, error: VideoError, *, strict: bool) -> None:
-    """Names a video that cannot be used and notes the reason; a VideoError with `strict`."""
+    """Notes the reason why a video cannot be used; a VideoError with `strict`."""
     if strict:
         raise VideoError(f"{path}: {error} (strict)") from error
-    logger.warning("skipped %s: %s", path, error)
     skipped[str(path)] = str(error)
+
+
+def tell_skipped(skipped: Mapping[str, str], videos: int) -> None:
+    """Logs each skipped video with its reason, and how many of `videos` they are."""
+    for path, reason in skipped.items():
+        logger.warning("skipped %s: %s", path, reason)
+    if skipped:
+        logger.warning("%d of %d videos skipped", len(skipped), videos)
 
 
 def _check_buckets(settings: RunSettings, family: TrainingFamily) -> None:
@@ -149,7 +155,7 @@ def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
             if not captions[path]:
                 problems.append(f"{file} is empty")
     if problems:
-        raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {_listed(problems)}")
+        raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {listed(problems)}")
     return captions
 
 
@@ -182,7 +188,8 @@ def clip_starts(frames: int, clip: int, count: int) -> list[int]:
     return sorted({n * spare // max(count - 1, 1) for n in range(count)})
 
 
-def _listed(items: Iterable[str]) -> str:
+def listed(items: Iterable[str]) -> str:
+    """The first of `items` and how many more there are, for a message."""
     every = list(items)
     more = [f"and {len(every) - NAMED} more"] if len(every) > NAMED else []
     return "; ".join([*every[:NAMED], *more])
