@@ -199,8 +199,9 @@ class _Filler:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
             for prompt, embedding in zip(chunk, self.family.encode_text(parts, chunk), strict=True):
                 write_tensors(missing[prompt], {"text": embedding})
-        del parts
-        release_memory()
+        if parts is not None:
+            del parts
+            release_memory()
 
     def encode_videos(self, clips: dict[ClipKey, ClipFiles], missing: set[Path], strict: bool) -> dict[str, str]:
         """Videos that could not be decoded, of all processes, with the reason; their intact clips are there."""
@@ -218,8 +219,9 @@ class _Filler:
                 self._encode_video(encoders, {key: clips[key] for key in videos[video]}, missing)
             except VideoError as error:
                 skip_video(skipped, self.names.data / video, error, strict=strict)
-        encoders.loaded.clear()
-        release_memory()
+        if encoders.loaded:
+            encoders.loaded.clear()
+            release_memory()
         return {video: reason for each in gather_object([skipped]) for video, reason in each.items()}
 
     def _encode_video(self, encoders: _Encoders, clips: dict[ClipKey, ClipFiles], missing: set[Path]) -> None:
