@@ -75,6 +75,117 @@ class Loads:
 
         return counted
 
+    def made(self) -> set[str]:
+        """What was loaded since the last call; all of it must be gone."""
+        gc.collect()
+        assert not [ref() for ref in self.alive if ref() is not None]
+        names, self.count = set(self.count), Counter()
+        return names
+
+
+def prepare(run: RunSettings, config: CrepaConfig) -> CachedClips:
+    family = TrainingFamily.of(run.model, run.task)
+    return prepare_cache(run, config, family, CPU, Console(file=io.StringIO()))
+
+
+def test_an_item_is_what_the_encoders_make_of_the_clip(models: Path, data: Path) -> None:
+    run = settings(models, data)
+    clips = prepare(run, crepa(models))
+    family = TrainingFamily.of(run.model)
+    vae, text = family.load_vae(torch.float32), family.load_text(torch.float32)
+    assert [key.name for key in clips.keys] == [
+        "short.mp4 [0:5]", "short.mp4 [1:6]", "wide.mp4 [0:9]", "wide.mp4 [3:12]",
+    ]  # fmt: skip
+    assert len(clips) == 4
+    for n, key in enumerate(clips.keys):
+        item = clips[n]
+        ((_, pixels),) = read_clips(data / key.video, 32, 48, [key.start], key.bucket.frames)
+        assert set(item) == {"latents", "text", "pixels", "index"}
+        assert item["latents"].equal(family.encode_latents(vae, pixels[None])[0])
+        assert item["text"].equal(family.encode_text(text, [key.caption])[0])
+        assert item["pixels"].equal(pixels[::4])
+        assert int(item["index"]) == n
+    assert clips.negative_text is None
+    assert clips.validation_text == ()
+    sent = pickle.loads(pickle.dumps(clips))[2]  # to the data loader's processes
+    assert all(value.equal(sent[name]) for name, value in clips[2].items())
+
+
+def test_the_validation_prompts_and_the_empty_one_are_encoded(models: Path, data: Path) -> None:
+    run = settings(models, data, validation_prompts=("a red square", "a wide square moves"))
+    clips = prepare(run, CrepaConfig())
+    family = TrainingFamily.of(run.model)
+    empty, *others = family.encode_text(family.load_text(torch.float32), ["", *run.validation_prompts])
+    assert clips.negative_text is not None
+    assert clips.negative_text.equal(empty)
+    assert [text.equal(other) for text, other in zip(clips.validation_text, others, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("teacher", ["frames", "features"])
+def test_a_second_run_loads_no_encoder(models: Path, data: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = Loads(monkeypatch)
+    run = settings(models, data, cache_teacher=teacher, validation_prompts=("a red square",))
+    first = prepare(run, crepa(models))
+    assert loads.made() == {"vae", "text"} | ({"_load"} if teacher == "features" else set())
+    second = prepare(run, crepa(models))
+    assert loads.made() == set()
+    assert first.keys == second.keys
+    for n in range(len(first)):
+        assert all(value.equal(second[n][name]) for name, value in first[n].items())
+
+
+@pytest.mark.parametrize("resize", ["square", "grid"])
+@pytest.mark.parametrize("rule", ["last", "center", "mean"])
+def test_what_is_cached_gives_the_loss_of_the_whole_clip(models: Path, data: Path, rule: str, resize: str) -> None:
+    """Bit for bit: the same frames go through the same encoder."""
+    config = crepa(models, crepa_frame_map=rule, crepa_encoder_resize=resize)
+    transformer = tiny_wan()
+    regularizer = CrepaRegularizer(config, transformer)
+    losses = []
+    for teacher in ("frames", "features"):
+        clips = prepare(settings(models, data, cache_teacher=teacher), config)
+        item = {name: value[None] for name, value in clips[3].items()}
+        transformer(item["latents"], torch.tensor([500]), item["text"])
+        key = clips.keys[3]
+        ((_, pixels),) = read_clips(data / key.video, 32, 48, [key.start], key.bucket.frames)
+        losses.append(regularizer.loss(step=0, pixels=pixels[None])[0].item())
+        if teacher == "frames":
+            assert item["pixels"].shape[1] == (9 if rule == "mean" else 3)
+            losses.append(regularizer.loss(step=0, pixels=item["pixels"])[0].item())
+        else:
+            grid = item["feature_grid"][0].tolist()
+            assert grid == ([2, 3] if resize == "grid" else [5, 5])
+            losses.append(regularizer.loss(step=0, features=item["features"], feature_grid=grid)[0].item())
+    assert len(losses) == 4
+    assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"crepa_enabled": False},
+        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+        {"crepa_lambda": 0.0},
+    ],
+    ids=["disabled", "backbone", "no-weight"],
+)
+@pytest.mark.parametrize("teacher", ["frames", "features"])
+def test_nothing_of_the_teacher_is_kept_where_no_encoder_teaches(
+    models: Path, data: Path, off: dict[str, Any], teacher: str
+) -> None:
+    config = crepa(models, **off).replace(crepa_encoder="nowhere/at-all")
+    clips = prepare(settings(models, data, cache_teacher=teacher), config)
+    assert set(clips[0]) == {"latents", "text", "index"}
+    assert not (data.parent / "out" / "cache" / "teacher").exists()
+
+
+def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    loads = Loads(monkeypatch)
+    own = data.parent / "models"
+    shutil.copytree(models, own)
+
     def made(config: CrepaConfig, **changes: Any) -> set[str]:
         before = set((data.parent / "out").rglob("*.safetensors"))
         prepare(settings(own, data, **changes), config)
