@@ -109,16 +109,28 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
 def train_elsewhere(
     settings: RunSettings, config: CrepaConfig, *, processes: int = 1, timeout: float = 300, **clips: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips."""
-    given = {"settings": settings.model_dump(mode="json"), "config": config.to_dict(), "clips": clips}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips, and
+    `file_size`, the bytes past which no file may grow.
+    """
     return subprocess.run(
-        [sys.executable, *launcher, __file__, json.dumps(given)],
+        command(settings, config, processes=processes, **clips),
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
+
+
+def command(settings: RunSettings, config: CrepaConfig, *, processes: int = 1, **clips: Any) -> list[str]:
+    """What runs `train` in a process of its own, or under torchrun in several."""
+    given = {"settings": settings.model_dump(mode="json"), "config": config.to_dict(), "clips": clips}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    return [sys.executable, *launcher, __file__, json.dumps(given)]
+
+
+def environment() -> dict[str, str]:
+    """In which such a process finds the packages and the tests' helpers."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
 def _main(given: Mapping[str, Any]) -> None:
