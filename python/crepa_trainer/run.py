@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import export
+from .cache import prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
+from .dataset import find_clips
 from .families import TrainingFamily
 from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
-from .matrix import batch_matrix
 from .progress import training_progress
 from .sampler import ClipOrder, Position, RankBatches, draw_noise
 from .student import make_average, make_student, trained_parameters
@@ -30,7 +31,7 @@ from .validation import Sampling, sample_clips, save_clip
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-    from crepa_kernels import CrepaConfig
+    from crepa_kernels import CrepaConfig, CrepaRegularizer
 
     from .cache import CachedClips
     from .settings import RunSettings
@@ -53,17 +54,15 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    from .cache import prepare_cache
-
     family = TrainingFamily.of(settings.model, settings.task, settings.family)
     # As the launcher says: nothing of the process group is needed for an error.
     identity = run_identity(settings, config, int(os.environ.get("WORLD_SIZE", "1")))
     checkpoint = find_checkpoint(settings, identity)
+    found = find_clips(settings, family)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    with accelerator.main_process_first():
-        clips = prepare_cache(settings, config, family, accelerator.device, console)
+    clips = prepare_cache(settings, config, family, accelerator.device, console, found)
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
 
@@ -200,8 +199,10 @@ class TrainingRun:
         teacher: dict[str, Any] = {}
         if "feature_grid" in batch:
             teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
+        if "num_frames" in batch:
+            teacher["num_frames"] = batch.pop("num_frames").tolist()
         batch = send_to_device(batch, device, non_blocking=True)
-        teacher |= {key: batch[key] for key in ("pixels", "features", "num_frames") if key in batch}
+        teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
         latents = batch["latents"].float()
         noise, time = draw_noise(latents.shape, self.order.generators(position))
         noisy = self.family.noisy(latents, noise.to(device), time.to(device))
@@ -219,8 +220,8 @@ class TrainingRun:
     def _show_matrix(self, step: int, teacher: Mapping[str, Any]) -> None:
         from .plots import similarity_figure
 
-        assert self.student.crepa is not None  # it has just given a loss
-        figure = similarity_figure({f"step {step}": batch_matrix(self.student.crepa, teacher)})
+        crepa = cast("CrepaRegularizer", self.student.crepa)  # it has just given a loss
+        figure = similarity_figure({f"step {step}": crepa.similarity_matrix(**teacher)[0]})
         self._tensorboard().add_figure("similarity_matrix", figure, step)
 
     def _validate(self, done: int) -> None:
