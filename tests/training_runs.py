@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.checkpoint import find_checkpoint, run_identity
 from crepa_trainer.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.run import make_accelerator, train_on
+from crepa_trainer.run import launched_processes, make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.trackers import read_csv
 from rich.console import Console
@@ -98,7 +98,7 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
     family = TrainingFamily.of(settings.model, settings.task, settings.family)
-    identity = run_identity(settings, config, int(os.environ.get("WORLD_SIZE", "1")))
+    identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     console = Console(file=io.StringIO())

@@ -55,8 +55,7 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
     family = TrainingFamily.of(settings.model, settings.task, settings.family)
-    # As the launcher says: nothing of the process group is needed for an error.
-    identity = run_identity(settings, config, int(os.environ.get("WORLD_SIZE", "1")))
+    identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     found = find_clips(settings, family)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
@@ -66,12 +65,19 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
 
+def launched_processes() -> int:
+    """The number of processes as torchrun or accelerate says, before they know of each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
 
     ValueError where it was launched with weights that are sharded.
     """
     accelerator = Accelerator(
+        # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
@@ -79,6 +85,10 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         project_dir=settings.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.num_processes != launched_processes():
+        raise ValueError(
+            f"launched as {launched_processes()} processes, of which each knows {accelerator.num_processes}"
+        )
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
     return accelerator
