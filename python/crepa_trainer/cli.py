@@ -88,9 +88,9 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
     console = _console(given.debug)
     settings, config = load_settings(given.config, given_values(given), rest=rest)
     if given.plan:
-        from .plan import make_plan, print_plan
+        from .run import show_plan
 
-        print_plan(console, make_plan(settings, config))
+        show_plan(settings, config, console)
         return
     from .run import run
 

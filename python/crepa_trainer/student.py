@@ -39,7 +39,7 @@ def make_student(
     if full:
         transformer.requires_grad_(True)
     else:
-        _add_lora(transformer, settings)
+        add_lora(transformer, settings)
     transformer.to(accelerator.device)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -63,7 +63,8 @@ def make_student(
     return Student(transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
 
 
-def _add_lora(transformer: Any, settings: RunSettings) -> None:
+def add_lora(transformer: Any, settings: RunSettings) -> None:
+    """A LoRA in fp32 on the layers of `lora_targets`. ValueError for one that the model lacks."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
