@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader
 from . import export
 from .cache import prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
-from .dataset import find_clips
+from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
 from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
+from .plan import make_plan
+from .plan_table import print_plan
 from .progress import training_progress
 from .sampler import ClipOrder, Position, RankBatches, draw_noise
 from .student import make_average, make_student, trained_parameters
@@ -54,10 +56,9 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    family = TrainingFamily.of(settings.model, settings.task, settings.family)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
-    found = find_clips(settings, family)
+    family, found = show_plan(settings, config, console)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
@@ -68,6 +69,21 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
 def launched_processes() -> int:
     """The number of processes as torchrun or accelerate says, before they know of each other."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
+    """Prints what the run will do, from configs and the videos' first frames; returns what it found.
+
+    ValueError for all that can be known to be wrong before a weight is loaded.
+    """
+    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    found = find_clips(settings, family)
+    # Where the run will be: no accelerator is made for a plan.
+    device = torch.accelerator.current_accelerator()
+    device_type = device.type if device is not None and torch.accelerator.is_available() else "cpu"
+    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=device_type)
+    print_plan(console, plan)
+    return family, found
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
