@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    from crepa_kernels import CrepaConfig
+    from crepa_kernels import CrepaConfig, CrepaRegularizer
 
     from .loop import Student
     from .settings import RunSettings
@@ -31,8 +31,9 @@ STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 _WRITING = ".writing-"
 
-# Settings that change nothing of what is trained.
+# Settings that change nothing of what is trained; the family is the model's.
 _FREE = {
+    "family",
     "output",
     "resume",
     "cache",
@@ -65,6 +66,8 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
     )
     free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
     kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
+    # However they were written; a hub id stays one.
+    kept |= {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
     return {**kept, **config.to_dict(), "processes": processes}
 
 
@@ -154,7 +157,8 @@ class Checkpoints:
         self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
-        accelerator.register_for_checkpointing(*(each for each in (student.crepa, average) if each is not None))
+        self._crepa = None if student.crepa is None else _StateOfAllRanks(student.crepa)
+        accelerator.register_for_checkpointing(*(each for each in (self._crepa, average) if each is not None))
 
     def save(self, step: int) -> Path:
         """The state after `step` optimiser steps; returns its folder.
@@ -163,9 +167,11 @@ class Checkpoints:
             OSError: it could not be written; the checkpoints before it are as they were.
         """
         target, temporary = self._folder / f"step-{step:08d}", self._folder / f"{_WRITING}{step:08d}"
+        if self._crepa is not None:
+            self._crepa.take()
         self._together(target, lambda: self._clear(temporary))
         self._together(target, lambda: self._accelerator.save_state(str(temporary)))
-        self._together(target, lambda: self._complete(temporary, target, step))
+        self._together(target, lambda: self._finish(temporary, target, step))
         return target
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -197,7 +203,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
-    def _complete(self, temporary: Path, target: Path, step: int) -> None:
+    def _finish(self, temporary: Path, target: Path, step: int) -> None:
         if not self._accelerator.is_main_process:
             return
         parts = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -234,6 +240,23 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+class _StateOfAllRanks:
+    """CREPA's state, which all ranks add up together: taken before writing, where one of them may fail."""
+
+    def __init__(self, crepa: CrepaRegularizer) -> None:
+        self._crepa = crepa
+        self._state: dict[str, Any] = {}
+
+    def take(self) -> None:
+        self._state = self._crepa.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._crepa.load_state_dict(state)
 
 
 def _to_disk(path: Path) -> None:

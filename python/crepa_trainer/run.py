@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, send_to_device, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -150,12 +150,22 @@ def train_on(
         full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
         console.print(f"The trained weights are in {folder}", highlight=False, markup=False, soft_wrap=True)
+    # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
+    # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def _fingerprint(clips: CachedClips) -> str:
     """Of the clips and their order."""
     return hashlib.sha256(repr([astuple(key) for key in clips.keys]).encode()).hexdigest()
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the host would wait for the copy.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass
@@ -227,11 +237,10 @@ class TrainingRun:
             teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
         if "num_frames" in batch:
             teacher["num_frames"] = batch.pop("num_frames").tolist()
-        batch = send_to_device(batch, device, non_blocking=True)
+        noise, time = draw_noise(batch["latents"].shape, self.order.generators(position))
+        batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
         teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
-        latents = batch["latents"].float()
-        noise, time = draw_noise(latents.shape, self.order.generators(position))
-        noisy = self.family.noisy(latents, noise.to(device), time.to(device))
+        noisy = self.family.noisy(batch["latents"].float(), _moved(noise, device), _moved(time, device))
 
         def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
             return self.family.predict(transformer, noisy, batch)
