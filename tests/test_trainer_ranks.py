@@ -25,7 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any) -> list[list[dict[str, str]]]:
     """The rows of one process that accumulates four micro-batches, and of two that accumulate two each."""
-    common = {"max_train_steps": STEPS, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_every": 10, **changes}
+    common = {"max_train_steps": STEPS, "learning_rate": 1e-3, "lr_scheduler": "cosine", "ema_decay": 0.9, **changes}
     config = tiny_config(models, crepa_warmup_steps=1, **crepa)
     alone = train(
         tiny_settings(models, tmp_path / "one", **common, gradient_accumulation_steps=4), config, TinyClips(3, 2)
@@ -73,7 +73,9 @@ def test_the_similarity_cuts_off_at_the_same_step_on_both(models: Path, tmp_path
 @pytest.mark.slow
 def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path) -> None:
     config = tiny_config(models, crepa_similarity_threshold=0.9, crepa_warmup_steps=1)
-    common = {"max_train_steps": 8, "checkpoint_every": 3}
+    # One process samples while the other waits.
+    validation = {"validation_prompts": ["a video"], "validation_every": 4, "validation_steps": 1}
+    common = {"max_train_steps": 8, "checkpoint_every": 3, **validation}
     whole = train_elsewhere(tiny_settings(models, tmp_path / "whole", **common), config, processes=2)
     assert whole.returncode == 0, whole.stderr
     settings = tiny_settings(models, tmp_path / "killed", **common)

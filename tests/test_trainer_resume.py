@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_tensorboard_shows_each_step_once_after_a_resume(models: Path, tmp_path:
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(6))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(models: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = tiny_settings(models, tmp_path / "run", resume="latest")
+    killed = train_elsewhere(settings, tiny_config(models), kill_at=3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(read_csv(tmp_path / "run" / "metrics.csv")) == 3
+    time.sleep(1.1)  # TensorBoard orders its files by the second, and no process starts as fast as this one.
+    rows = train(settings, tiny_config(models))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3]
 
 
 def test_the_csv_is_cut_back_where_a_kill_tore_its_last_row(tmp_path: Path) -> None:

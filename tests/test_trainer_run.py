@@ -169,6 +169,50 @@ def test_losses_do_not_depend_on_checkpointing_of_gradients(models: Path, tmp_pa
     assert rows[0] == rows[1]
 
 
+def test_losses_do_not_depend_on_who_reads_the_clips(models: Path, tmp_path: Path) -> None:
+    rows = [
+        train(tiny_settings(models, tmp_path / str(workers), workers=workers), tiny_config(models))
+        for workers in (0, 2)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_as_others_do(models: Path, tmp_path: Path, checkpointing: bool) -> None:
+    rows = [
+        train(
+            tiny_settings(models, tmp_path / str(on), compile_blocks=on, gradient_checkpointing=checkpointing),
+            tiny_config(models),
+        )
+        for on in (False, True)
+    ]
+    for one, other in zip(*rows, strict=True):
+        for name in ("loss", "crepa_similarity", "grad_norm"):
+            # Compiled kernels round fp32 otherwise.
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4), (one["step"], name)
+
+
+def test_a_lora_learns_in_bf16(models: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        models, tmp_path / "run", mixed_precision="bf16", max_train_steps=25, projector_learning_rate=3e-2
+    )
+    similarity = column(train(settings, tiny_config(models), TinyClips(1, 0)), "crepa_similarity")
+    assert similarity[-1] > similarity[0] + 0.15
+
+
+def test_clips_that_are_conditioned_are_masked_in_loss_and_crepa() -> None:
+    from crepa_trainer.loop import NoisyLatents, flow_matching_loss
+
+    prediction, target = torch.zeros(2, 4, 3, 2, 2), torch.ones(2, 4, 3, 2, 2)
+    target[:, :, 0] = 100.0
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    target[1, :, 2] = 50.0
+    target[0, :, 1] = 2.0
+    noisy = NoisyLatents(prediction, torch.zeros(2), target, mask)
+    assert float(flow_matching_loss(prediction, noisy)) == pytest.approx((4 + 1 + 1) / 3)
+
+
 def test_an_output_with_checkpoints_is_not_trained_over(models: Path, tmp_path: Path) -> None:
     settings = tiny_settings(models, tmp_path / "run", max_train_steps=1)
     train(settings, tiny_config(models))

@@ -56,12 +56,12 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
+    if os.environ.get("RANK", "0") != "0":
+        console = Console(quiet=True)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
-    if not accelerator.is_main_process:
-        console = Console(quiet=True)
     clips = prepare_cache(settings, config, family, accelerator.device, console, found)
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
@@ -141,9 +141,10 @@ def train_on(
         first_step = checkpoint.step
         console.print(f"going on from {checkpoint.folder}", highlight=False, markup=False, soft_wrap=True)
         checkpoints.load(checkpoint)
-    # TensorBoard then leaves out what was logged after the checkpoint.
-    purge = {"purge_step": first_step} if first_step else {}
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+    elif settings.resume is not None:
+        console.print("there is no checkpoint yet: starting at step 0", highlight=False)
+    # TensorBoard then leaves out what a run that was killed has logged from there on.
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
     TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(first_step, console)
     if accelerator.is_main_process:
         folder = settings.output / export.FOLDER
