@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.cache import CachedClips, prepare_cache
+from crepa_trainer.cache import Bucket, CachedClips, prepare_cache
+from crepa_trainer.cache_names import teacher_frames
 from crepa_trainer.data import DataError, VideoError, read_clips
 from crepa_trainer.families import TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
@@ -23,7 +24,7 @@ from tiny import tiny_dinov2, tiny_wan
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
-from crepa_kernels import CrepaConfig, CrepaRegularizer
+from crepa_kernels import CrepaConfig, CrepaRegularizer, frame_indices
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 CPU = torch.device("cpu")
@@ -158,6 +159,19 @@ def test_what_is_cached_gives_the_loss_of_the_whole_clip(models: Path, data: Pat
             losses.append(regularizer.loss(step=0, features=item["features"], feature_grid=grid)[0].item())
     assert len(losses) == 4
     assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_the_kept_frames_are_mapped_to_themselves_for_every_temporal_patch(models: Path, patch: int) -> None:
+    """The regulariser maps the frames that it is given as if they were all: the same ones must come out."""
+    family = TrainingFamily.of(str(models / "wan"))
+    family.configs["transformer"]["patch_size"][0] = patch  # type: ignore[index]
+    for latents in range(patch, 40, patch):
+        frames = 1 + 4 * (latents - 1)
+        for rule in ("last", "center", "mean"):
+            kept = teacher_frames(CrepaConfig(crepa_frame_map=rule), family, Bucket(32, 48, frames))
+            chosen = frame_indices(rule, len(kept), latents, patch=patch)
+            assert [kept[n] for n in chosen] == frame_indices(rule, frames, latents, patch=patch)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crepa_trainer.trackers import read_csv
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
@@ -43,10 +44,12 @@ rank = accelerator.process_index
 if given.get("apart"):
     settings = settings.model_copy(update={"cache": settings.output / f"cache{rank}"})
 family = TrainingFamily.of(settings.model)
-clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
-sums = [float(clips[n]["latents"].sum()) for n in range(len(clips))]
-result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
-(settings.output / f"rank{rank}.json").write_text(json.dumps(result))
+for time in ("first", "again"):
+    calls.clear()
+    clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
+    sums = [float(clips[n]["latents"].sum()) for n in range(len(clips))]
+    result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
+    (settings.output / f"{time}{rank}.json").write_text(json.dumps(result))
 """
 
 
@@ -73,30 +76,28 @@ def given(tmp_path: Path) -> dict[str, Any]:
     return {"settings": settings, "config": config}
 
 
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 def launch(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     script = Path(given["settings"]["output"]) / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*command, json.dumps(given)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return torchrun(str(script), json.dumps(given))
 
 
-def results(given: dict[str, Any]) -> list[dict[str, Any]]:
+def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any], tmp_path: Path) -> None:
     done = launch(given)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((Path(given["settings"]["output"]) / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any]) -> None:
-    first, second = results(given)
+    files = [tmp_path / "out" / f"{time}{rank}.json" for time in ("first", "again") for rank in (0, 1)]
+    first, second, *again = (json.loads(file.read_text()) for file in files)
     # Video 3 is cut off after two thirds: its first clip is there, whichever process met it.
     assert first["names"] == ["0.mp4 [0:9]", "1.mp4 [0:9]", "2.mp4 [0:9]", "3.mp4 [0:9]", "4.mp4 [0:9]"]
     assert (second["names"], second["sums"]) == (first["names"], first["sums"])
     assert first["calls"] == {"load_text": 1, "load_vae": 1, "_load": 1, "encode_latents": 3}
     assert second["calls"] == {"load_vae": 1, "_load": 1, "encode_latents": 2}
-    again = results(given)
     assert [each["calls"] for each in again] == [{}, {}]
     assert [each["sums"] for each in again] == [first["sums"]] * 2
 
@@ -106,3 +107,27 @@ def test_a_cache_that_the_processes_do_not_share_is_refused(given: dict[str, Any
     done = launch({**given, "apart": True})
     assert done.returncode != 0
     assert "cache must be a folder that they share" in done.stderr
+
+
+def test_the_command_runs_in_two_processes_that_speak_with_one_voice(given: dict[str, Any], tmp_path: Path) -> None:
+    validation = {"validation_every": 2, "validation_steps": 1}
+    settings = {**given["settings"], **validation, "max_train_steps": 2, "mixed_precision": "no", "lora_rank": 2}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**settings, **given["config"]}))
+    done = torchrun("-m", "crepa_trainer", "run", "--config", str(file), "--cache_teacher", "frames")
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = " ".join(done.stdout.split())
+    for words in ("2 clips a step, 2 processes", "encoded 5 videos into", "1 of 5 videos skipped", "3.mp4: damaged"):
+        assert printed.count(words) == 1, done.stdout
+    assert len(read_csv(tmp_path / "out" / "metrics.csv")) == 2
+    assert list((tmp_path / "out" / "validation").rglob("*.mp4"))
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(given: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**given["settings"], "strict": True}))
+    done = torchrun("-m", "crepa_trainer", "run", "--config", str(file))
+    assert done.returncode != 0
+    assert done.stderr.count("crepa-train: error: ") == 1
+    assert "3.mp4: damaged or cut off" in done.stderr

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 USER_ERROR = 2
+FILE_WIDTH = 250  # columns of what is printed elsewhere than to a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +158,8 @@ def _console(debug: bool) -> Console:
 
     # One of several processes speaks for all; errors are everybody's own.
     first = int(os.environ.get("RANK", "0")) == 0
-    console = Console(quiet=not first)
+    # In a file nothing is gained by breaking lines, least of all in the middle of a path.
+    console = Console(quiet=not first, width=None if sys.stdout.isatty() else FILE_WIDTH)
     handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     level = logging.DEBUG if debug else logging.INFO if first else logging.ERROR

@@ -88,7 +88,7 @@ def _step_rows(plan: Plan) -> Rows:
         each.append(f"{plan.processes} processes")
     every, kept = settings.checkpoint_every, settings.checkpoints_kept
     rows = [
-        ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:.3g} epochs"),
+        ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:,.2f} epochs"),
         ("checkpoints", f"{plan.checkpoints}, every {_several(every, 'step')} and at the end, the last {kept} kept"),
     ]
     if plan.validations:
