@@ -16,7 +16,7 @@ import pytest
 import torch
 from crepa_trainer.cache import Bucket, CachedClips, prepare_cache
 from crepa_trainer.cache_names import teacher_frames
-from crepa_trainer.data import DataError, VideoError, read_clips
+from crepa_trainer.data import DataError, VideoError, probe_video, read_clips
 from crepa_trainer.families import TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
 from rich.console import Console
@@ -271,16 +271,17 @@ def test_damage_inside_a_file_stops_the_run_and_is_made_good_by_the_next(models:
     assert bad.read_bytes() == whole
 
 
-def test_a_damaged_file_whose_video_is_gone_bad_is_not_used(models: Path, data: Path) -> None:
-    run = settings(models, data)
+def test_a_damaged_file_whose_video_has_gone_bad_is_not_used(models: Path, data: Path) -> None:
+    video = write_video(data / "short.mp4", moving_square(40), faststart=True)
+    run, status = settings(models, data, frame_counts=(9, 37), clips_per_video=1), video.stat()
     clips = prepare(run, crepa(models))
-    video, status = data / "short.mp4", (data / "short.mp4").stat()
+    assert [key.name for key in clips.keys] == ["short.mp4 [0:37]", "wide.mp4 [0:9]"]
     damage(clips.files[0].latents, "cut off")
-    content = bytearray(video.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    video.write_bytes(content)
+    content = video.read_bytes()
+    video.write_bytes(content[: len(content) * 2 // 3].ljust(len(content), b"\0"))
     os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert "short.mp4 [0:5]" not in [key.name for key in prepare(run, crepa(models)).keys]
+    assert probe_video(video).frames == 40
+    assert [key.name for key in prepare(run, crepa(models)).keys] == ["wide.mp4 [0:9]"]
 
 
 def cut_off_while_playing(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from videos import moving_square, write_video
 SCRIPT = """
 import io, json, sys
 from collections import Counter
+from time import sleep
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -46,6 +47,8 @@ if given.get("apart"):
 family = TrainingFamily.of(settings.model)
 for time in ("first", "again"):
     calls.clear()
+    # The other one comes late, when the first one could have written a part.
+    sleep(2 * rank)
     clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
     sums = [float(clips[n]["latents"].sum()) for n in range(len(clips))]
     result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from crepa_trainer import data
 from crepa_trainer.data import DataError, VideoError, VideoInfo, probe_video, read_clips, read_frames
 from crepa_trainer.dataset import Bucket, choose_bucket, clip_starts, find_clips
 from crepa_trainer.families import TrainingFamily
@@ -144,6 +146,25 @@ def test_clips_are_cut_where_they_start(tmp_path: Path) -> None:
             assert pixels.equal(whole[start : start + 5])
     with pytest.raises(VideoError, match="ends after 30 frames, a clip of it needs 31"):
         list(read_clips(path, 48, 64, [0, 26], 5))
+
+
+def test_only_the_frames_of_open_clips_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "long.mp4", moving_square(60))
+    shrunk, most = data._resize_and_crop, 0
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def counted(*args: Any) -> np.ndarray:
+        nonlocal most
+        picture = shrunk(*args).copy()
+        made.append(weakref.ref(picture))
+        most = max(most, sum(ref() is not None for ref in made))
+        return picture
+
+    monkeypatch.setattr(data, "_resize_and_crop", counted)
+    assert len(list(read_clips(path, 48, 80, [0, 3, 30, 50], 5))) == 4
+    # Two clips share frames 3 and 4; frames between clips are never shrunk.
+    assert len(made) == 8 + 5 + 5
+    assert most <= 6
 
 
 def test_missing_and_empty_captions_are_one_error(tmp_path: Path, family: TrainingFamily) -> None:
