@@ -58,7 +58,13 @@ def names(output: Path) -> list[str]:
 def test_the_newest_are_kept_and_the_newest_of_them_is_taken(models: Path, output: Path) -> None:
     assert names(output) == ["step-00000004", "step-00000005"]
     assert found(models, output).step == 5
-    assert found(models, output, resume=str(output / FOLDER / "step-00000004")).step == 4
+    older = str(output / FOLDER / "step-00000004")
+    assert found(models, output.parent / "elsewhere", resume=older).step == 4
+    # What is after it there would be taken for the newest of the run that went back.
+    with pytest.raises(ValueError, match=r"has checkpoints after step 4 \(step-00000005\)"):
+        found(models, output, resume=older)
+    shutil.rmtree(output / FOLDER / "step-00000005")
+    assert found(models, output, resume=older).step == 4
 
 
 def test_only_trained_weights_are_in_a_checkpoint(output: Path) -> None:

@@ -76,7 +76,7 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
 
     Raises:
         ValueError: a checkpoint with a part missing or cut short, or of a run with other settings (every differing
-            key is named); checkpoints in the output folder of a run that is not to go on from them.
+            key is named); checkpoints in the output folder of a run that is not to go on from them, or newer ones.
     """
     complete = _complete(settings.output / FOLDER)
     if settings.resume is None:
@@ -103,6 +103,12 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
         raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}")
     if found.step > settings.max_train_steps:
         raise ValueError(f"{folder} is at step {found.step}, past max_train_steps = {settings.max_train_steps}")
+    newer = [path.name for path in complete if int(path.name.removeprefix("step-")) > found.step]
+    if newer:
+        raise ValueError(
+            f"{settings.output} has checkpoints after step {found.step} ({', '.join(newer)}): remove them to go back "
+            "to it, or go on from the newest with resume = latest"
+        )
     return found
 
 
@@ -211,10 +217,6 @@ class Checkpoints:
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _to_disk(path)
-        if target.exists():
-            # Of a run that went on from an older checkpoint: this one takes its place.
-            replaced = target.with_name(f"{_WRITING}replaced-{target.name}")
-            os.replace(target, replaced)
         os.replace(temporary, target)
         _to_disk(self._folder)
         for old in (*_complete(self._folder)[: -self._kept], *self._folder.glob(f"{_WRITING}*")):
