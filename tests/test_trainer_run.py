@@ -143,6 +143,12 @@ def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: P
     assert optimised == {id(p) for p in transformer.parameters() if p.requires_grad}
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_fp16_without_a_gpu_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mixed_precision = fp16 needs a GPU"):
+        train(tiny_settings(models, tmp_path / "run", mixed_precision="fp16"), tiny_config(models))
+
+
 def test_a_lora_target_that_no_layer_has_is_named(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora_targets: to_x is no layer of WanTransformer3DModel"):
         train(tiny_settings(models, tmp_path / "run", lora_targets=["to_q", "to_x"]), tiny_config(models))

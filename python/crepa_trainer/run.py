@@ -89,11 +89,14 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
 
-    ValueError where it was launched with weights that are sharded.
+    ValueError where it was launched with weights that are sharded, or cannot have the precision.
     """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and settings.mixed_precision == "fp16":
+        raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")
     accelerator = Accelerator(
         # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
