@@ -14,10 +14,11 @@ from .attach import attach_projector, check_attachable, check_attached, check_re
 from .capture import Capture, CapturedStates
 from .config import CrepaConfig
 from .families import family_of
-from .loss import CrepaOutput, crepa_loss
+from .loss import CrepaOutput, crepa_loss, similarity_matrix
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
+from .reduction import counted_frames
 from .saving import load_crepa, load_weights, save_crepa, whole_weights
 from .schedule import CrepaSchedule, run_length
 from .teachers import TeacherFeatures
@@ -162,24 +163,23 @@ class CrepaRegularizer:
         The teacher's side is the first given of ``features``, ``pixels`` and ``latents``; backbone mode needs none.
 
         Args:
-            step: optimizer step from 0; the same number for each of its micro-batches, and on every rank. With a
-                threshold, ranks wait for each other's: all of them call this in the same steps.
+            step: optimizer step from 0, the same for its micro-batches and on every rank. With a threshold ranks wait
+                for each other: all of them call this in the same steps.
             latents: (B, C, T, H, W), never packed, clean, normalised as the transformer sees them; decoded by the VAE.
             pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
                 One frame for each latent frame, or with ``num_frames`` one for each pixel frame.
             frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).
             teacher_mask: (B, T) bool, latent frames whose teacher frame exists (padding does not).
-            num_frames: pixel frames that the latents stand for; one number for each clip where clips are padded at
-                the end: their padded latent frames are then masked on both sides. Python's integers: numbers on a
-                GPU would have to be waited for.
+            num_frames: pixel frames that the latents stand for, Python's integers (the host would wait for a GPU's);
+                one for each clip where clips are padded at the end: their padding is then masked on both sides.
             feature_grid: (height, width) of ``features`` of shape (B, S, N, E).
 
         Returns:
             A scalar with gradient to the transformer and the projector (0 while the weight is 0), and the logs:
-            ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before
-            its first value), and unless the weight is 0 ``crepa_loss`` (the weighted value), ``crepa_similarity``,
-            ``crepa_similarity_self``, ``crepa_alignment_score``, as detached scalars on the device.
+            ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before its
+            first value), and unless the weight is 0, as detached scalars on the device, ``crepa_loss`` (the weighted
+            value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``.
 
         Raises:
             ValueError: when forward was not called before, something in the order of attaching is wrong, nothing is
@@ -236,6 +236,19 @@ class CrepaRegularizer:
         self._observe(step, output, frame_mask, teacher_mask)
         return output
 
+    @torch.no_grad()
+    def similarity_matrix(self, **given: Any) -> torch.Tensor:
+        """``similarity_matrix`` (B, T, T) of the last forward, from what ``loss`` takes; call it before ``release``.
+
+        ValueError where nothing was captured, as in a step whose weight is 0.
+        """
+        student, deeper = self._capture.states(self._block_index), self._teacher_block_index
+        teacher, _ = self._source.teach(ClipInputs(**given), student, lambda: self._capture.states(deeper))
+        return similarity_matrix(
+            student.hidden_states, teacher.features, cast(CrepaProjector, self.projector),
+            student_grid=student.layout.grid, teacher_grid=teacher.grid, spatial_align=self.config.spatial_align,
+        )  # fmt: skip
+
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
@@ -281,9 +294,7 @@ class CrepaRegularizer:
         if self.config.crepa_similarity_threshold is None:
             return
         metric = getattr(output, self.config.crepa_similarity_metric)
-        masks = [mask for mask in (frame_mask, teacher_mask) if mask is not None]
-        frames = output.frame_similarity.numel()
-        count = torch.stack(masks).all(dim=0).sum() if masks else torch.full((), frames, device=metric.device)
+        count = counted_frames(output.frame_similarity, frame_mask, teacher_mask)
         self._schedule.observe(step, metric * count, count)
 
     def release(self) -> None:

@@ -1,0 +1,74 @@
+"""`crepa-train`: what is imported when, one line for a user's error, and started as a module."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crepa_trainer.cli import main
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+def imported(code: str) -> set[str]:
+    done = python("-c", f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}})")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_command_imports_what_it_needs_and_no_more() -> None:
+    assert not imported("import crepa_trainer.cli") & {"torch", "pydantic", "rich", "numpy"}
+    wrong = "from crepa_trainer.cli import main\nassert main(['run', '--max_train_steps', '0']) == 2"
+    assert not imported(wrong) & {"diffusers", "transformers", "accelerate", "peft", "av", "matplotlib"}
+
+
+def test_it_starts_as_a_module_for_launchers(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model": "nowhere", "data": "videos", "output": "out", "max_train_steps": 1}))
+    done = python("-m", "crepa_trainer", "run", "--config", str(file))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "crepa-train: error: model = nowhere: no such folder, and not a hub id (owner/name)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": ', "{file}: not JSON: Expecting value: line 1 column 11 (char 10)"),
+        ('{"seed": 1, "seed": 2}', "{file}: each key may appear once; repeated: seed"),
+        (
+            '{"model": "wan", "data": "d", "output": "o", "max_train_step": 1, "crepa_lambda": -1}',
+            "{file}: 3 settings are wrong: max_train_step = 1: unknown key; did you mean max_train_steps?; "
+            "max_train_steps: optimiser steps; must be an integer >= 1, required; "
+            "crepa_lambda = -1: weight of the loss; must be a number >= 0",
+        ),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    assert main(["run", "--config", str(file)]) == 2
+    assert capsys.readouterr().err == f"crepa-train: error: {message.format(file=file)}\n"
+
+
+def test_a_missing_file_and_a_wrong_word_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", "no/such.json"]) == 2
+    assert capsys.readouterr().err == "crepa-train: error: [Errno 2] No such file or directory: 'no/such.json'\n"
+    words = ["--model", "wan", "--data", "d", "--output", "o", "--max_train_steps", "1"]
+    assert main(["run", *words, "--learnign_rate", "1"]) == 2
+    expected = "crepa-train: error: the command line: --learnign_rate: unknown option; did you mean --learning_rate?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["run", "--help"], ["demo", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        text = capsys.readouterr().out
+        assert ("--crepa_lambda" in text) == (len(words) == 2)
+        assert ("--lora_rank" in text) == (words[0] == "run")
+        assert ("--steps N" in text) == (words[0] == "demo")
