@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -54,7 +55,8 @@ class Capture:
     that the checkpoint's autograd function attaches to the graph when it returns.
 
     While gradients are on, the model's forward hook adds 0 times the sum of the projector's parameters to the output:
-    they are part of every forward's graph, as DistributedDataParallel wants it, also in steps without CREPA.
+    they are part of every forward's graph, as DistributedDataParallel wants it, also in steps without CREPA. Where
+    there is no process group, that ends when ``enabled`` does.
 
     Nothing is on the model before ``attach()``.
 
@@ -63,6 +65,10 @@ class Capture:
         family: its row of the table.
         indices: block index by the name of the setting that chose it.
         projector: whose parameters enter the graph of each forward.
+
+    Attributes:
+        enabled: False once CREPA has ended.
+        projector_sum: of all its weights in the last forward with gradients, not finite when one of them is not.
 
     Raises:
         ValueError: for a block index out of range, with the valid one.
@@ -73,6 +79,7 @@ class Capture:
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
         self.enabled = True
+        self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
         self._family = family
         self._projector = projector
@@ -101,7 +108,7 @@ class Capture:
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self._slots.values():
             slot.armed = False
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not (self.enabled or _in_process_group()):
             return None
         # Inside the projector's forward, where a sharding wrapper has its weights in place.
         zero = self._projector(None, self._nothing_of_the_projector)
@@ -110,6 +117,7 @@ class Capture:
     def _nothing_of_the_projector(self) -> torch.Tensor:
         """0 with every parameter in its graph; also 0 where they are NaN, which must not reach the prediction."""
         total = torch.stack([parameter.sum() for parameter in self._projector.parameters()]).sum()
+        self.projector_sum = total.detach()
         return total.nan_to_num(0.0, 0.0, 0.0) * 0
 
     def states(self, index: int) -> CapturedStates:
@@ -160,6 +168,10 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _in_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:

@@ -18,8 +18,8 @@ from .loss import CrepaOutput, crepa_loss
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
-from .saving import check_weights, load_crepa, save_crepa
-from .schedule import CrepaSchedule, Decision
+from .saving import load_crepa, load_weights, save_crepa, whole_weights
+from .schedule import CrepaSchedule, run_length
 from .teachers import TeacherFeatures
 from .teachers.clips import as_counts
 from .teachers.dinov2 import EncoderSource
@@ -90,7 +90,7 @@ class CrepaRegularizer:
             blocks["crepa_teacher_block_index"] = self._teacher_block_index
         for key, index in blocks.items():
             self._family.block(transformer, index, key)
-        self._schedule = CrepaSchedule(self.config, self._run_length(max_train_steps))
+        self._schedule = CrepaSchedule(self.config, run_length(self.config, max_train_steps))
         self._source = TeacherSource(self.config, self._family, vae, encoder)
         hidden_size = self._family.hidden_size(transformer.config)
         self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
@@ -121,22 +121,11 @@ class CrepaRegularizer:
         crepa = cls(config, transformer, vae, encoder, max_train_steps, feature_size=size, vae_encodes=vae_encodes)
         if crepa.projector is not None:
             try:
-                crepa._load_projector(weights, str(folder))
+                load_weights(crepa.projector, weights, str(folder))
             except ValueError:
                 crepa.remove()
                 raise
         return crepa
-
-    def _run_length(self, max_train_steps: int | None) -> int:
-        config = self.config
-        if max_train_steps is not None:
-            return max_train_steps
-        if config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0:
-            raise ValueError(
-                f"crepa_scheduler = {config.crepa_scheduler} with crepa_decay_steps = 0 decays over the rest of the "
-                "run: pass CrepaRegularizer(max_train_steps=...), or set crepa_decay_steps"
-            )
-        return 1  # Nothing depends on it.
 
     @property
     def _block_index(self) -> int:
@@ -198,10 +187,10 @@ class CrepaRegularizer:
             raise ValueError("this CrepaRegularizer was removed from its transformer")
         if self.projector is None:
             return torch.zeros(()), {}
-        decision = self._schedule.decide(step)
-        # The next forward comes before anybody can know its step.
-        self._capture.enabled = not self._off_for_good(decision, step)
         aux = torch.zeros((), device=next(self.projector.parameters()).device)
+        decision = self._schedule.decide(step, aux.device)
+        # The next forward comes before anybody can know its step.
+        self._capture.enabled = not self._schedule.ended
         logs: Logs = {"crepa_weight": decision.weight, "crepa_cutoff": decision.cutoff}
         if self.config.crepa_similarity_threshold is not None:
             ema = self._schedule.ema
@@ -221,7 +210,7 @@ class CrepaRegularizer:
             frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
             output = self._aligned(student, teacher, frame_mask, teacher_mask)
-        self._monitor.watch(step, output.loss, teacher.features, self.projector.parameters())
+        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
         self._observe(step, output, frame_mask, teacher_mask)
         if decision.probe:
             return aux, logs
@@ -233,15 +222,6 @@ class CrepaRegularizer:
             "crepa_alignment_score": output.alignment_score,
         }
         return aux, logs
-
-    def _off_for_good(self, decision: Decision, step: int) -> bool:
-        config = self.config
-        if decision.run or step < config.crepa_warmup_steps:
-            return False
-        if decision.cutoff and config.crepa_threshold_mode == "permanent":
-            return True
-        # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
-        return self._schedule.weight(step) == 0 and self._schedule.weight(2**53) == 0
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
@@ -312,14 +292,21 @@ class CrepaRegularizer:
         self._removed = True
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``; call it in one process."""
+        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``.
+
+        Call it in one process, but where the projector is sharded (fully_shard) in all of them: rank 0 writes then.
+        """
         save_crepa(folder, self.config, self.projector)
 
     def state_dict(self) -> dict[str, Any]:
-        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``)."""
+        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``).
+
+        The same on every rank. With a threshold or a sharded projector it is put together from all ranks, so every
+        rank must call it, as ``accelerator.save_state`` does, and any of them may write it.
+        """
         if self.projector is None:
             return {}
-        return {"projector": self.projector.state_dict(), "schedule": self._schedule.state_dict()}
+        return {"projector": whole_weights(self.projector), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts back what ``state_dict`` gave, so that the run goes on as if it had not stopped.
@@ -333,17 +320,7 @@ class CrepaRegularizer:
             return
         if not {"projector", "schedule"} <= state.keys():
             raise ValueError(f"not a CrepaRegularizer's state: {sorted(state)}; was CREPA off in that run?")
-        self._load_projector(state["projector"], "the checkpoint")
+        load_weights(self.projector, state["projector"], "the checkpoint")
         self._schedule.load_state_dict(state["schedule"])
-        self._capture.enabled = True
-
-    def _load_projector(self, weights: dict[str, torch.Tensor], source: str) -> None:
-        projector = cast(CrepaProjector, self.projector)
-        check_weights(weights, source)
-        features, hidden = weights["1.weight"].shape
-        if (hidden, features) != (projector.hidden_size, projector.feature_size):
-            raise ValueError(
-                f"{source} holds a projector from {hidden} to {features}, "
-                f"this one goes from {projector.hidden_size} to {projector.feature_size}"
-            )
-        projector.load_state_dict(weights)
+        self._capture.enabled = not self._schedule.ended
+        self._monitor = NonFiniteMonitor()

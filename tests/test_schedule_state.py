@@ -67,9 +67,9 @@ def test_a_metric_is_sent_to_the_host_as_soon_as_the_next_step_begins() -> None:
     crepa = schedule(crepa_similarity_threshold=0.5)
     crepa.decide(0)
     observe(crepa, 0, 0.1)
-    assert crepa._under_way[0].host is None
+    assert crepa._under_way[0].sent is None
     crepa.decide(1)
-    assert crepa._under_way[0].host is not None
+    assert crepa._under_way[0].sent is not None
 
 
 def test_the_metric_keeps_no_graph() -> None:
