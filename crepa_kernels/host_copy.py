@@ -1,4 +1,4 @@
-"""A few numbers on their way from the device, and from all ranks, to the host, which does not wait for them."""
+"""Between host and devices without waiting: tensors to a device, and a few numbers of all ranks to the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. The host does not wait, but for what comes to a CPU, which could be read too early."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def several_ranks() -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .host_copy import HostCopy, several_ranks
+from .host_copy import HostCopy, moved, several_ranks
 
 Numbers = tuple[float, float]
 
@@ -51,14 +51,14 @@ class Measurement:
 
     def _start(self) -> Tensor:
         numbers = torch.tensor(self.numbers or (0.0, 0.0), dtype=_sum_type(self.device))
-        return numbers.to(self.device, non_blocking=True)
+        return moved(numbers, self.device)
 
     def add(self, metric_sum: Tensor, count: Tensor) -> None:
         """Adds one micro-batch: tensors of one element on one device."""
         self.device = metric_sum.device
         kind = _sum_type(self.device)
         pair = torch.stack([metric_sum.detach().reshape(()).to(kind), count.detach().reshape(()).to(kind)])
-        self.total = pair if self.total is None else self.total.to(self.device, non_blocking=True) + pair
+        self.total = pair if self.total is None else moved(self.total, self.device) + pair
 
     def send(self) -> None:
         """Starts adding up over the ranks and the copy to the host. No more is added after this."""

@@ -170,7 +170,8 @@ class CrepaRegularizer:
             frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).
             teacher_mask: (B, T) bool, latent frames whose teacher frame exists (padding does not).
             num_frames: pixel frames that the latents stand for; one number for each clip where clips are padded at
-                the end: their padded latent frames are then masked on both sides.
+                the end: their padded latent frames are then masked on both sides. Python's integers: numbers on a
+                GPU would have to be waited for.
             feature_grid: (height, width) of ``features`` of shape (B, S, N, E).
 
         Returns:

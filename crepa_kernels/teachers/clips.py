@@ -11,6 +11,7 @@ import torch
 
 from ..families import TokenLayout
 from ..frames import frame_groups, frame_indices, select_frames
+from ..host_copy import moved
 from . import TeacherFeatures
 from .dinov2 import DinoV2Teacher
 
@@ -87,7 +88,7 @@ class ClipLengths:
         """(B, T) bool, the student frames that are in each clip; None where all are."""
         if not self.padded:
             return None
-        ends = torch.tensor(self.tokens).to(device, non_blocking=True)
+        ends = moved(torch.tensor(self.tokens), device)
         return torch.arange(self.layout.frames, device=device) < ends[:, None]
 
     def within(self, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

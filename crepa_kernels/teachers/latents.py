@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..extras import require
+from ..host_copy import moved
 
 if TYPE_CHECKING:
     from ..families import Family
@@ -28,7 +29,7 @@ def decode_wan(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """
     statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
     # From pageable memory, so the host does not wait for the device.
-    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
+    mean, std = moved(statistics, latents.device).view(2, 1, -1, 1, 1, 1)
     video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
     return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
@@ -117,7 +118,7 @@ class LatentDecoder:
             self._told_place = True
             logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            pixels = self._family.decode(vae, latents.detach().to(place))
+            pixels = self._family.decode(vae, moved(latents.detach(), place))
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 
