@@ -162,7 +162,8 @@ class CrepaRegularizer:
         The teacher's side is the first given of ``features``, ``pixels`` and ``latents``; backbone mode needs none.
 
         Args:
-            step: optimizer step from 0; the same number for each of its micro-batches.
+            step: optimizer step from 0; the same number for each of its micro-batches, and on every rank. With a
+                threshold, ranks wait for each other's: all of them call this in the same steps.
             latents: (B, C, T, H, W), clean, normalised as the transformer sees them; decoded by the VAE.
             pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).

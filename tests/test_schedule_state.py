@@ -206,6 +206,48 @@ def test_decisions_are_the_slow_definition(config: dict[str, Any], steps: list[l
     assert [decision for decision, _ in trace] == slow_trace(schedule(40, **config), steps)
 
 
+@settings(deadline=None)
+@given(SETTINGS, RUNS)
+def test_once_ended_nothing_runs_any_more(config: dict[str, Any], steps: list[list[tuple[float, int]]]) -> None:
+    crepa = schedule(30, **config)
+    assert not crepa.ended
+    ended = False
+    for step in range(len(steps)):
+        ((decision, _),) = step_through(crepa, steps, step, step + 1)
+        assert not (ended and decision.run)
+        assert crepa.ended or not ended
+        ended = crepa.ended
+    for step in range(len(steps), 60):
+        assert not (ended and crepa.decide(step).run)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "ended"),
+    [
+        ({}, [0.9] * 5, False),
+        ({"crepa_lambda": 0.0}, [0.9] * 5, True),
+        ({"crepa_lambda": 0.0, "crepa_lambda_end": 1.0, "crepa_scheduler": "linear"}, [0.9], False),
+        ({"crepa_warmup_steps": 3}, [0.9], False),
+        ({"crepa_cutoff_step": 4}, [0.9] * 4, False),
+        ({"crepa_cutoff_step": 4}, [0.9] * 5, True),
+        ({"crepa_cutoff_step": 4, "crepa_warmup_steps": 10}, [0.9] * 5, True),
+        ({"crepa_scheduler": "linear", "crepa_decay_steps": 4}, [0.9] * 4, False),
+        ({"crepa_scheduler": "linear", "crepa_decay_steps": 4}, [0.9] * 5, True),
+        ({"crepa_similarity_threshold": 0.5}, [0.9] * 2, False),
+        ({"crepa_similarity_threshold": 0.5}, [0.9] * 3, True),
+        ({"crepa_similarity_threshold": 0.5, "crepa_warmup_steps": 10}, [0.9] * 4, True),
+        ({"crepa_similarity_threshold": 0.5, "crepa_threshold_mode": "recoverable"}, [0.9] * 5, False),
+    ],
+)
+def test_where_crepa_ends(config: dict[str, Any], values: list[float], ended: bool) -> None:
+    crepa = schedule(**config)
+    run(crepa, values)
+    assert crepa.ended == ended
+    resumed = schedule(**config)
+    resumed.load_state_dict(crepa.state_dict())
+    assert resumed.ended == ended
+
+
 def test_a_run_may_start_and_skip_anywhere_but_not_go_back() -> None:
     crepa = schedule(crepa_similarity_threshold=0.5)
     crepa.decide(500)
