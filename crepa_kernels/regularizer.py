@@ -199,21 +199,13 @@ class CrepaRegularizer:
             logs["crepa_similarity_ema"] = torch.full_like(aux, float("nan") if ema is None else ema)
         if not decision.run:
             self._capture.release()
-            if not self._capture.enabled:
+            if self._schedule.ended:
                 self._source.unload()
             return aux, logs
         student = self._student()
-        device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
-        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
-        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
         inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
-        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
-        if lengths is not None:
-            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
-            output = self._aligned(student, teacher, frame_mask, teacher_mask)
-        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
-        self._observe(step, output, frame_mask, teacher_mask)
+            output = self._output(step, student, inputs, frame_mask, teacher_mask)
         if decision.probe:
             return aux, logs
         aux = decision.weight * output.loss
@@ -224,6 +216,25 @@ class CrepaRegularizer:
             "crepa_alignment_score": output.alignment_score,
         }
         return aux, logs
+
+    def _output(
+        self,
+        step: int,
+        student: CapturedStates,
+        inputs: ClipInputs,
+        frame_mask: torch.Tensor | None,
+        teacher_mask: torch.Tensor | None,
+    ) -> CrepaOutput:
+        device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
+        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
+        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
+        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
+        if lengths is not None:
+            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
+        output = self._aligned(student, teacher, frame_mask, teacher_mask)
+        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
+        self._observe(step, output, frame_mask, teacher_mask)
+        return output
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)

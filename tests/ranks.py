@@ -23,13 +23,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, crepa_loss
 from crepa_kernels.schedule import CrepaSchedule
 
 RANKS = 2
 STEPS = 20
-STOPS = (10, 12)  # of runs that are cut off at step 11
+STOPS = (10,)  # of runs that are cut off at step 11: what decides about it is still under way
 SAMPLES = 4  # of one optimiser step, over ranks and micro-batches
 FEATURE_SIZE = 8
 
@@ -42,9 +43,13 @@ CONFIG: dict[str, Any] = {
     "crepa_similarity_ema_decay": 0.5,
 }
 DDP_SETTINGS: dict[str, dict[str, bool]] = {
-    f"unused-{unused}-static-{static}": {"find_unused_parameters": unused, "static_graph": static}
-    for unused in (False, True)
-    for static in (False, True)
+    **{
+        f"unused-{unused}-static-{static}": {"find_unused_parameters": unused, "static_graph": static}
+        for unused in (False, True)
+        for static in (False, True)
+    },
+    "checkpointing": {"reentrant": False},
+    "reentrant-checkpointing": {"reentrant": True, "static_graph": True},
 }
 
 
@@ -105,7 +110,10 @@ class Run:
             for sample in range(self.rank, SAMPLES, self.ranks):
                 slot = step * SAMPLES + sample
                 with self._accumulating(step, last=sample + self.ranks >= SAMPLES):
-                    prediction = self.model(**wan_inputs(seed=slot))[0]
+                    inputs = wan_inputs(seed=slot)
+                    # A reentrant checkpoint passes gradients only to inputs that ask for them.
+                    inputs["hidden_states"].requires_grad_(True)
+                    prediction = self.model(**inputs)[0]
                     aux, logs = self.crepa.loss(step=step, features=features(slot), frame_mask=self.masks(slot))
                     loss = prediction.square().mean() + aux
                     (loss * self.ranks / SAMPLES).backward()
@@ -132,9 +140,14 @@ def one_process(masks: Callable[[int], torch.Tensor] = frame_mask, steps: int = 
 
 
 def ddp(rank: int, masks: Callable[[int], torch.Tensor] = frame_mask, **options: Any) -> dict[str, Any]:
-    """``options`` of DistributedDataParallel, and ``crepa_*`` settings."""
+    """``options`` of DistributedDataParallel, ``crepa_*`` settings, and ``reentrant`` for checkpointing."""
     settings = {key: options.pop(key) for key in list(options) if key.startswith("crepa_")}
+    reentrant = options.pop("reentrant", None)
     transformer, crepa = build(**settings)
+    if reentrant is not None:
+        transformer.enable_gradient_checkpointing(
+            lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=reentrant)
+        )
     optimizer = optimizer_of(transformer)
     return Run(DistributedDataParallel(transformer, **options), crepa, optimizer, masks, rank, RANKS).result()
 
