@@ -55,8 +55,9 @@ class Capture:
     With reentrant checkpointing a block runs without gradients, but the tensor that its hook sees is the very one
     that the checkpoint's autograd function attaches to the graph when it returns.
 
-    While gradients are on, the model's forward hook adds 0 times the sum of the projector's parameters to the output:
-    they are part of every forward's graph, as DistributedDataParallel wants it, also in steps without CREPA.
+    While gradients are on, the model's forward hook adds a 0 to the output that gives each of the projector's
+    parameters a gradient of 0: they are part of every forward's graph, as DistributedDataParallel wants it, also in
+    steps without CREPA.
 
     Nothing is on the model before ``attach()``.
 
@@ -65,6 +66,10 @@ class Capture:
         family: its row of the table.
         indices: block index by the name of the setting that chose it.
         projector: whose parameters enter the graph of each forward.
+
+    Attributes:
+        enabled: False once CREPA has ended.
+        projector_sum: of all its weights in the last forward with gradients, not finite when one of them is not.
 
     Raises:
         ValueError: for a block index out of range, with the valid one.
@@ -75,6 +80,7 @@ class Capture:
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
         self.enabled = True
+        self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
         self._family = family
         self._projector = projector
@@ -108,13 +114,15 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         # Inside the projector's forward, where a sharding wrapper has its weights in place.
-        zero = self._projector(None, self._nothing_of_the_projector)
+        zero = self._projector(None, self._look_at_the_projector)
         return _add_to_sample(output, zero)
 
-    def _nothing_of_the_projector(self) -> torch.Tensor:
-        """0 with every parameter in its graph; also 0 where they are NaN, which must not reach the prediction."""
-        total = torch.stack([parameter.sum() for parameter in self._projector.parameters()]).sum()
-        return total.nan_to_num(0.0, 0.0, 0.0) * 0
+    def _look_at_the_projector(self) -> torch.Tensor:
+        parameters = list(self._projector.parameters())
+        if self.enabled and self._training:
+            self.projector_sum = torch.stack([parameter.detach().sum() for parameter in parameters]).sum()
+        zero: torch.Tensor = _ZeroOf.apply(*parameters)
+        return zero
 
     def states(self, index: int) -> CapturedStates:
         """The output of block ``index`` in the last forward.
@@ -172,6 +180,19 @@ def _described(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: one for key, one in value.items() if not isinstance(one, torch.Tensor)}
     return value
+
+
+class _ZeroOf(torch.autograd.Function):
+    """0, and gradients of 0 for the parameters that it is called with, whatever their values are."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.layouts = [(p.shape, p.dtype, p.device) for p in parameters]
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.layouts)
 
 
 def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .grid import SpatialPlan, count
+from .host_copy import moved
 from .neighbours import Neighbours
 
 
@@ -173,7 +174,7 @@ def check_frame_index(
                 f"frame_index must lie in [0, {teacher_frames}), the teacher's frames; "
                 f"it reaches from {min(values)} to {max(values)}"
             )
-    return index.to(device=device, dtype=torch.int64, non_blocking=True).expand(batch, student_frames)
+    return moved(index.to(torch.int64), device).expand(batch, student_frames)
 
 
 def check_mask(
@@ -186,7 +187,7 @@ def check_mask(
         raise ValueError(f"{name} must be a bool tensor of shape (B, T) = {shape}, got {type(mask).__name__}")
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(f"{name} must be bool of shape (B, T) = {shape}, got {mask.dtype} of {tuple(mask.shape)}")
-    return mask.to(device, non_blocking=True)
+    return moved(mask, device)
 
 
 def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:

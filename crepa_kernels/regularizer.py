@@ -18,8 +18,8 @@ from .loss import CrepaOutput, crepa_loss
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
-from .saving import check_weights, load_crepa, save_crepa
-from .schedule import CrepaSchedule, Decision
+from .saving import load_crepa, load_weights, save_crepa, whole_weights
+from .schedule import CrepaSchedule, run_length
 from .teachers import TeacherFeatures
 from .teachers.clips import as_counts
 from .teachers.dinov2 import EncoderSource
@@ -90,7 +90,7 @@ class CrepaRegularizer:
             blocks["crepa_teacher_block_index"] = self._teacher_block_index
         for key, index in blocks.items():
             self._family.block(transformer, index, key)
-        self._schedule = CrepaSchedule(self.config, self._run_length(max_train_steps))
+        self._schedule = CrepaSchedule(self.config, run_length(self.config, max_train_steps))
         self._source = TeacherSource(self.config, self._family, vae, encoder)
         hidden_size = self._family.hidden_size(transformer.config)
         self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
@@ -121,22 +121,11 @@ class CrepaRegularizer:
         crepa = cls(config, transformer, vae, encoder, max_train_steps, feature_size=size, vae_encodes=vae_encodes)
         if crepa.projector is not None:
             try:
-                crepa._load_projector(weights, str(folder))
+                load_weights(crepa.projector, weights, str(folder))
             except ValueError:
                 crepa.remove()
                 raise
         return crepa
-
-    def _run_length(self, max_train_steps: int | None) -> int:
-        config = self.config
-        if max_train_steps is not None:
-            return max_train_steps
-        if config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0:
-            raise ValueError(
-                f"crepa_scheduler = {config.crepa_scheduler} with crepa_decay_steps = 0 decays over the rest of the "
-                "run: pass CrepaRegularizer(max_train_steps=...), or set crepa_decay_steps"
-            )
-        return 1  # Nothing depends on it.
 
     @property
     def _block_index(self) -> int:
@@ -173,7 +162,8 @@ class CrepaRegularizer:
         The teacher's side is the first given of ``features``, ``pixels`` and ``latents``; backbone mode needs none.
 
         Args:
-            step: optimizer step from 0; the same number for each of its micro-batches.
+            step: optimizer step from 0; the same number for each of its micro-batches, and on every rank. With a
+                threshold, ranks wait for each other's: all of them call this in the same steps.
             latents: (B, C, T, H, W), never packed, clean, normalised as the transformer sees them; decoded by the VAE.
             pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
@@ -181,7 +171,8 @@ class CrepaRegularizer:
             frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).
             teacher_mask: (B, T) bool, latent frames whose teacher frame exists (padding does not).
             num_frames: pixel frames that the latents stand for; one number for each clip where clips are padded at
-                the end: their padded latent frames are then masked on both sides.
+                the end: their padded latent frames are then masked on both sides. Python's integers: numbers on a
+                GPU would have to be waited for.
             feature_grid: (height, width) of ``features`` of shape (B, S, N, E).
 
         Returns:
@@ -198,31 +189,23 @@ class CrepaRegularizer:
             raise ValueError("this CrepaRegularizer was removed from its transformer")
         if self.projector is None:
             return torch.zeros(()), {}
-        decision = self._schedule.decide(step)
-        # The next forward comes before anybody can know its step.
-        self._capture.enabled = not self._off_for_good(decision, step)
         aux = torch.zeros((), device=next(self.projector.parameters()).device)
+        decision = self._schedule.decide(step, aux.device)
+        # The next forward comes before anybody can know its step.
+        self._capture.enabled = not self._schedule.ended
         logs: Logs = {"crepa_weight": decision.weight, "crepa_cutoff": decision.cutoff}
         if self.config.crepa_similarity_threshold is not None:
             ema = self._schedule.ema
             logs["crepa_similarity_ema"] = torch.full_like(aux, float("nan") if ema is None else ema)
         if not decision.run:
             self._capture.release()
-            if not self._capture.enabled:
+            if self._schedule.ended:
                 self._source.unload()
             return aux, logs
         student = self._student()
-        device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
-        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
-        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
         inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
-        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
-        if lengths is not None:
-            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
-            output = self._aligned(student, teacher, frame_mask, teacher_mask)
-        self._monitor.watch(step, output.loss, teacher.features, self.projector.parameters())
-        self._observe(step, output, frame_mask, teacher_mask)
+            output = self._output(step, student, inputs, frame_mask, teacher_mask)
         if decision.probe:
             return aux, logs
         aux = decision.weight * output.loss
@@ -234,14 +217,24 @@ class CrepaRegularizer:
         }
         return aux, logs
 
-    def _off_for_good(self, decision: Decision, step: int) -> bool:
-        config = self.config
-        if decision.run or step < config.crepa_warmup_steps:
-            return False
-        if decision.cutoff and config.crepa_threshold_mode == "permanent":
-            return True
-        # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
-        return self._schedule.weight(step) == 0 and self._schedule.weight(2**53) == 0
+    def _output(
+        self,
+        step: int,
+        student: CapturedStates,
+        inputs: ClipInputs,
+        frame_mask: torch.Tensor | None,
+        teacher_mask: torch.Tensor | None,
+    ) -> CrepaOutput:
+        device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
+        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
+        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
+        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
+        if lengths is not None:
+            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
+        output = self._aligned(student, teacher, frame_mask, teacher_mask)
+        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
+        self._observe(step, output, frame_mask, teacher_mask)
+        return output
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
@@ -312,14 +305,21 @@ class CrepaRegularizer:
         self._removed = True
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``; call it in one process."""
+        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``.
+
+        Call it in one process, but where the projector is sharded (fully_shard) in all of them: rank 0 writes then.
+        """
         save_crepa(folder, self.config, self.projector)
 
     def state_dict(self) -> dict[str, Any]:
-        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``)."""
+        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``).
+
+        The same on every rank. With a threshold or a sharded projector it is put together from all ranks, so every
+        rank must call it, as ``accelerator.save_state`` does, and any of them may write it.
+        """
         if self.projector is None:
             return {}
-        return {"projector": self.projector.state_dict(), "schedule": self._schedule.state_dict()}
+        return {"projector": whole_weights(self.projector), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts back what ``state_dict`` gave, so that the run goes on as if it had not stopped.
@@ -333,17 +333,7 @@ class CrepaRegularizer:
             return
         if not {"projector", "schedule"} <= state.keys():
             raise ValueError(f"not a CrepaRegularizer's state: {sorted(state)}; was CREPA off in that run?")
-        self._load_projector(state["projector"], "the checkpoint")
+        load_weights(self.projector, state["projector"], "the checkpoint")
         self._schedule.load_state_dict(state["schedule"])
-        self._capture.enabled = True
-
-    def _load_projector(self, weights: dict[str, torch.Tensor], source: str) -> None:
-        projector = cast(CrepaProjector, self.projector)
-        check_weights(weights, source)
-        features, hidden = weights["1.weight"].shape
-        if (hidden, features) != (projector.hidden_size, projector.feature_size):
-            raise ValueError(
-                f"{source} holds a projector from {hidden} to {features}, "
-                f"this one goes from {projector.hidden_size} to {projector.feature_size}"
-            )
-        projector.load_state_dict(weights)
+        self._capture.enabled = not self._schedule.ended
+        self._monitor = NonFiniteMonitor()

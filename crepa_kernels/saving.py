@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from .config import CrepaConfig
 from .extras import require
@@ -16,18 +18,52 @@ PROJECTOR_FILE = "crepa_projector.safetensors"
 CONFIG_FILE = "crepa_config.json"
 
 
+def whole_weights(projector: CrepaProjector) -> dict[str, torch.Tensor]:
+    """The projector's state dict; where it is sharded, gathered from all ranks, which must all call this."""
+    weights = projector.state_dict()
+    # By name: importing DTensor takes longer than importing this package.
+    return {
+        name: cast(Any, tensor).full_tensor() if type(tensor).__name__ == "DTensor" else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def load_weights(projector: CrepaProjector, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Puts ``weights`` into the projector, sharded or not.
+
+    Raises:
+        ValueError: naming ``source``, when they are not those of a projector of this size.
+    """
+    check_weights(weights, source)
+    features, hidden = weights["1.weight"].shape
+    if (hidden, features) != (projector.hidden_size, projector.feature_size):
+        raise ValueError(
+            f"{source} holds a projector from {hidden} to {features}, "
+            f"this one goes from {projector.hidden_size} to {projector.feature_size}"
+        )
+    if any(type(parameter).__name__ == "DTensor" for parameter in projector.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(projector, dict[str, Any](weights), options=StateDictOptions(full_state_dict=True))
+    else:
+        projector.load_state_dict(weights)
+
+
 def save_crepa(folder: str | os.PathLike[str], config: CrepaConfig, projector: CrepaProjector | None) -> None:
     """Writes ``crepa_config.json`` and, when there is a projector, ``crepa_projector.safetensors`` into ``folder``.
 
-    Raises:
-        ValueError: if the projector's weights are sharded.
+    Where the projector is sharded every rank calls this, and rank 0 writes.
     """
     where = Path(folder)
-    where.mkdir(parents=True, exist_ok=True)
+    sharded = False
+    weights: dict[str, torch.Tensor] = {}
     if projector is not None:
-        weights = projector.state_dict()
-        if any(type(tensor).__name__ == "DTensor" for tensor in weights.values()):
-            raise ValueError("the projector's weights are sharded (DTensor): gather them before saving")
+        sharded = any(type(parameter).__name__ == "DTensor" for parameter in projector.parameters())
+        weights = whole_weights(projector)
+    if sharded and dist.get_rank() != 0:
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    if weights:
         torch_io = require("safetensors.torch", "saving the projector")
         torch_io.save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},

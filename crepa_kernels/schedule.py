@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .measurement import Measurement
+
 if TYPE_CHECKING:
     from .config import CrepaConfig
 
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Steps between the step that measures and the first one that its measurement may change.
 LAG = 2
+
+_CPU = torch.device("cpu")
 
 
 def crepa_weight(config: CrepaConfig, step: int, max_train_steps: int) -> float:
@@ -56,6 +60,18 @@ def step_cutoff(config: CrepaConfig, step: int) -> bool:
     return 0 < config.crepa_cutoff_step <= step
 
 
+def run_length(config: CrepaConfig, max_train_steps: int | None) -> int:
+    """`max_train_steps`, which may be None where nothing depends on it; else a ValueError asks for it."""
+    if max_train_steps is not None:
+        return max_train_steps
+    if config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0:
+        raise ValueError(
+            f"crepa_scheduler = {config.crepa_scheduler} with crepa_decay_steps = 0 decays over the rest of the "
+            "run: pass CrepaRegularizer(max_train_steps=...), or set crepa_decay_steps"
+        )
+    return 1
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one optimiser step does.
@@ -71,58 +87,6 @@ class Decision:
     probe: bool
 
 
-@dataclass
-class _Measurement:
-    """Sum and count of the metric over the unmasked frames of one optimiser step, on its way to the host."""
-
-    step: int
-    updates: int
-    total: Tensor | None = None
-    host: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
-    numbers: tuple[float, float] | None = None
-
-    def add(self, metric_sum: Tensor, count: Tensor) -> None:
-        # MPS has no float64.
-        dtype = torch.float32 if metric_sum.device.type == "mps" else torch.float64
-        pair = torch.stack([metric_sum.detach().reshape(()).to(dtype), count.detach().reshape(()).to(dtype)])
-        if self.numbers is not None:
-            self.total, self.numbers = torch.tensor(self.numbers, dtype=dtype, device=pair.device), None
-        self.total = pair if self.total is None else self.total + pair
-
-    def send(self) -> None:
-        """Starts the copy to the host. No more is added after this."""
-        if self.total is None or self.host is not None:
-            return
-        total = _reduced(self.total)
-        if total.device.type == "cuda":
-            self.host = torch.empty(2, dtype=total.dtype, device="cpu", pin_memory=True)
-            self.host.copy_(total, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record(torch.cuda.current_stream(total.device))
-        else:
-            self.host = total
-        self.total = None
-
-    def read(self) -> tuple[float, float]:
-        """Sum and count on the host. Waits for the copy: without cost when it was sent a step ago."""
-        if self.numbers is not None:
-            return self.numbers
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        source = self.total if self.host is None else self.host
-        metric_sum, count = (0.0, 0.0) if source is None else source.tolist()
-        return metric_sum, count
-
-
-def _reduced(total: Tensor) -> Tensor:
-    """Sum and count (2,) of all ranks, from one rank's: the place of the one all-reduce of a step.
-
-    One process: the same two numbers.
-    """
-    return total
-
-
 class CrepaSchedule:
     """Decides, for each optimiser step, the weight and whether CREPA runs.
 
@@ -132,8 +96,12 @@ class CrepaSchedule:
     the same decisions. Steps may start anywhere, and may not go back.
 
     The similarity's moving average starts at its first value and is updated once a step from the sums over
-    micro-batches. A step without an unmasked frame does not count. Nor does one whose metric is NaN or
+    micro-batches and ranks. A step without an unmasked frame does not count. Nor does one whose metric is NaN or
     infinite, which is logged once: in the average it would stay for good.
+
+    With a threshold and a process group, the first `decide` after a step in which CREPA ran adds up over the ranks
+    (torch.distributed's default group, without waiting): every rank decides the same steps, whether or not it
+    observed something, and so takes the same decisions.
 
     While the average is at or above the threshold the weight is 0: for good in the mode `permanent`; in
     `recoverable` until it drops, with a probe each time `crepa_probe_interval` steps have passed since CREPA
@@ -156,7 +124,7 @@ class CrepaSchedule:
         self._similar = False
         self._step: int | None = None
         self._last_run: int | None = None
-        self._under_way: list[_Measurement] = []
+        self._under_way: list[Measurement] = []
         self._decision: Decision | None = None
         self._warned = False
         self._tell_threshold()
@@ -177,9 +145,21 @@ class CrepaSchedule:
         """The metric's moving average as of the last decided step; None before its first value."""
         return self._ema
 
-    def decide(self, step: int) -> Decision:
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of CREPA runs in any step from the last decided one on, whatever that was measured."""
+        config, step = self.config, self._step
+        if step is None:
+            return False
+        if step_cutoff(config, step) or (self._similar and config.crepa_threshold_mode == "permanent"):
+            return True
+        # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
+        return step >= config.crepa_warmup_steps and self.weight(step) == 0 and self.weight(2**53) == 0
+
+    def decide(self, step: int, device: torch.device = _CPU) -> Decision:
         """What the optimiser step `step` (from 0) does; the same answer for each of its micro-batches.
 
+        `device`: where a rank that observes nothing takes part in adding up over the ranks.
         ValueError: `step` is not an integer >= 0, or is before the last one (here or in the loaded state).
         """
         _checked(step)
@@ -195,7 +175,15 @@ class CrepaSchedule:
         self._decision = self._decide(step)
         if self._decision.run:
             self._last_run = step
+            if self.config.crepa_similarity_threshold is not None:
+                self._open(step, self.config.crepa_probe_interval if self._decision.probe else 1, device)
         return self._decision
+
+    def _open(self, step: int, updates: int, device: torch.device) -> None:
+        if self._under_way and self._under_way[-1].step == step:
+            self._under_way[-1].reopen(device)
+        else:
+            self._under_way.append(Measurement(step, updates, device))
 
     def _decide(self, step: int) -> Decision:
         scheduled = self.weight(step)
@@ -223,9 +211,6 @@ class CrepaSchedule:
                 "metric_sum and count must have one element each on one device, got shapes "
                 f"{tuple(metric_sum.shape)} on {metric_sum.device} and {tuple(count.shape)} on {count.device}"
             )
-        if not self._under_way or self._under_way[-1].step != step:
-            updates = self.config.crepa_probe_interval if self._decision.probe else 1
-            self._under_way.append(_Measurement(step, updates))
         self._under_way[-1].add(metric_sum, count)
 
     def _take_until(self, step: int) -> None:
@@ -249,9 +234,10 @@ class CrepaSchedule:
         self._similar = reached or (self._similar and self.config.crepa_threshold_mode == "permanent")
 
     def state_dict(self) -> dict[str, Any]:
-        """Average, flag, steps and measurements still under way as plain numbers, fit for JSON.
+        """Average, flag, steps and measurements still under way as plain numbers, fit for JSON; the same on every rank.
 
-        Waits for the device, where something is under way.
+        Waits for the device, where something is under way. With a threshold and several ranks it adds up over them
+        what the last step measured, so every rank must call it.
         """
         under_way = []
         for measurement in self._under_way:
@@ -278,10 +264,11 @@ class CrepaSchedule:
         self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
         self._step, self._last_run = state["step"], state["last_run_step"]
         self._under_way = [
-            _Measurement(entry["step"], entry["updates"], numbers=(entry["sum"], entry["count"]))
+            Measurement(entry["step"], entry["updates"], _CPU, numbers=(entry["sum"], entry["count"]))
             for entry in state["under_way"]
         ]
         self._decision = None
+        self._warned = False
 
 
 def _checked(step: int) -> int:

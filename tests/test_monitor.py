@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import cast
 
 import pytest
 import torch
 from tiny import tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.host_copy import HostCopy
 from crepa_kernels.monitor import NonFiniteMonitor
 
 
@@ -50,23 +50,36 @@ def test_nan_stays_in_the_loss_and_its_side_is_said_once(
     assert "step 0" in said[0]
 
 
-class _NotArrived:
-    """A CUDA event whose copy is still under way when it is asked, and has arrived once it is waited for."""
+class _NotArrived(HostCopy):
+    """A copy that is still under way when it is asked, and has arrived once it is waited for."""
 
-    def query(self) -> bool:
-        return False
-
-    def synchronize(self) -> None:
-        pass
+    arrived = False
 
 
-def test_what_has_not_arrived_is_said_when_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_has_not_arrived_is_said_when_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monitor = NonFiniteMonitor()
-    monitor._under_way.append((3, torch.tensor([math.nan, math.nan, 1.0]), cast(torch.cuda.Event, _NotArrived())))
     clean = torch.ones(2)
-    monitor.watch(4, clean.sum(), clean, [clean])
+    broken = torch.tensor([math.nan, 1.0])
+    monkeypatch.setattr("crepa_kernels.monitor.HostCopy", _NotArrived)
+    for step, features in ((3, broken), (4, clean)):
+        monitor.watch(step, features.sum(), features, clean.sum())
     assert caplog.records == []
     monitor.flush()
     assert [record.getMessage() for record in caplog.records] == [
         "the CREPA loss at step 3 is nan; it came from the teacher's features (said once)"
     ]
+
+
+def test_after_another_state_is_loaded_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer({"crepa_enabled": True, "crepa_block_index": 1}, transformer, feature_size=8)
+    state = crepa.state_dict()
+    broken = torch.full((1, 3, 6, 8), float("nan"))
+    for expected in (1, 2):
+        crepa.load_state_dict(state)
+        for step in range(2):
+            transformer(**wan_inputs())
+            crepa.loss(step=step, features=broken)
+        assert len(caplog.records) == expected

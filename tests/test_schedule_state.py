@@ -67,9 +67,9 @@ def test_a_metric_is_sent_to_the_host_as_soon_as_the_next_step_begins() -> None:
     crepa = schedule(crepa_similarity_threshold=0.5)
     crepa.decide(0)
     observe(crepa, 0, 0.1)
-    assert crepa._under_way[0].host is None
+    assert crepa._under_way[0].sent is None
     crepa.decide(1)
-    assert crepa._under_way[0].host is not None
+    assert crepa._under_way[0].sent is not None
 
 
 def test_the_metric_keeps_no_graph() -> None:
@@ -204,6 +204,48 @@ def slow_trace(crepa: CrepaSchedule, steps: list[list[tuple[float, int]]]) -> li
 def test_decisions_are_the_slow_definition(config: dict[str, Any], steps: list[list[tuple[float, int]]]) -> None:
     trace = step_through(schedule(40, **config), steps, 0, len(steps))
     assert [decision for decision, _ in trace] == slow_trace(schedule(40, **config), steps)
+
+
+@settings(deadline=None)
+@given(SETTINGS, RUNS)
+def test_once_ended_nothing_runs_any_more(config: dict[str, Any], steps: list[list[tuple[float, int]]]) -> None:
+    crepa = schedule(30, **config)
+    assert not crepa.ended
+    ended = False
+    for step in range(len(steps)):
+        ((decision, _),) = step_through(crepa, steps, step, step + 1)
+        assert not (ended and decision.run)
+        assert crepa.ended or not ended
+        ended = crepa.ended
+    for step in range(len(steps), 60):
+        assert not (ended and crepa.decide(step).run)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "ended"),
+    [
+        ({}, [0.9] * 5, False),
+        ({"crepa_lambda": 0.0}, [0.9] * 5, True),
+        ({"crepa_lambda": 0.0, "crepa_lambda_end": 1.0, "crepa_scheduler": "linear"}, [0.9], False),
+        ({"crepa_warmup_steps": 3}, [0.9], False),
+        ({"crepa_cutoff_step": 4}, [0.9] * 4, False),
+        ({"crepa_cutoff_step": 4}, [0.9] * 5, True),
+        ({"crepa_cutoff_step": 4, "crepa_warmup_steps": 10}, [0.9] * 5, True),
+        ({"crepa_scheduler": "linear", "crepa_decay_steps": 4}, [0.9] * 4, False),
+        ({"crepa_scheduler": "linear", "crepa_decay_steps": 4}, [0.9] * 5, True),
+        ({"crepa_similarity_threshold": 0.5}, [0.9] * 2, False),
+        ({"crepa_similarity_threshold": 0.5}, [0.9] * 3, True),
+        ({"crepa_similarity_threshold": 0.5, "crepa_warmup_steps": 10}, [0.9] * 4, True),
+        ({"crepa_similarity_threshold": 0.5, "crepa_threshold_mode": "recoverable"}, [0.9] * 5, False),
+    ],
+)
+def test_where_crepa_ends(config: dict[str, Any], values: list[float], ended: bool) -> None:
+    crepa = schedule(**config)
+    run(crepa, values)
+    assert crepa.ended == ended
+    resumed = schedule(**config)
+    resumed.load_state_dict(crepa.state_dict())
+    assert resumed.ended == ended
 
 
 def test_a_run_may_start_and_skip_anywhere_but_not_go_back() -> None:

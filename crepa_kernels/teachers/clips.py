@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..frames import clip_groups, frame_groups, select_frames, teacher_frame
+from ..host_copy import moved
 from ..layouts import TokenLayout
 from . import TeacherFeatures
 from .dinov2 import DinoV2Teacher
@@ -88,7 +89,7 @@ class ClipLengths:
         """(B, T) bool, the student frames that are in each clip; None where all are."""
         if not self.padded:
             return None
-        ends = torch.tensor(self.tokens).to(device, non_blocking=True)
+        ends = moved(torch.tensor(self.tokens), device)
         return torch.arange(self.layout.frames, device=device) < ends[:, None]
 
     def within(self, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

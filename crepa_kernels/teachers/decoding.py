@@ -32,7 +32,7 @@ def _by_config(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Wan: ``vae.decode(latents * std + mean)`` with the statistics in its config."""
     statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
     # From pageable memory, so the host does not wait for the device.
-    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
+    mean, std = moved(statistics, latents.device).view(2, 1, -1, 1, 1, 1)
     return _pixels(vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0])
 
 

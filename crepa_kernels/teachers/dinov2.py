@@ -14,6 +14,7 @@ from torch import nn
 from ..config_rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE, ENCODER_ALIASES
 from ..extras import require
 from ..grid import Grid
+from ..host_copy import moved
 from . import TeacherFeatures
 
 logger = logging.getLogger(__name__)
@@ -117,10 +118,10 @@ class DinoV2Teacher:
         features = []
         with torch.autocast(weight.device.type, enabled=False):
             for batch in frames.split(at_a_time):
-                images = normalised_images(batch.to(weight.device, non_blocking=True), (height, width)).to(weight.dtype)
+                images = normalised_images(moved(batch, weight.device), (height, width)).to(weight.dtype)
                 features.append(model(pixel_values=images).last_hidden_state[:, dropped:])
         self.frames_encoded += len(frames)
-        return TeacherFeatures(torch.cat(features).to(device), (height // patch, width // patch))
+        return TeacherFeatures(moved(torch.cat(features), device), (height // patch, width // patch))
 
     def unload(self) -> None:
         """Lets go of a model that was loaded here; the next frame loads it again."""
@@ -180,6 +181,6 @@ def normalised_images(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tens
     images = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
     # From pageable memory, so the host does not wait for the device.
-    statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(images.device, non_blocking=True)
+    statistics = moved(torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), images.device)
     mean, std = statistics.view(2, 1, 3, 1, 1)
     return (images - mean) / std

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..extras import require
 from ..families import Family
+from ..host_copy import moved
 from ..layouts import TokenLayout
 from .decoding import VIDEO_VAES, VideoVae
 
@@ -107,7 +108,7 @@ class LatentDecoder:
             self._told_place = True
             logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            pixels = rule.decode(vae, latents.detach().to(place))
+            pixels = rule.decode(vae, moved(latents.detach(), place))
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 

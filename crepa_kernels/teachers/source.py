@@ -10,6 +10,7 @@ import torch
 from ..capture import CapturedStates
 from ..config import CrepaConfig
 from ..families import Family
+from ..host_copy import moved
 from . import TeacherFeatures
 from .clips import ClipLengths, check_pixels, encode_clips, given_features
 from .dinov2 import DinoV2Teacher, EncoderSource
@@ -95,7 +96,7 @@ class TeacherSource:
             found, lengths = given_features(
                 inputs.features, inputs.feature_grid, inputs.num_frames, self._rule, batch, layout
             )
-            return TeacherFeatures(found.features.detach().to(device, non_blocking=True), found.grid), lengths
+            return TeacherFeatures(moved(found.features.detach(), device), found.grid), lengths
         pixels = self._pixels(inputs, student)
         clips = ClipLengths.of(inputs.num_frames, batch, pixels.shape[1], layout)
         return encode_clips(self.teacher, pixels, clips, self._rule, device), clips

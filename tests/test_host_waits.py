@@ -1,0 +1,203 @@
+"""A training step in which the host never waits for the device.
+
+Without a GPU the meta device stands for it: its tensors have no values, so reading one fails, and every branch that
+asks for the device takes the GPU's way. Three things are replaced there, which meta has not: autocast, the check that
+the projector has weights, and the copy to the host (``HostCopy``), whose own reads wait for what was sent a step ago.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crepa_kernels import CrepaRegularizer
+from crepa_kernels.host_copy import HostCopy
+
+READS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "masked_select",
+    "unique", "_unique2", "unique_consecutive", "unique_dim", "argwhere",
+}  # fmt: skip
+MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
+COPIES = {"copy_", "_to_copy"}
+
+
+class HostWaits(AssertionError):
+    pass
+
+
+class _Operators(TorchDispatchMode):
+    """Fails where an operator gives values to Python, or a copy between devices makes the host wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in READS:
+            raise HostWaits(f"{func} reads a tensor")
+        out = func(*args, **kwargs)
+        if name in COPIES:
+            source = args[1] if name == "copy_" else args[0]
+            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            if blocking and source.device != out.device:
+                raise HostWaits(f"{func} from {source.device} to {out.device} blocks")
+        return out
+
+
+class _Python(TorchFunctionMode):
+    """Fails where numbers of Python go to a device: that blocks on a GPU, and the dispatcher does not see it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in MAKERS and torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            raise HostWaits(f"{func.__name__} copies to {kwargs['device']}")
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type != "cpu":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(one, list) or (isinstance(one, torch.Tensor) and not one.is_meta) for one in index):
+                raise HostWaits("an index goes from Python to the device")
+        return func(*args, **kwargs)
+
+
+class _Arrived(HostCopy):
+    """What was copied from a device without values: always the same similarity, over one frame."""
+
+    arrived = True
+    similarity = 0.0
+
+    def __init__(self, numbers: torch.Tensor, *, over_ranks: bool = False) -> None:
+        assert numbers.is_meta
+        self._length = len(numbers)
+
+    def read(self) -> list[float]:
+        return [self.similarity, 1.0] if self._length == 2 else [0.0] * self._length
+
+
+@pytest.fixture
+def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr("crepa_kernels.regularizer.check_attached", lambda *args: None)
+    for module in ("monitor", "measurement"):
+        monkeypatch.setattr(f"crepa_kernels.{module}.HostCopy", _Arrived)
+
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "features": {"features": torch.rand(2, 3, 6, 32)},
+    "features of every pixel frame": {"features": torch.rand(2, 9, 25, 32), "feature_grid": (5, 5), "num_frames": 9},
+    "features of clips of other lengths": {"features": torch.rand(2, 9, 2, 3, 32), "num_frames": [9, 5]},
+    "pixels": {"pixels": clip_pixels(2)},
+    "pixels of clips of other lengths": {"pixels": clip_pixels(2), "num_frames": [5, 9]},
+    "floating-point pixels": {"pixels": clip_pixels(2).float() / 255},
+    "latents": {"latents": torch.randn(2, 4, 3, 4, 6)},
+    "backbone": {},
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "no mask": {},
+    "masks": {
+        "frame_mask": torch.tensor([[False, True, True], [True, True, False]]),
+        "teacher_mask": torch.tensor([[True, True, True], [True, True, False]]),
+    },
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "threshold": {"crepa_similarity_threshold": 0.9},
+    "probes": {
+        "crepa_similarity_threshold": 0.5,
+        "crepa_threshold_mode": "recoverable",
+        "crepa_probe_interval": 2,
+    },
+    "every frame, on the teacher's grid": {
+        "crepa_frame_map": "mean",
+        "crepa_spatial_align": "teacher",
+        "crepa_cumulative_neighbors": True,
+        "crepa_adjacent_distance": 2,
+    },
+}
+
+CASES = [
+    *((source, "threshold", "masks") for source in SOURCES),
+    *(("features", setting, "no mask") for setting in SETTINGS),
+    ("pixels of clips of other lengths", "every frame, on the teacher's grid", "no mask"),
+]
+
+
+def on(device: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
+
+
+def steps(device: str, source: str, settings: dict[str, Any]) -> Iterator[tuple[CrepaRegularizer, int]]:
+    """A regularizer whose transformer has just run, once for each step."""
+    transformer = tiny_wan()
+    settings = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70, **settings}
+    if source == "backbone":
+        settings |= {"crepa_use_backbone_features": True, "crepa_teacher_block_index": 2}
+    models = {"vae": tiny_vae().to(device), "encoder": tiny_dinov2().to(device)}
+    crepa = CrepaRegularizer(settings, transformer, **models)
+    transformer.to(device)
+    inputs = on(device, wan_inputs(2))
+    for step in range(4):
+        transformer(**inputs)
+        yield crepa, step
+
+
+@pytest.mark.usefixtures("no_values")
+@pytest.mark.parametrize("given_on", ["meta", "cpu"])
+@pytest.mark.parametrize(("source", "setting", "masks"), CASES)
+def test_nothing_is_read_from_the_device(
+    source: str, setting: str, masks: str, given_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Arrived, "similarity", 0.6)
+    ran = []
+    for crepa, step in steps("meta", source, SETTINGS[setting]):
+        given = on(given_on, {**SOURCES[source], **MASKS[masks]})
+        # The range of floating-point pixels is looked at once.
+        first = step == 0 and source == "floating-point pixels"
+        if first:
+            crepa._source._looked_at_pixels = True
+        with _Operators(), _Python():
+            _, logs = crepa.loss(step=step, **given)
+        ran.append("crepa_loss" in logs)
+    assert ran == [True] * 2 + [setting != "probes"] * 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.sum() > 0),
+        lambda x: torch.equal(x, x),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x[[0, 1]],
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.ones(3).to(x.device),
+        lambda x: x.copy_(torch.ones(3)),
+    ],
+)
+def test_what_would_make_the_host_wait_is_seen(wait: Any) -> None:
+    x = torch.ones(3, device="meta")
+    with pytest.raises((HostWaits, RuntimeError, NotImplementedError, ValueError, TypeError)), _Operators(), _Python():
+        wait(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("source", "setting", "masks"), CASES)
+def test_a_gpu_is_not_waited_for(source: str, setting: str, masks: str) -> None:
+    given = on("cuda", {**SOURCES[source], **MASKS[masks]})
+    for crepa, step in steps("cuda", source, SETTINGS[setting]):
+        # Kernels are compiled and pixels looked at in the first step.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            crepa.loss(step=step, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
