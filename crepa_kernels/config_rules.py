@@ -71,7 +71,7 @@ class ConfigError(ValueError):
             message = heading + self.problems[0]
         else:
             lines = "".join(f"\n  {problem}" for problem in self.problems)
-            message = f"{heading}{len(self.problems)} CREPA settings are wrong:{lines}"
+            message = f"{heading}{len(self.problems)} settings are wrong:{lines}"
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:

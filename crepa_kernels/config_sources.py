@@ -39,9 +39,18 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, Any]) -> None:
     """One option for each field, alias and unsupported key; what is not given is not in the namespace."""
-    group = parser.add_argument_group("CREPA")
+    texts = {key: f"{field.description} (default: {json.dumps(field.default)})" for key, field in fields.items()}
+    texts |= {alias: f"the same as --{key}" for alias, key in KEY_ALIASES.items()}
+    texts |= {key: f"{UNSUPPORTED} (accepted: {json.dumps(off)})" for key, off in UNSUPPORTED_KEYS.items()}
+    add_json_options(parser.add_argument_group("CREPA"), texts)
 
-    def add(key: str, text: str) -> None:
+
+def add_json_options(group: argparse._ArgumentGroup, texts: Mapping[str, str]) -> None:
+    """One option for each key, with its help.
+
+    Values are read as JSON; what is not JSON is a string; an option without a value means true.
+    """
+    for key, text in texts.items():
         group.add_argument(
             f"--{key}",
             nargs="?",
@@ -52,13 +61,6 @@ def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, Any]) -> N
             help=text.replace("%", "%%"),
         )
 
-    for key, field in fields.items():
-        add(key, f"{field.description} (default: {json.dumps(field.default)})")
-    for alias, key in KEY_ALIASES.items():
-        add(alias, f"the same as --{key}")
-    for key, off in UNSUPPORTED_KEYS.items():
-        add(key, f"{UNSUPPORTED} (accepted: {json.dumps(off)})")
-
 
 def _json_or_word(text: str) -> Any:
     try:
@@ -67,13 +69,15 @@ def _json_or_word(text: str) -> Any:
         return text
 
 
-def unknown_options(words: Iterable[str], fields: Mapping[str, Any]) -> list[str]:
-    """A line for each word that looks like an option of CREPA, with the nearest one that exists."""
-    problems = []
+def unknown_options(
+    words: Iterable[str], known: Iterable[str], prefixes: tuple[str, ...] = (f"--{PREFIX}", "--crepa-")
+) -> list[str]:
+    """A line for each word that looks like an option (of CREPA), with the nearest one of `known` keys."""
+    problems, choices = [], [*known, *KEY_ALIASES]
     for word in words:
-        if word.startswith((f"--{PREFIX}", "--crepa-")):
+        if word.startswith(prefixes):
             option = word.split("=", 1)[0]
-            match = nearest(option[2:], [*fields, *KEY_ALIASES])
+            match = nearest(option[2:], choices)
             problems.append(f"{option}: unknown option" + (f"; did you mean --{match}?" if match else ""))
     return problems
 

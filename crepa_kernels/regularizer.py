@@ -14,7 +14,7 @@ from .attach import attach_projector, check_attachable, check_attached, check_re
 from .capture import Capture, CapturedStates
 from .config import CrepaConfig
 from .families import family_of
-from .loss import CrepaOutput, crepa_loss
+from .loss import CrepaOutput, crepa_loss, similarity_matrix
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
@@ -235,6 +235,25 @@ class CrepaRegularizer:
         self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
         self._observe(step, output, frame_mask, teacher_mask)
         return output
+
+    @torch.no_grad()
+    def similarity_matrix(self, **given: Any) -> torch.Tensor:
+        """``similarity_matrix`` (B, T, T) of the transformer's last forward, between ``loss`` and ``release``.
+
+        Takes the teacher's side as ``loss`` does: ``latents``, ``pixels`` or ``features`` with ``feature_grid``.
+        ValueError where nothing was captured, as in a step whose weight is 0.
+        """
+        student = self._capture.states(self._block_index)
+        inputs = ClipInputs(**given)
+        teacher, _ = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
+        return similarity_matrix(
+            student.hidden_states,
+            teacher.features,
+            cast(CrepaProjector, self.projector),
+            student_grid=student.layout.grid,
+            teacher_grid=teacher.grid,
+            spatial_align=self.config.spatial_align,
+        )
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)

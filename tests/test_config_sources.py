@@ -129,7 +129,7 @@ def test_words_of_others_are_handed_back() -> None:
         (["--crepa_enabled", "yes", "--crepa_block_index", "1"], ['crepa_enabled = "yes"', "true or false"]),
         (["--crepa_enabled", "1"], ["crepa_enabled = 1", "true or false"]),
         (["--crepa_use_tae"], ["crepa_use_tae = true", "not supported"]),
-        (["--crepa_lamda", "1", "--crepa_power", "0"], ["--crepa_lamda", "crepa_power = 0", "2 CREPA settings"]),
+        (["--crepa_lamda", "1", "--crepa_power", "0"], ["--crepa_lamda", "crepa_power = 0", "2 settings"]),
     ],
 )
 def test_a_wrong_command_line_is_one_error(use_own_parser: bool, words: list[str], expected: list[str]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKLLTXVideo, LTXPipeline
+from family_pipelines import pipeline_of, run
 from tiny import CHANNELS
 from tiny_families import FAMILIES, crepa_on, tiny_vaes
-from tiny_pipelines import pipeline_of, run
 
 from crepa_kernels.families import family_of
 from crepa_kernels.teachers.latents import LatentDecoder

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from family_pipelines import pipeline_of, run
 from tiny import CHANNELS
 from tiny_families import FAMILIES, tiny_vaes
-from tiny_pipelines import pipeline_of, run
 
 from crepa_kernels import image_to_video_mask
 

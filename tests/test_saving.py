@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from said import everything_said
 from tiny import tiny_pipeline, tiny_vae, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
@@ -34,29 +31,6 @@ def regularizer(transformer: Any, **settings: Any) -> CrepaRegularizer:
 
 def features() -> torch.Tensor:
     return torch.randn(1, 3, 6, 8, generator=torch.Generator().manual_seed(6))
-
-
-@contextmanager
-def everything_said() -> Iterator[list[str]]:
-    """Warnings and log records of level WARNING and above, of every library."""
-    said: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    handler = Collect(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers", "peft", "accelerate")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield said
-        said += [str(warning.message) for warning in caught]
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
 
 
 def trained(steps: int = 2, *, lora: bool = True) -> tuple[WanTransformer3DModel, CrepaRegularizer]:

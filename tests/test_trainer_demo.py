@@ -78,7 +78,7 @@ def test_every_logged_value_is_in_the_csv_and_in_tensorboard(finished: tuple[Pat
     output, _, _ = finished
     rows = read_csv(output / "metrics.csv")
     assert list(rows[0]) == ["step", *list(rows[0])[1:]]
-    assert set(rows[0]) == {"step", "loss", "flow_loss"} | CREPA_COLUMNS
+    assert set(rows[0]) == {"step", "loss", "flow_loss", "grad_norm", "learning_rate"} | CREPA_COLUMNS
     assert [int(row["step"]) for row in rows] == list(range(6))
     (run,) = (output / "tensorboard").iterdir()
     events = EventAccumulator(str(run))
@@ -163,7 +163,8 @@ def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> No
     summary, printed = demo(small(videos, tmp_path / "off"), crepa_enabled=False)
     assert summary.after is None
     assert summary.seconds_per_step is None
-    assert set(read_csv(tmp_path / "off" / "metrics.csv")[0]) == {"step", "loss", "flow_loss"}
+    logged = set(read_csv(tmp_path / "off" / "metrics.csv")[0])
+    assert logged == {"step", "loss", "flow_loss", "grad_norm", "learning_rate"}
     assert "CREPA was off" in printed
     assert not (tmp_path / "off" / "crepa_projector.safetensors").exists()
 

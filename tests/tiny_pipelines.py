@@ -1,69 +1,51 @@
-"""Each family's real pipelines on tiny parts, called without their text encoders."""
+"""Complete tiny pipelines with seeded random weights and a tokenizer, saved in the hub's folder layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXImageToVideoPipeline,
-    CogVideoXPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoPipeline,
-    Kandinsky5I2VPipeline,
-    Kandinsky5T2VPipeline,
-    LTXImageToVideoPipeline,
-    LTXPipeline,
-    SanaImageToVideoPipeline,
-    SanaVideoPipeline,
-    WanImageToVideoPipeline,
-    WanPipeline,
-)
-from tiny import TEXT_DIM
-from tiny_families import TEXT_TOKENS
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny import TEXT_DIM, tiny_vae, tiny_wan
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-PIPELINES: Mapping[str, tuple[Any, Any]] = {
-    "wan": (WanPipeline, WanImageToVideoPipeline),
-    "ltxvideo": (LTXPipeline, LTXImageToVideoPipeline),
-    "sanavideo": (SanaVideoPipeline, SanaImageToVideoPipeline),
-    "kandinsky5_video": (Kandinsky5T2VPipeline, Kandinsky5I2VPipeline),
-    "cogvideox": (CogVideoXPipeline, CogVideoXImageToVideoPipeline),
-    "hunyuan_video": (HunyuanVideoPipeline, HunyuanVideoImageToVideoPipeline),
-}
+WORDS = ("a", "square", "moves", "over", "red", "blue", "pattern", "video", "of", "the")
+UMT5 = {"d_model": TEXT_DIM, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
 
 
-def pipeline_of(name: str, transformer: Any, vae: Any, *, image: bool = False, **settings: Any) -> Any:
-    """The family's text-to-video pipeline, or with ``image`` its image-to-video one."""
-    scheduler = CogVideoXDDIMScheduler() if name == "cogvideox" else FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
-    if name in ("kandinsky5_video", "hunyuan_video"):
-        parts |= {"tokenizer_2": None, "text_encoder_2": None}
-    if name == "hunyuan_video" and image:
-        parts["image_processor"] = None
-    made = PIPELINES[name][image](**parts, transformer=transformer, vae=vae, scheduler=scheduler, **settings)
-    made.set_progress_bar_config(disable=True)
-    return made
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows `WORDS`; pads with 0 and ends a text with </s>, as T5's does."""
+    vocabulary = {word: n for n, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
 
 
-def run(name: str, pipeline: Any, batch: int, pixels: tuple[int, int, int], **options: Any) -> torch.Tensor:
-    """What a pipeline shows as (frames, height, width) = ``pixels``: (B, P, 3, H, W) in [0, 1]."""
-    frames, height, width = pixels
-    text = torch.zeros(batch, TEXT_TOKENS, TEXT_DIM)
-    arguments: dict[str, Any] = {"prompt_embeds": text, "num_frames": frames, "guidance_scale": 1.0}
-    if name in ("ltxvideo", "sanavideo", "hunyuan_video"):
-        arguments["prompt_attention_mask"] = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
-    if name == "hunyuan_video":
-        arguments["pooled_prompt_embeds"] = text[:, 0]
-    if name == "sanavideo":
-        arguments["frames"] = arguments.pop("num_frames")
-        arguments["use_resolution_binning"] = False
-    if name == "kandinsky5_video":
-        arguments["prompt_embeds_qwen"] = arguments.pop("prompt_embeds")
-        arguments["prompt_embeds_clip"] = text[:, 0]
-        arguments["prompt_cu_seqlens"] = torch.arange(batch + 1) * TEXT_TOKENS
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"height": height, "width": width}
-    return pipeline(**arguments, **sizes, **options, generator=generator, output_type="pt").frames
+def tiny_umt5(seed: int = 5) -> UMT5EncoderModel:
+    """A UMT5 encoder of width 8 over the tiny tokenizer's words."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS) + 3, **UMT5)).eval()
+
+
+def save_tiny_wan_pipeline(
+    folder: Path, *, transformer: dict[str, Any] | None = None, vae: dict[str, Any] | None = None, **config: Any
+) -> Path:
+    """A whole WanPipeline folder: 16 pixels a token, 4 frames a latent. `config`: of the pipeline itself."""
+    WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        transformer=tiny_wan(**(transformer or {})),
+        vae=tiny_vae(**(vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **config,
+    ).save_pretrained(folder)
+    return folder

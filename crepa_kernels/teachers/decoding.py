@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..host_copy import moved
+
 
 @dataclass(frozen=True)
 class VideoVae:

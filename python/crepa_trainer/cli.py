@@ -6,8 +6,12 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USER_ERROR = 2
 
@@ -15,7 +19,7 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. An error that the user can put right is one line on stderr and exit code 2."""
     try:
-        return _run(argv)
+        return _run(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
         _complain(f"{error}: pip install crepa-kernels[trainer]")
     except (ValueError, OSError, FloatingPointError) as error:
@@ -26,23 +30,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"crepa-train: error: {' '.join(message.split())}", file=sys.stderr)
+    # One line, however many settings are wrong.
+    line = "; ".join(message.split("\n  ")).replace(":; ", ": ")
+    print(f"crepa-train: error: {' '.join(line.split())}", file=sys.stderr)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    import torch
-    import transformers
-    from rich.console import Console
-    from rich.logging import RichHandler
+Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], None]
 
-    from crepa_kernels import CrepaConfig
 
-    from .demo import DEMO_CREPA, DemoOptions, run_demo
-
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="crepa-train", description="Trains video diffusion transformers with CREPA.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parts: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command]] = {
+        "run": (_add_run_options, _run_training),
+        "demo": (_add_demo_options, _run_demo),
+    }
+    run = commands.add_parser(
+        "run",
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan]",
+        help="train a model on a folder of videos with captions beside them",
+        description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
+        "is an option too, which goes before the file; values are read as JSON.",
+        allow_abbrev=False,
+    )
     demo = commands.add_parser(
         "demo",
         usage="%(prog)s [--data FOLDER] [--output FOLDER] [--steps N] [--seed N] [--strict] [--crepa_... VALUE]",
@@ -52,29 +64,69 @@ def _run(argv: Sequence[str] | None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    defaults = DemoOptions(output=Path("runs/demo"))
-    demo.add_argument("--data", type=Path, metavar="FOLDER", help="folder of videos, instead of the two sample videos")
-    demo.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=defaults.output, help="folder for everything it writes"
-    )
-    demo.add_argument("--steps", type=_positive, metavar="N", default=defaults.steps, help="optimiser steps")
-    demo.add_argument(
-        "--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips"
-    )
-    demo.add_argument("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
-    demo.add_argument("--strict", action="store_true", help="stop at a video that cannot be used")
-    demo.add_argument("--debug", action="store_true", help="log everything, with the traceback of an error")
-    CrepaConfig.add_arguments(demo)
-
+    chosen = {"run": run, "demo": demo}.get(argv[0] if argv else "")
+    if chosen is not None:
+        # Only its own options: those of the other command would import what only that one needs.
+        parts[argv[0]][0](chosen)
+        chosen.add_argument("--debug", action="store_true", help="log everything, with the traceback of an error")
     given, rest = parser.parse_known_args(argv)
+    parts[given.command][1](given, rest, parser if chosen is None else chosen)
+    return 0
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    from . import settings
+
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    settings.add_arguments(parser)
+
+
+def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    from .settings import given_values, load_settings
+
+    console = _console(given.debug)
+    settings, config = load_settings(given.config, given_values(given), rest=rest)
+    if given.plan:
+        from .run import show_plan
+
+        show_plan(settings, config, console)
+        return
+    from .run import run
+
+    run(settings, config, console)
+
+
+def _add_demo_options(parser: argparse.ArgumentParser) -> None:
+    from crepa_kernels import CrepaConfig
+
+    from .demo import DemoOptions
+
+    defaults = DemoOptions(output=Path("runs/demo"))
+    add = parser.add_argument
+    add("--data", type=Path, metavar="FOLDER", help="folder of videos, instead of the two sample videos")
+    add("--output", type=Path, metavar="FOLDER", default=defaults.output, help="folder for everything it writes")
+    add("--steps", type=_positive, metavar="N", default=defaults.steps, help="optimiser steps")
+    add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
+    add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
+    add("--strict", action="store_true", help="stop at a video that cannot be used")
+    CrepaConfig.add_arguments(parser)
+
+
+def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    import torch
+    import transformers
+
+    from crepa_kernels import CrepaConfig
+
+    from .demo import DEMO_CREPA, DemoOptions, run_demo
+
     base = {**DEMO_CREPA, "crepa_encoder": str(DemoOptions(output=given.output).teacher_folder)}
     # Before the other words that nobody knows: it names the option that was meant.
     config = CrepaConfig.from_args(given, base, rest=rest)
     if rest:
-        demo.error(f"unrecognized arguments: {' '.join(rest)}")
-    console = Console()
-    # The same console as the progress bar's, which a line from elsewhere would tear.
-    _log_through(RichHandler(console=console, show_path=False, show_time=False), given.debug)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    console = _console(given.debug)
     # Bars for files of a few megabytes that load at once; warnings stay on.
     transformers.utils.logging.disable_progress_bar()
     # Work this small gains little from more threads on an idle machine, and is up to ten times slower on a busy one.
@@ -89,7 +141,6 @@ def _run(argv: Sequence[str] | None) -> int:
         batch_size=given.batch_size,
     )
     run_demo(options, config, console)
-    return 0
 
 
 def _positive(text: str) -> int:
@@ -99,7 +150,17 @@ def _positive(text: str) -> int:
     return number
 
 
-def _log_through(handler: logging.Handler, debug: bool) -> None:
+def _console(debug: bool) -> Console:
+    """The console of a command; log lines go through it, which would tear a progress bar's from elsewhere."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    # One of several processes speaks for all; errors are everybody's own.
+    first = int(os.environ.get("RANK", "0")) == 0
+    console = Console(quiet=not first)
+    handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    level = logging.DEBUG if debug else logging.INFO if first else logging.ERROR
     for name in ("crepa_kernels", "crepa_trainer"):
-        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
+        logging.getLogger(name).setLevel(level)
+    return console

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,23 +97,84 @@ def read_frames(path: Path, height: int, width: int, limit: int) -> Tensor:
     Each frame is shrunk as it is decoded, so a long video in 4K needs no more memory than its clips.
     Raises VideoError where the file cannot be decoded up to there.
     """
-    frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
+    with _opened(path) as (container, stream):
+        decoded = itertools.islice(_intact_frames(container, stream), limit)
+        return _pixels([_resize_and_crop(frame, reformatter, height, width) for frame in decoded])
+
+
+def read_clips(path: Path, height: int, width: int, starts: Sequence[int], frames: int) -> Iterator[tuple[int, Tensor]]:
+    """(start, pixels (frames, 3, height, width) uint8) of the clips at `starts`, in that order, by one decoding.
+
+    As `read_frames`; only frames of clips that are not complete yet are held. Frame numbers are those of the file, so
+    all frames up to the last clip are decoded. VideoError also where the file ends before that.
+    """
+    reformatter = VideoReformatter()
+    held: dict[int, np.ndarray] = {}
+    pending = sorted(set(starts))
+    number = -1
+    with _opened(path) as (container, stream):
+        for number, frame in enumerate(_intact_frames(container, stream)):
+            if any(start <= number < start + frames for start in pending):
+                held[number] = _resize_and_crop(frame, reformatter, height, width)
+            if number == pending[0] + frames - 1:
+                start = pending.pop(0)
+                yield start, _pixels([held[n] for n in range(start, start + frames)])
+                if not pending:
+                    return
+                held = {n: picture for n, picture in held.items() if n >= pending[0]}
+    raise VideoError(f"ends after {number + 1} frames, a clip of it needs {pending[0] + frames}")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video's length in frames, and the size of its upright picture in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """What the container says of a video, and its first frame: nothing else is decoded.
+
+    Raises VideoError where there is no first frame. A damage further in shows only when that is decoded.
+    """
+    with _opened(path) as (container, stream):
+        packets, first = 0, None
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            if first is None:
+                if packet.is_corrupt:
+                    raise VideoError("damaged or cut off after frame 0")
+                first = next(iter(packet.decode()), None)
+            elif stream.frames:
+                break
+        if first is None:
+            raise VideoError("no frame in its video stream")
+        lying = round(first.rotation / 90) % 2
+        height, width = (first.width, first.height) if lying else (first.height, first.width)
+        # Matroska does not say how many frames there are: one a packet.
+        return VideoInfo(stream.frames or packets, height, width)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError("no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in _intact_frames(container, stream):
-                frames.append(_resize_and_crop(frame, reformatter, height, width))
-                if len(frames) == limit:
-                    break
+            yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"cannot be decoded ({error.strerror or error})") from error
-    if not frames:
+
+
+def _pixels(pictures: list[np.ndarray]) -> Tensor:
+    if not pictures:
         raise VideoError("no frame in its video stream")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,6 +27,7 @@ from .evaluate import Alignment, Evaluator, Features
 from .loop import Student, parameter_groups, train, training_step
 from .models import ModelFolders, add_lora, encode_latents, load_transformer, load_vae, save_demo_models, save_lora
 from .plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
+from .progress import training_progress
 from .report import ENDS, Summary, ends, print_summary
 from .trackers import CSVTracker
 
@@ -106,7 +104,12 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
     projector = student.crepa.projector if student.crepa else None
     before = evaluator.alignment(evaluator.features(student.transformer), projector) if projector else None
     rows: list[dict[str, float]] = []
-    with _progress(console, options.steps, rows) as on_step:
+    with training_progress(console, options.steps) as show:
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            rows.append(values)
+            show(step, values)
+
         generator = torch.Generator().manual_seed(options.seed)
         train(accelerator, student, loader, text, steps=options.steps, generator=generator, on_step=on_step)
     accelerator.end_training()
@@ -206,42 +209,6 @@ def _first_of_each_video(found: ClipSet, pixels: Tensor) -> Tensor:
 
 def _fixed_text(width: int, seed: int) -> Tensor:
     return torch.randn(1, TEXT_TOKENS, width, generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def _progress(
-    console: Console, steps: int, rows: list[dict[str, float]]
-) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A bar with the losses in it; where the console is a file, a log line every tenth of the run."""
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("training", total=steps, losses="")
-
-        def on_step(step: int, values: dict[str, float]) -> None:
-            rows.append(values)
-            losses = "  ".join(
-                f"{name} {values[key]:.3f}"
-                for name, key in (
-                    ("loss", "loss"),
-                    ("flow", "flow_loss"),
-                    ("similarity", "crepa_similarity"),
-                    ("weight", "crepa_weight"),
-                )
-                if key in values
-            )
-            bar.update(task, advance=1, losses=losses)
-            if not console.is_terminal and (step + 1) % max(1, steps // 10) == 0:
-                console.print(f"step {step + 1}/{steps}  {losses}", highlight=False)
-
-        yield on_step
 
 
 def _summary(

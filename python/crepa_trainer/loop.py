@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,11 +21,13 @@ Batch = tuple[Tensor, Tensor]  # clean latents (B, C, T, h, w), pixels (B, P, 3,
 
 @dataclass
 class Student:
-    """What is trained. `crepa` None trains without CREPA."""
+    """What is trained. `crepa` None trains without CREPA; `scheduler` None keeps the learning rate."""
 
     transformer: torch.nn.Module
     crepa: CrepaRegularizer | None
     optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class NoisyLatents:
     """Flow matching: x_t = (1 - t) x_0 + t ε, and the velocity ε - x_0 that is to be predicted from it."""
 
     latents: Tensor  # (B, C, T, h, w)
-    timestep: Tensor  # (B,), 1000 t, as Wan takes it
+    timestep: Tensor  # (B,), 1000 t, as Wan takes it; (B, tokens) where tokens have times of their own
     target: Tensor  # (B, C, T, h, w)
+    frame_mask: Tensor | None = None  # (B, T) bool: frames that are predicted; None: all
 
 
 def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
@@ -51,6 +53,15 @@ def draw_noise(latents: Tensor, generator: torch.Generator) -> NoisyLatents:
     return add_noise(latents, noise.to(latents), time.to(latents.device))
 
 
+def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
+    """Mean squared error in fp32 over the frames that are predicted."""
+    error = (prediction.float() - noisy.target.float()).square()
+    if noisy.frame_mask is None:
+        return error.mean()
+    per_frame = error.mean((1, 3, 4))  # (B, T)
+    return (per_frame * noisy.frame_mask).sum() / noisy.frame_mask.sum()
+
+
 def parameter_groups(
     transformer: torch.nn.Module, learning_rate: float, projector_learning_rate: float
 ) -> list[dict[str, Any]]:
@@ -62,6 +73,43 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def micro_batch(
+    accelerator: Accelerator,
+    student: Student,
+    noisy: NoisyLatents,
+    predict: Callable[[torch.nn.Module, NoisyLatents], Tensor],
+    teacher: Mapping[str, Any],
+    step: int,
+    look: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Forward, losses and backward of one micro-batch, and the optimiser when it is its turn.
+
+    predict: the prediction of `noisy.target` from the prepared transformer. teacher: what CREPA learns from, as
+    arguments of `CrepaRegularizer.loss`. look: called while CREPA's hidden states are still there, if it ran.
+
+    Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
+    """
+    with accelerator.accumulate(student.transformer):
+        flow_loss = flow_matching_loss(predict(student.transformer, noisy), noisy)
+        loss = flow_loss
+        logs: dict[str, Any] = {}
+        if student.crepa is not None:
+            aux, logs = student.crepa.loss(step=step, frame_mask=noisy.frame_mask, **teacher)
+            loss = flow_loss + aux
+            if look is not None and "crepa_loss" in logs:
+                look()
+            student.crepa.release()
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            logs["grad_norm"] = accelerator.clip_grad_norm_(student.transformer.parameters(), student.max_grad_norm)
+            logs["learning_rate"] = student.optimizer.param_groups[0]["lr"]
+        student.optimizer.step()
+        if student.scheduler is not None and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            student.scheduler.step()
+        student.optimizer.zero_grad()
+    return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs}
+
+
 def training_step(
     accelerator: Accelerator,
     student: Student,
@@ -70,29 +118,15 @@ def training_step(
     step: int,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """One micro-batch: forward, losses, backward, and the optimiser when it is its turn.
-
-    Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
-    """
+    """One micro-batch of latents and pixels under one text; returns the values to log, as `micro_batch`."""
     latents, pixels = batch
-    noisy = draw_noise(latents, generator)
-    with accelerator.accumulate(student.transformer):
-        prediction = student.transformer(
-            noisy.latents, noisy.timestep, text.expand(len(latents), -1, -1), return_dict=False
-        )[0]
-        flow_loss = F.mse_loss(prediction.float(), noisy.target.float())
-        loss = flow_loss
-        logs: dict[str, Any] = {}
-        if student.crepa is not None:
-            aux, logs = student.crepa.loss(step=step, pixels=pixels)
-            loss = flow_loss + aux
-            student.crepa.release()
-        accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(student.transformer.parameters(), 1.0)
-        student.optimizer.step()
-        student.optimizer.zero_grad()
-    return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs}
+
+    def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
+        condition = text.expand(len(latents), -1, -1)
+        prediction: Tensor = transformer(noisy.latents, noisy.timestep, condition, return_dict=False)[0]
+        return prediction
+
+    return micro_batch(accelerator, student, draw_noise(latents, generator), predict, {"pixels": pixels}, step)
 
 
 def train(
@@ -112,22 +146,61 @@ def train(
     """
     student.transformer.train()
     batches = _endless(loader)
-    step = 0
-    while step < steps:
-        logs = training_step(accelerator, student, next(batches), text, step, generator)
-        if not accelerator.sync_gradients:
-            continue
-        # The one place where the host waits for the device.
-        values = {name: float(value) for name, value in logs.items()}
-        if not math.isfinite(values["loss"]):
-            if student.crepa is not None:
-                student.crepa.flush()  # says which side it came from
-            raise FloatingPointError(f"step {step}: the loss is {values['loss']}; lower the learning rate")
-        accelerator.log(values, step=step)
-        on_step(step, values)
-        step += 1
+    for step in range(steps):
+        values = StepValues()
+        while True:
+            values.add(training_step(accelerator, student, next(batches), text, step, generator))
+            if accelerator.sync_gradients:
+                break
+        read = values.read(accelerator)
+        check_finite(student, step, read)
+        accelerator.log(read, step=step)
+        on_step(step, read)
 
 
 def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
     while True:
         yield from loader
+
+
+class StepValues:
+    """The logged values of one optimiser step, each the mean over its micro-batches and ranks.
+
+    Tensors stay on the device until `read`, which is the step's one all-reduce and the one place where the host waits
+    for the device. Plain numbers are the same on every rank and micro-batch; the last is kept.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._numbers: dict[str, float] = {}
+
+    def add(self, logs: Mapping[str, Tensor | float | bool]) -> None:
+        """Adds one micro-batch's values."""
+        for name, value in logs.items():
+            if not isinstance(value, Tensor):
+                self._numbers[name] = float(value)
+            elif name in self._sums:
+                self._sums[name] = self._sums[name] + value.float()
+                self._counts[name] += 1
+            else:
+                self._sums[name], self._counts[name] = value.detach().float().reshape(()), 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means; call it in every process, after the same micro-batches."""
+        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        if accelerator.num_processes > 1:
+            means = accelerator.reduce(means, "mean")
+        values = dict(zip(self._sums, means.tolist(), strict=True)) | self._numbers
+        if math.isnan(values.get("crepa_similarity_ema", 0.0)):
+            del values["crepa_similarity_ema"]  # before its first value
+        return values
+
+
+def check_finite(student: Student, step: int, values: Mapping[str, float]) -> None:
+    """FloatingPointError where the loss is not a number; the same on every rank, whichever it came from."""
+    if math.isfinite(values["loss"]):
+        return
+    if student.crepa is not None:
+        student.crepa.flush()  # says which side it came from
+    raise FloatingPointError(f"step {step}: the loss is {values['loss']}; lower the learning rate")

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "#777777"
@@ -71,6 +72,11 @@ def _curve(
 
 
 def plot_similarity_matrices(matrices: dict[str, Tensor], path: Path) -> None:
+    """The figure of `similarity_figure` as a file."""
+    _save(similarity_figure(matrices), path)
+
+
+def similarity_figure(matrices: dict[str, Tensor]) -> Figure:
     """s[f, k], student frame f against teacher frame k, (T, S) for each title, on one colour scale."""
     columns = len(matrices)
     figure, axes = plt.subplots(1, columns, figsize=(1 + 4 * columns, 4.8), layout="constrained", squeeze=False)
@@ -85,7 +91,7 @@ def plot_similarity_matrices(matrices: dict[str, Tensor], path: Path) -> None:
     axes[0][0].set_ylabel("student frame f")
     figure.colorbar(image, ax=axes[0].tolist(), label="s[f, k], mean cosine over patches", shrink=0.75)
     figure.suptitle("Student against teacher, latent frame by latent frame")
-    _save(figure, path)
+    return figure
 
 
 def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: int = 3) -> None:

@@ -1,0 +1,113 @@
+"""Encoded tensors as files that are whole or not there: names from what was encoded, atomic writing, checks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+CHECKSUM = "crc32"
+ABANDONED = 3600.0  # seconds after which an unfinished file belongs to nobody
+
+
+class DamagedFile(ValueError):
+    """A file of the cache does not hold what was written into it; the message says why."""
+
+
+def file_name(content: Mapping[str, Any]) -> str:
+    """The name of what is made from `content` (JSON values): another one wherever anything in it differs."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40] + ".safetensors"
+
+
+def file_identity(path: Path) -> list[Any]:
+    """Size and time of change, by which an unchanged file is known without reading it."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def model_identity(model: str, *parts: str) -> list[Any]:
+    """What tells a model's weights from others without reading them, for a name.
+
+    The names, sizes and times of a local folder's files, or of those in its `parts`; the commit of a hub id.
+    """
+    if not Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        config = Path(hf_hub_download(model, f"{parts[0]}/config.json" if parts else "config.json"))
+        return [model, *parts, config.parts[config.parts.index("snapshots") + 1]]
+    folders = [Path(model) / part for part in parts] or [Path(model)]
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    return [[path.relative_to(model).as_posix(), *file_identity(path)] for path in files]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensors` with a checksum; `path` is either whole or as it was before, whatever happens meanwhile.
+
+    OSError where the disk is full or cannot be written; nothing is left behind then.
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(kept, {CHECKSUM: _checksum(kept)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            file.flush()
+            # Otherwise a machine that loses power may keep the new name and not the bytes.
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote. DamagedFile where any byte of it is another."""
+    try:
+        with safe_open(path, "pt") as file:
+            checksum = (file.metadata() or {}).get(CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
+    if checksum != _checksum(tensors):
+        raise DamagedFile(f"{path} is damaged: its checksum is not that of its bytes")
+    return tensors
+
+
+def check_whole(path: Path) -> None:
+    """DamagedFile where a file is cut off or is no file of ours; its header is read, its tensors are not."""
+    try:
+        with safe_open(path, "pt") as file:
+            if CHECKSUM not in (file.metadata() or {}):
+                raise DamagedFile(f"{path} is damaged: it has no checksum")
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes unfinished files in the folders of `folder` that a killed process left."""
+    for path in folder.glob("*/*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"

@@ -1,0 +1,121 @@
+"""Which files a run's clips and captions are kept in, and which frames of a clip the teacher sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crepa_kernels import frame_indices
+from crepa_kernels.config_rules import DINOV2_HUB_IDS
+from crepa_kernels.families import TokenLayout
+
+from .cache_files import file_identity, file_name, model_identity
+from .dataset import Bucket, ClipKey
+
+if TYPE_CHECKING:
+    from crepa_kernels import CrepaConfig
+
+    from .families import TrainingFamily
+    from .settings import RunSettings
+
+FORMAT = 1  # part of every file's name; another one makes all files again
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """Files of one clip; `teacher` is None where CREPA needs nothing of it."""
+
+    latents: Path
+    teacher: Path | None
+    text: Path
+
+    @property
+    def of_pixels(self) -> list[Path]:
+        """Those that are made from the clip's pixels."""
+        return [self.latents] if self.teacher is None else [self.latents, self.teacher]
+
+
+def teacher_is_encoder(config: CrepaConfig) -> bool:
+    """Whether a frozen encoder teaches at any step of a run: not in backbone mode, nor with a weight that stays 0."""
+    end = 0.0 if config.crepa_scheduler == "constant" else config.crepa_lambda_end
+    return config.crepa_enabled and config.crepa_feature_source == "encoder" and max(config.crepa_lambda, end) > 0
+
+
+def clip_layout(family: TrainingFamily, bucket: Bucket) -> TokenLayout:
+    """How a clip's tokens lie in the transformer."""
+    _, *latent = family.latent_shape(bucket)
+    frames, height, width = family.token_grid(bucket)
+    return TokenLayout(frames, (height, width), latent[0] // frames, (latent[0], latent[1], latent[2]))
+
+
+def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) -> list[int]:
+    """The pixel frames of a clip that the teacher needs to see, in order."""
+    layout = clip_layout(family, bucket)
+    rule, latents = config.crepa_frame_map, layout.latent_shape[0]
+    frames = frame_indices(rule, bucket.frames, latents, patch=layout.patch)
+    # The regulariser maps the frames that it is given once more, which must change nothing.
+    again = frame_indices(rule, len(frames), latents, patch=layout.patch)
+    return frames if again == list(range(len(frames))) else list(range(bucket.frames))
+
+
+class CacheNames:
+    """Names of a run's files: each from all that its content depends on."""
+
+    def __init__(
+        self, settings: RunSettings, config: CrepaConfig, family: TrainingFamily, device: torch.device, data: Path
+    ) -> None:
+        self.settings, self.config, self.family, self.device, self.data = settings, config, family, device, data
+        self.folder = settings.cache_folder
+        self.encoder_teaches = teacher_is_encoder(config)
+        self._videos: dict[str, list[Any]] = {}
+
+    def files(self, key: ClipKey) -> ClipFiles:
+        if key.video not in self._videos:
+            self._videos[key.video] = [key.video, *file_identity(self.data / key.video)]
+        bucket = key.bucket
+        clip = {
+            "format": FORMAT,
+            "video": self._videos[key.video],
+            "clip": [key.start, bucket.height, bucket.width, bucket.frames],
+        }
+        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, "vae": self._vae})
+        teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
+        return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption))
+
+    def text(self, prompt: str) -> Path:
+        content = {"format": FORMAT, "family": self.family.name, "text": prompt, "encoder": self._text_encoder}
+        return self.folder / "text" / file_name(content)
+
+    @cached_property
+    def _vae(self) -> list[Any]:
+        return model_identity(self.family.model, "vae")
+
+    @cached_property
+    def _text_encoder(self) -> list[Any]:
+        dtype = str(encoder_type(self.device))
+        return [*model_identity(self.family.model, "text_encoder", "tokenizer"), dtype]
+
+    @cached_property
+    def _encoder(self) -> list[Any]:
+        name = self.config.crepa_encoder
+        return [*model_identity(DINOV2_HUB_IDS.get(name, name)), str(encoder_type(self.device))]
+
+    def _teacher(self, bucket: Bucket) -> dict[str, Any]:
+        if not self.encoder_teaches:
+            return {}
+        config, layout = self.config, clip_layout(self.family, bucket)
+        if self.settings.cache_teacher == "frames":
+            return {"frames": teacher_frames(config, self.family, bucket)}
+        square = config.crepa_encoder_resize == "square"
+        size = [config.crepa_encoder_image_size] * 2 if square else list(layout.grid)
+        rule = [config.crepa_frame_map, layout.latent_shape[0], layout.patch]
+        return {"features": self._encoder, "resize": [config.crepa_encoder_resize, *size], "rule": rule}
+
+
+def encoder_type(device: torch.device) -> torch.dtype:
+    """The type of the text encoder: as `DinoV2Teacher` chooses its own."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,0 +1,267 @@
+"""Checkpoints that a kill or a full disk cannot spoil: written beside the others, made whole, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .student import trained_parameters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    from crepa_kernels import CrepaConfig, CrepaRegularizer
+
+    from .loop import Student
+    from .settings import RunSettings
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "trained_weights.safetensors"
+_WRITING = ".writing-"
+
+# Settings that change nothing of what is trained; the family is the model's.
+_FREE = {
+    "family",
+    "output",
+    "resume",
+    "cache",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "validation_prompts",
+    "validation_every",
+    "validation_steps",
+    "validation_guidance",
+    "validation_seed",
+    "matrix_every",
+    "strict",
+    "workers",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. `step`: optimiser steps done; `identity`: of the run that wrote it."""
+
+    folder: Path
+    step: int
+    identity: Mapping[str, Any]
+
+
+def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> dict[str, Any]:
+    """Everything that a resumed run must have in common with the one that it goes on from, by key."""
+    lengths_matter = settings.lr_scheduler not in ("constant", "constant_with_warmup") or (
+        config.crepa_enabled and config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0
+    )
+    free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
+    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
+    # However they were written; a hub id stays one.
+    kept |= {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
+    return {**kept, **config.to_dict(), "processes": processes}
+
+
+def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """What `settings.resume` names, with all its parts; None for a run that starts, also with "latest" of none.
+
+    Raises:
+        ValueError: a checkpoint with a part missing or cut short, or of a run with other settings (every differing
+            key is named); checkpoints in the output folder of a run that is not to go on from them.
+    """
+    complete = _complete(settings.output / FOLDER)
+    if settings.resume is None:
+        if complete:
+            raise ValueError(
+                f"{settings.output} has checkpoints of an earlier run: go on from them with resume = latest, "
+                "or give another output"
+            )
+        return None
+    if settings.resume == "latest":
+        if not complete:
+            return None
+        folder = complete[-1]
+    else:
+        folder = Path(settings.resume)
+    found = _read(folder)
+    keys = sorted({*identity, *found.identity})
+    differing = [
+        f"{key} = {json.dumps(identity.get(key))} (checkpoint: {json.dumps(found.identity.get(key))})"
+        for key in keys
+        if key in identity and identity.get(key) != found.identity.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}")
+    if found.step > settings.max_train_steps:
+        raise ValueError(f"{folder} is at step {found.step}, past max_train_steps = {settings.max_train_steps}")
+    return found
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that were renamed to their place, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
+
+
+def _read(folder: Path) -> Checkpoint:
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: {STATE_FILE} is missing")
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        step, identity, parts = state["step"], state["identity"], state["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not a complete checkpoint: {', '.join(missing)} missing")
+    short = [name for name, size in parts.items() if (folder / name).stat().st_size != size]
+    if short:
+        raise ValueError(f"{folder} is not a complete checkpoint: {', '.join(short)} of another size than was written")
+    return Checkpoint(folder, step, identity)
+
+
+class Checkpoints:
+    """Writes and loads a run's checkpoints, the same calls in every process.
+
+    Through accelerate: optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average;
+    of the transformer the trained weights only.
+
+    Args:
+        accelerator: that prepared the student.
+        output: the run's folder.
+        kept: how many of the newest are left there.
+        identity: of the run, kept in each checkpoint.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: Student,
+        average: EMAModel | None,
+        *,
+        output: Path,
+        kept: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self._accelerator, self._average = accelerator, average
+        self._folder, self._kept, self._identity = output / FOLDER, kept, identity
+        self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+        self._crepa = None if student.crepa is None else _StateOfAllRanks(student.crepa)
+        accelerator.register_for_checkpointing(*(each for each in (self._crepa, average) if each is not None))
+
+    def save(self, step: int) -> Path:
+        """The state after `step` optimiser steps; returns its folder.
+
+        Raises:
+            OSError: it could not be written; the checkpoints before it are as they were.
+        """
+        target, temporary = self._folder / f"step-{step:08d}", self._folder / f"{_WRITING}{step:08d}"
+        if self._crepa is not None:
+            self._crepa.take()
+        self._together(target, lambda: self._clear(temporary))
+        self._together(target, lambda: self._accelerator.save_state(str(temporary)))
+        self._together(target, lambda: self._finish(temporary, target, step))
+        return target
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back as it was."""
+        self._accelerator.load_state(str(checkpoint.folder))
+        if self._average is not None:
+            self._average.to(self._accelerator.device)
+
+    def _together(self, target: Path, work: Any) -> None:
+        """Does a piece of work in every process, and fails in every process if it fails in one."""
+        error: Exception | None = None
+        try:
+            work()
+        # torch and safetensors say of a full disk that writing failed, in errors of their own.
+        except (OSError, RuntimeError, SafetensorError) as caught:
+            error = caught
+        failed = torch.tensor(float(error is not None), device=self._accelerator.device)
+        if float(self._accelerator.reduce(failed, "sum")) == 0:
+            return
+        if self._accelerator.is_main_process:
+            for leftover in self._folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        why = "in another process" if error is None else str(error)
+        raise OSError(f"checkpoint {target} could not be written: {why}; the ones before it are whole") from error
+
+    def _clear(self, temporary: Path) -> None:
+        if self._accelerator.is_main_process:
+            for leftover in self._folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+
+    def _finish(self, temporary: Path, target: Path, step: int) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        parts = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        state = {"step": step, "identity": self._identity, "parts": parts}
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
+        if target.exists():
+            # Of a run that went on from an older checkpoint: this one takes its place.
+            replaced = target.with_name(f"{_WRITING}replaced-{target.name}")
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        _to_disk(self._folder)
+        for old in (*_complete(self._folder)[: -self._kept], *self._folder.glob(f"{_WRITING}*")):
+            shutil.rmtree(old)
+
+    def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if self._accelerator.is_main_process:
+            trained = trained_parameters(self._transformer)
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
+            save_file(tensors, Path(folder) / WEIGHTS_FILE)
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        saved, trained = load_file(Path(folder) / WEIGHTS_FILE), trained_parameters(self._transformer)
+        wrong = sorted(
+            name
+            for name in {*saved, *trained}
+            if name not in saved or name not in trained or saved[name].shape != trained[name].shape
+        )
+        if wrong:
+            raise ValueError(f"{folder}: {WEIGHTS_FILE} is of another model, first at {wrong[0]}")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+
+class _StateOfAllRanks:
+    """CREPA's state, which all ranks add up together: taken before writing, where one of them may fail."""
+
+    def __init__(self, crepa: CrepaRegularizer) -> None:
+        self._crepa = crepa
+        self._state: dict[str, Any] = {}
+
+    def take(self) -> None:
+        self._state = self._crepa.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._crepa.load_state_dict(state)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,195 @@
+"""A folder of videos with captions beside them, to the clips that a run trains on: which, how long, in what size."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crepa_kernels.config import ConfigError
+
+from .data import DataError, VideoError, VideoInfo, list_videos, probe_video
+
+if TYPE_CHECKING:
+    from .families import TrainingFamily
+    from .settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+NAMED = 50  # files in one message
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Clips of one size in pixels and pixel frames; a batch is of one bucket."""
+
+    height: int
+    width: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class ClipKey:
+    """One training clip: `bucket.frames` frames of `video` (relative to the data folder) from frame `start` on."""
+
+    video: str
+    start: int
+    bucket: Bucket
+    caption: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.video} [{self.start}:{self.start + self.bucket.frames}]"
+
+
+@dataclass(frozen=True)
+class FoundClips:
+    """The clips of a run, in the order of their videos' names, and the videos that gave none with the reason."""
+
+    folder: Path
+    keys: tuple[ClipKey, ...]
+    skipped: Mapping[str, str]
+
+    @property
+    def videos(self) -> int:
+        """Videos that clips are cut from."""
+        return len({key.video for key in self.keys})
+
+    def buckets(self) -> dict[Bucket, int]:
+        """How many clips each bucket that is used has, in the order of their sizes."""
+        used = [key.bucket for key in self.keys]
+        return {bucket: used.count(bucket) for bucket in sorted(set(used))}
+
+
+def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
+    """Clips of the videos below `settings.data`; of each video its first frame is decoded and no other.
+
+    A video takes the resolution of the nearest aspect ratio, of those the largest that it fills, and the largest
+    frame count that it has. One that cannot be used is named and skipped, or with `settings.strict` a VideoError.
+
+    Raises:
+        ConfigError: (a ValueError) sizes or frame counts that the model cannot make, all in one.
+        DataError: (a ValueError) no video, captions missing or empty (all in one), or nothing left to train on.
+    """
+    _check_buckets(settings, family)
+    videos = [path for path in list_videos(settings.data) if not _is_ours(path, settings)]
+    captions = read_captions(videos)
+    keys: list[ClipKey] = []
+    skipped: dict[str, str] = {}
+    for path in videos:
+        try:
+            info = probe_video(path)
+            bucket = choose_bucket(info, settings.resolutions, settings.frame_counts)
+        except VideoError as error:
+            skip_video(skipped, path, error, strict=settings.strict)
+            continue
+        name = path.relative_to(settings.data).as_posix()
+        starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
+        keys += [ClipKey(name, start, bucket, captions[path]) for start in starts]
+    tell_skipped(skipped, len(videos))
+    if not keys:
+        reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
+        raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
+    return FoundClips(settings.data, tuple(keys), skipped)
+
+
+def skip_video(skipped: dict[str, str], path: Path, error: VideoError, *, strict: bool) -> None:
+    """Notes the reason why a video cannot be used; a VideoError with `strict`."""
+    if strict:
+        raise VideoError(f"{path}: {error} (strict)") from error
+    skipped[str(path)] = str(error)
+
+
+def tell_skipped(skipped: Mapping[str, str], videos: int) -> None:
+    """Logs each skipped video with its reason, and how many of `videos` they are."""
+    for path, reason in skipped.items():
+        logger.warning("skipped %s: %s", path, reason)
+    if skipped:
+        logger.warning("%d of %d videos skipped", len(skipped), videos)
+
+
+def _check_buckets(settings: RunSettings, family: TrainingFamily) -> None:
+    sizes = [Bucket(*size, frames) for size in settings.resolutions for frames in settings.frame_counts]
+    problems = [_problem(family, bucket) for bucket in sizes]
+    if any(problems):
+        raise ConfigError(dict.fromkeys(problem for problem in problems if problem))
+
+
+def _problem(family: TrainingFamily, bucket: Bucket) -> str | None:
+    try:
+        family.check_bucket(bucket)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_ours(path: Path, settings: RunSettings) -> bool:
+    """Whether a run wrote it: validation videos, where the output folder is inside the data folder."""
+    data = settings.data.resolve()
+    ours = [folder.resolve() for folder in (settings.output, settings.cache_folder)]
+    return any(folder.is_relative_to(data) and path.resolve().is_relative_to(folder) for folder in ours)
+
+
+def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
+    """The text of `name.txt` beside each `name.mp4`, without space around it.
+
+    Raises DataError naming every caption that is missing, empty or not UTF-8 text.
+    """
+    captions: dict[Path, str] = {}
+    problems = []
+    for path in videos:
+        file = path.with_suffix(".txt")
+        try:
+            captions[path] = file.read_bytes().decode("utf-8-sig").strip()
+        except FileNotFoundError:
+            problems.append(f"{file} is missing")
+        except UnicodeDecodeError:
+            problems.append(f"{file} is not UTF-8 text")
+        else:
+            if not captions[path]:
+                problems.append(f"{file} is empty")
+    if problems:
+        raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {listed(problems)}")
+    return captions
+
+
+def choose_bucket(info: VideoInfo, resolutions: Sequence[tuple[int, int]], frame_counts: Sequence[int]) -> Bucket:
+    """The nearest aspect ratio, of those the largest size that the video fills; the largest frame count that it has.
+
+    Raises VideoError for a video shorter than every frame count.
+    """
+    counts = [count for count in frame_counts if count <= info.frames]
+    if not counts:
+        raise VideoError(f"{info.frames} frames, the shortest clip needs {min(frame_counts)}")
+
+    def preference(size: tuple[int, int]) -> tuple[float, bool, int]:
+        height, width = size
+        distance = abs(math.log(height * info.width / (width * info.height)))
+        # A crop is taken from what is at least as large both ways; what is not would be blown up.
+        too_large = height > info.height or width > info.width
+        return round(distance, 9), too_large, height * width if too_large else -height * width
+
+    height, width = min(resolutions, key=preference)
+    return Bucket(height, width, max(counts))
+
+
+def clip_starts(frames: int, clip: int, count: int) -> list[int]:
+    """First frames of up to `count` clips of `clip` frames, evenly spread from the first frame to the last.
+
+    One clip is the video's beginning; where they would coincide there are fewer.
+    """
+    spare = frames - clip
+    return sorted({n * spare // max(count - 1, 1) for n in range(count)})
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first of `items` and how many more there are, for a message."""
+    every = list(items)
+    more = [f"and {len(every) - NAMED} more"] if len(every) > NAMED else []
+    return "; ".join([*every[:NAMED], *more])

@@ -1,0 +1,115 @@
+"""The plan of a run as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .cache_names import teacher_is_encoder
+from .plan import BucketPlan, Plan
+
+Rows = list[tuple[str, str]]
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """The plan as a table of names and values."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in [*_model_rows(plan), *_data_rows(plan), *_crepa_rows(plan), *_step_rows(plan)]:
+        table.add_row(name, text)
+    console.print(table, highlight=False, markup=False)
+
+
+def _model_rows(plan: Plan) -> Rows:
+    settings, family = plan.settings, plan.family
+    how = "all weights"
+    if settings.training == "lora":
+        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}"
+    precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
+    checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
+    size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"
+    return [
+        ("model", f"{settings.model}: {family.name}, {settings.task}, {size}"),
+        ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
+    ]
+
+
+def _data_rows(plan: Plan) -> Rows:
+    found = plan.found
+    skipped = f", {len(found.skipped)} skipped" if found.skipped else ""
+    rows = [
+        ("data", f"{found.folder}: {_several(len(found.keys), 'clip')} of {_several(found.videos, 'video')}{skipped}")
+    ]
+    for each in plan.buckets:
+        height, width = each.grid
+        tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
+        clips = _several(each.clips, "clip")
+        rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
+    return rows
+
+
+def _crepa_rows(plan: Plan) -> Rows:
+    config, memory = plan.config, plan.memory
+    if memory is None:
+        return [("CREPA", "off")]
+    weight = f"weight {config.crepa_lambda:g}, {config.crepa_scheduler}"
+    rows = [("CREPA", f"block {config.crepa_block_index} of 0 to {plan.family.blocks - 1}, {weight}")]
+    if config.crepa_feature_source == "backbone":
+        rows.append(("teacher", f"block {config.crepa_teacher_block_index} of the model itself"))
+    elif not teacher_is_encoder(config):
+        rows.append(("teacher", "none: the weight is 0 throughout"))
+    else:
+        rows.append(("teacher", f"{config.crepa_encoder}, {_grids(plan.buckets)} patches a frame"))
+        rows.append(("frames encoded", _encoded(plan)))
+    parts = [f"projector with gradients and optimiser {_bytes(memory.projector)}"]
+    parts.append(f"kept by the loss {_bytes(memory.kept)}")
+    parts += [f"teacher {_bytes(memory.teacher)}"] if memory.teacher else []
+    return [*rows, ("extra memory", f"{_bytes(memory.total)}: {', '.join(parts)}")]
+
+
+def _grids(buckets: Sequence[BucketPlan]) -> str:
+    grids = dict.fromkeys(each.teacher_grid for each in buckets if each.teacher_grid)
+    return ", ".join(f"{height}x{width}" for height, width in grids)
+
+
+def _encoded(plan: Plan) -> str:
+    each = ", ".join(dict.fromkeys(f"{bucket.encoded} of {bucket.bucket.frames}" for bucket in plan.buckets))
+    once = "once, before training" if plan.settings.cache_teacher == "features" else "each time it is seen"
+    return f"{each} of a clip, {once}"
+
+
+def _step_rows(plan: Plan) -> Rows:
+    settings = plan.settings
+    each = [f"{_several(plan.clips_a_step, 'clip')} a step"]
+    if settings.gradient_accumulation_steps > 1:
+        each.append(f"{settings.gradient_accumulation_steps} micro-batches")
+    if plan.processes > 1:
+        each.append(f"{plan.processes} processes")
+    every, kept = settings.checkpoint_every, settings.checkpoints_kept
+    rows = [
+        ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:.3g} epochs"),
+        ("checkpoints", f"{plan.checkpoints}, every {_several(every, 'step')} and at the end, the last {kept} kept"),
+    ]
+    if plan.validations:
+        prompts = _several(len(settings.validation_prompts), "prompt")
+        rows.append(("validation", f"{_several(plan.validations, 'time')}, {prompts}"))
+    return rows
+
+
+def _several(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _number(value: int) -> str:
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {letter}"
+    return str(value)
+
+
+def _bytes(value: int) -> str:
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value} bytes"

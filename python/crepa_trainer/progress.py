@@ -1,0 +1,37 @@
+"""The bar of a training run, with its losses beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SHOWN = (("loss", "loss"), ("flow", "flow_loss"), ("similarity", "crepa_similarity"), ("weight", "crepa_weight"))
+
+
+@contextmanager
+def training_progress(
+    console: Console, steps: int, first_step: int = 0
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Gives what is called after each step; where the console is a file, it prints a line every tenth of the run."""
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("training", total=steps, completed=first_step, losses="")
+
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            losses = "  ".join(f"{name} {values[key]:.3f}" for name, key in _SHOWN if key in values)
+            bar.update(task, advance=1, losses=losses)
+            if not console.is_terminal and (step + 1) % max(1, steps // 10) == 0:
+                console.print(f"step {step + 1}/{steps}  {losses}", highlight=False)
+
+        yield on_step

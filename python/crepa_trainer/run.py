@@ -1,0 +1,288 @@
+"""`crepa-train run`: a whole training run, from the settings to the exported weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from . import export
+from .cache import prepare_cache
+from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
+from .dataset import FoundClips, find_clips
+from .families import TrainingFamily
+from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
+from .plan import make_plan
+from .plan_table import print_plan
+from .progress import training_progress
+from .sampler import ClipOrder, Position, RankBatches, draw_noise
+from .student import make_average, make_student, trained_parameters
+from .trackers import CSVTracker
+from .validation import Sampling, sample_clips, save_clip
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+    from crepa_kernels import CrepaConfig, CrepaRegularizer
+
+    from .cache import CachedClips
+    from .settings import RunSettings
+
+# One process encodes, samples and exports while the others wait.
+PATIENCE = timedelta(days=1)
+_PLAIN = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+}
+
+
+def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
+    """Encodes the clips, trains, checkpoints, validates and exports into `settings.output`; in every process.
+
+    Raises:
+        ValueError: for what the user can put right, before any weight is loaded where that is possible.
+        OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
+    """
+    identity = run_identity(settings, config, launched_processes())
+    checkpoint = find_checkpoint(settings, identity)
+    family, found = show_plan(settings, config, console)
+    accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
+    clips = prepare_cache(settings, config, family, accelerator.device, console, found)
+    train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
+
+
+def launched_processes() -> int:
+    """The number of processes as torchrun or accelerate says, before they know of each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
+    """Prints what the run will do, from configs and the videos' first frames; returns what it found.
+
+    ValueError for all that can be known to be wrong before a weight is loaded.
+    """
+    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    found = find_clips(settings, family)
+    # Where the run will be: no accelerator is made for a plan.
+    device = torch.accelerator.current_accelerator()
+    device_type = device.type if device is not None and torch.accelerator.is_available() else "cpu"
+    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=device_type)
+    print_plan(console, plan)
+    return family, found
+
+
+def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
+    """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
+
+    ValueError where it was launched with weights that are sharded.
+    """
+    accelerator = Accelerator(
+        # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=["tensorboard", CSVTracker(settings.output / "metrics.csv", first_step)],
+        project_dir=settings.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.num_processes != launched_processes():
+        raise ValueError(
+            f"launched as {launched_processes()} processes, of which each knows {accelerator.num_processes}"
+        )
+    if accelerator.distributed_type not in _PLAIN:
+        raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
+    return accelerator
+
+
+def train_on(
+    clips: CachedClips,
+    accelerator: Accelerator,
+    family: TrainingFamily,
+    settings: RunSettings,
+    config: CrepaConfig,
+    console: Console,
+    identity: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+) -> None:
+    """The run on clips that are encoded: from step 0, or on from a checkpoint of the same clips."""
+    identity = {**identity, "clips": _fingerprint(clips)}
+    if checkpoint is not None and checkpoint.identity["clips"] != identity["clips"]:
+        raise ValueError(f"{checkpoint.folder} is of a run on other clips than {settings.data} gives now")
+    set_seed(settings.seed)
+    student = make_student(accelerator, family, settings, config)
+    transformer = accelerator.unwrap_model(student.transformer)
+    average = make_average(transformer, settings.ema_decay)
+    checkpoints = Checkpoints(
+        accelerator,
+        student,
+        average,
+        output=settings.output,
+        kept=settings.checkpoints_kept,
+        identity=identity,
+    )
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint.step
+        console.print(f"going on from {checkpoint.folder}", highlight=False, markup=False, soft_wrap=True)
+        checkpoints.load(checkpoint)
+    # TensorBoard then leaves out what was logged after the checkpoint.
+    purge = {"purge_step": first_step} if first_step else {}
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+    TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(first_step, console)
+    if accelerator.is_main_process:
+        folder = settings.output / export.FOLDER
+        full = settings.training == "full"
+        export.export(family, transformer, student.crepa, average, full=full, folder=folder)
+        console.print(f"The trained weights are in {folder}", highlight=False, markup=False, soft_wrap=True)
+    # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
+    # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _fingerprint(clips: CachedClips) -> str:
+    """Of the clips and their order."""
+    return hashlib.sha256(repr([astuple(key) for key in clips.keys]).encode()).hexdigest()
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the host would wait for the copy.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass
+class TrainingRun:
+    """The optimiser steps of a prepared student on cached clips."""
+
+    accelerator: Accelerator
+    family: TrainingFamily
+    settings: RunSettings
+    clips: CachedClips
+    student: Student
+    average: EMAModel | None
+    checkpoints: Checkpoints
+
+    def __post_init__(self) -> None:
+        self.order = ClipOrder(
+            [key.bucket for key in self.clips.keys],
+            batch_size=self.settings.batch_size,
+            accumulation=self.settings.gradient_accumulation_steps,
+            world=self.accelerator.num_processes,
+            seed=self.settings.seed,
+        )
+        self.transformer = self.accelerator.unwrap_model(self.student.transformer)
+
+    def steps(self, first_step: int, console: Console) -> None:
+        """All steps from `first_step` on, with their checkpoints and validations."""
+        settings, total = self.settings, self.settings.max_train_steps
+        self.student.transformer.train()
+        batches = self._batches(first_step)
+        with training_progress(console, total, first_step) as show:
+            for step in range(first_step, total):
+                values = self._step(step, batches)
+                self.accelerator.log(values, step=step)
+                show(step, values)
+                done = step + 1
+                if settings.validation_every and done % settings.validation_every == 0:
+                    self._validate(done)
+                if done % settings.checkpoint_every == 0 or done == total:
+                    self.checkpoints.save(done)
+
+    def _batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
+        loader: DataLoader[Any] = DataLoader(
+            self.clips,
+            batch_sampler=RankBatches(self.order, self.accelerator.process_index, first_step),
+            num_workers=self.settings.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # Of its own, so that starting it draws nothing from the state that checkpoints keep.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def _step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        values = StepValues()
+        every = self.settings.matrix_every
+        for micro in range(self.settings.gradient_accumulation_steps):
+            position = Position(step, micro, self.accelerator.process_index)
+            look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
+            values.add(self._micro_batch(position, next(batches), bool(look)))
+        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.average.step(trained_parameters(self.transformer).values())
+        read = values.read(self.accelerator)
+        check_finite(self.student, step, read)
+        return {"epoch": self.order.epoch(Position(step, 0, 0)), **read}
+
+    def _micro_batch(self, position: Position, batch: dict[str, Tensor], look: bool) -> dict[str, Any]:
+        device = self.accelerator.device
+        teacher: dict[str, Any] = {}
+        if "feature_grid" in batch:
+            teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
+        if "num_frames" in batch:
+            teacher["num_frames"] = batch.pop("num_frames").tolist()
+        noise, time = draw_noise(batch["latents"].shape, self.order.generators(position))
+        batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
+        teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
+        noisy = self.family.noisy(batch["latents"].float(), _moved(noise, device), _moved(time, device))
+
+        def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
+            return self.family.predict(transformer, noisy, batch)
+
+        def show_matrix() -> None:
+            self._show_matrix(position.step, teacher)
+
+        return micro_batch(
+            self.accelerator, self.student, noisy, predict, teacher, position.step, show_matrix if look else None
+        )
+
+    def _show_matrix(self, step: int, teacher: Mapping[str, Any]) -> None:
+        from .plots import similarity_figure
+
+        crepa = cast("CrepaRegularizer", self.student.crepa)  # it has just given a loss
+        figure = similarity_figure({f"step {step}": crepa.similarity_matrix(**teacher)[0]})
+        self._tensorboard().add_figure("similarity_matrix", figure, step)
+
+    def _validate(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            sampling = self._sampling()
+            with export.averaged(self.transformer, self.average):
+                clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
+            for number, clip in enumerate(clips):
+                strip = save_clip(clip, self.settings.output / "validation" / f"step-{done:08d}", f"prompt-{number}")
+                self._tensorboard().add_image(f"validation/{number}", strip, done, dataformats="HWC")
+        self.accelerator.wait_for_everyone()
+
+    def _sampling(self) -> Sampling:
+        settings, keys = self.settings, self.clips.keys
+        given: list[Tensor] = []
+        if self.family.task == "image2video":
+            given = [self.clips[number % len(keys)]["latents"] for number in range(len(settings.validation_prompts))]
+        return Sampling(
+            texts=self.clips.validation_text,
+            negative=self.clips.negative_text,
+            size=keys[0].bucket,
+            steps=settings.validation_steps,
+            guidance=settings.validation_guidance,
+            seed=settings.validation_seed,
+            first_frames=given,
+        )
+
+    def _tensorboard(self) -> Any:
+        return self.accelerator.get_tracker("tensorboard", unwrap=True)

@@ -1,0 +1,254 @@
+"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a JSON file and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from crepa_kernels.config import ConfigError, CrepaConfig, Integer
+from crepa_kernels.config_rules import PREFIX, PRESETS, describe, nearest, recommended_block_index, unknown_key
+from crepa_kernels.config_sources import add_json_options, merge, read_json, unknown_options
+
+logger = logging.getLogger(__name__)
+
+PRESET = "preset"
+
+
+def _tuples(value: Any) -> Any:
+    # JSON has lists only; frozen settings hold tuples.
+    return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+Folder = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
+AtLeastOne = Annotated[Integer, Field(ge=1)]
+Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
+Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
+
+
+class RunSettings(BaseModel):
+    """Settings of a training run, immutable. Every field's description is its rule, in errors and in `--help`.
+
+    A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every wrong
+    key with its value and rule. `None` means the default.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(min_length=1, description="pipeline folder in the hub's layout, or hub id; required")
+    data: Folder = Field(description="folder of videos with captions beside them (name.mp4, name.txt); required")
+    output: Folder = Field(description="folder for checkpoints, logs and the trained weights; required")
+    family: str | None = Field(
+        None, min_length=1, description="model family; must be that of the transformer, which is taken when null"
+    )
+    task: Literal["text2video", "image2video"] = Field(
+        "text2video", description='what is trained; must be "text2video" or "image2video"'
+    )
+    training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
+    lora_rank: Integer = Field(16, ge=1, description="rank of the LoRA, and its alpha; must be an integer >= 1")
+    lora_targets: Words = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description='layers that get a LoRA; must be a list of names such as ["to_q", "to_v"]',
+    )
+    resolutions: Sizes = Field(
+        ((480, 832),),
+        min_length=1,
+        description="pixel sizes that clips are cropped to, the nearest aspect ratio for each video; "
+        "must be a list of [height, width] such as [[480, 832]]",
+    )
+    frame_counts: Counts = Field(
+        (81,),
+        min_length=1,
+        description="lengths of clips in pixel frames, the largest that each video has; must be a list such as [81]",
+    )
+    clips_per_video: Integer = Field(
+        1, ge=1, description="clips cut from each video, evenly spread; must be an integer >= 1"
+    )
+    max_train_steps: Integer = Field(ge=1, description="optimiser steps; must be an integer >= 1, required")
+    batch_size: Integer = Field(1, ge=1, description="clips of a micro-batch on each process; must be an integer >= 1")
+    gradient_accumulation_steps: Integer = Field(
+        1, ge=1, description="micro-batches of an optimiser step; must be an integer >= 1"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="must be a number > 0")
+    projector_learning_rate: float | None = Field(
+        None, gt=0, description="of CREPA's projector, learning_rate when null; must be a number > 0"
+    )
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; must be a number >= 0")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field(
+        "constant",
+        description='learning rate over the run; must be "constant", "constant_with_warmup", "linear", "cosine", '
+        '"cosine_with_restarts" or "polynomial"',
+    )
+    lr_warmup_steps: Integer = Field(
+        0, ge=0, description="steps over which the learning rate rises from 0; must be an integer >= 0"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to; must be a number > 0")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="compute activations again in the backward pass; must be true or false"
+    )
+    compile_blocks: bool = Field(False, description="torch.compile each block; must be true or false")
+    ema_decay: float | None = Field(
+        None, ge=0, lt=1, description="of an average of the trained weights, none when null; must be in [0, 1)"
+    )
+    seed: Integer = Field(0, ge=0, description="of weights, noise and order of clips; must be an integer >= 0")
+    cache: Folder | None = Field(None, description="folder of encoded clips and captions, output/cache when null")
+    cache_teacher: Literal["frames", "features"] = Field(
+        "frames",
+        description="what is kept of the teacher's side, the frames it will see or what it made of them; "
+        'must be "frames" or "features"',
+    )
+    checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
+    checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
+    resume: str | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')
+    validation_prompts: Words = Field((), description="prompts of the clips sampled in between; must be a list of text")
+    validation_every: Integer = Field(
+        0, ge=0, description="steps between validations, 0 for never; must be an integer >= 0"
+    )
+    validation_steps: Integer = Field(30, ge=1, description="denoising steps of a sample; must be an integer >= 1")
+    validation_guidance: float = Field(5.0, ge=0, description="guidance scale of a sample; must be a number >= 0")
+    validation_seed: Integer = Field(0, ge=0, description="of a sample's noise; must be an integer >= 0")
+    matrix_every: Integer = Field(
+        0, ge=0, description="steps between similarity matrices in TensorBoard, 0 for never; must be an integer >= 0"
+    )
+    strict: bool = Field(False, description="stop at a video that cannot be used; must be true or false")
+    workers: Integer = Field(0, ge=0, description="processes that read clips; must be an integer >= 0")
+
+    def __init__(self, **data: Any) -> None:
+        fields = type(self).model_fields
+        given = {key: value for key, value in data.items() if value is not None}
+        problems = [
+            describe(key, value, unknown_key(key, [*fields, PRESET, *CrepaConfig.model_fields]))
+            for key, value in given.items()
+            if key not in fields
+        ]
+        given = {key: value for key, value in given.items() if key in fields}
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            refused = {str(details["loc"][0]) for details in error.errors(include_url=False, include_context=False)}
+            for key in sorted(refused, key=list(fields).index):
+                rule = fields[key].description or ""
+                problems.append(describe(key, given[key], rule) if key in given else f"{key}: {rule}")
+        else:
+            problems += _contradictions(self)
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where encoded clips and captions are kept."""
+        return self.output / "cache" if self.cache is None else self.cache
+
+
+def _contradictions(settings: RunSettings) -> list[str]:
+    """A line for each pair of settings of which one would do nothing."""
+    found = []
+    if settings.lr_warmup_steps and settings.lr_scheduler == "constant":
+        rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
+        found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))
+    if settings.lr_warmup_steps > settings.max_train_steps:
+        rule = f"must be at most max_train_steps = {settings.max_train_steps}"
+        found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))
+    if settings.validation_every and not settings.validation_prompts:
+        rule = "validation_prompts is empty: give what to sample, or 0"
+        found.append(describe("validation_every", settings.validation_every, rule))
+    if settings.output.resolve() == settings.data.resolve():
+        rule = "must be another folder than data, whose videos are trained on"
+        found.append(describe("output", str(settings.output), rule))
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each key, `--preset` and the `--crepa_*` ones; what is not given is not in the namespace."""
+    fields = RunSettings.model_fields
+    texts = {key: f"{field.description}{_default(field)}" for key, field in fields.items()}
+    texts[PRESET] = f"crepa_* values under those that are given; must be one of {', '.join(PRESETS)}"
+    add_json_options(parser.add_argument_group("training"), texts)
+    CrepaConfig.add_arguments(parser)
+
+
+def _default(field: Any) -> str:
+    return "" if field.is_required() or field.default is None else f" (default: {json.dumps(field.default)})"
+
+
+def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `add_arguments` that are in a namespace, with their values."""
+    known = {*RunSettings.model_fields, PRESET}
+    return {key: value for key, value in vars(namespace).items() if key in known or key.startswith(PREFIX)}
+
+
+def load_settings(
+    config_file: Path | None, cli_overrides: Mapping[str, Any], *, rest: Sequence[str] = ()
+) -> tuple[RunSettings, CrepaConfig]:
+    """Settings of a flat JSON file, `cli_overrides` on top of it, and `crepa_*` keys on top of those of `preset`.
+
+    A missing `crepa_block_index` of an enabled configuration becomes the one recommended for the model's family,
+    which is logged; for that alone the model's configs are read.
+
+    rest: words of a command line that its parser did not know.
+
+    Raises:
+        ConfigError: (a ValueError) a file that is not one JSON object; every wrong, missing and unknown key.
+        ValueError: a model that is not a pipeline, where its family must be known, as `TrainingFamily.of`.
+    """
+    from_file = {} if config_file is None else read_json(config_file)
+    problems = _unknown_words(rest)
+    ours, crepa = _split(from_file, cli_overrides, problems)
+    settings = config = None
+    try:
+        settings = RunSettings(**ours)
+    except ConfigError as error:
+        problems += error.problems
+    missing = crepa.get("crepa_enabled") is True and crepa.get("crepa_block_index") is None
+    try:
+        # Rules that involve the block are asked again, when the model's own is known.
+        config = CrepaConfig.from_dict({**crepa, "crepa_block_index": 0} if missing else crepa)
+    except ConfigError as error:
+        problems += error.problems
+    if settings is None or config is None or problems:
+        sources = [str(config_file)] * (config_file is not None) + ["the command line"] * bool(cli_overrides or rest)
+        raise ConfigError(problems, " and ".join(sources) or None)
+    return settings, _at_recommended_block(settings, config) if missing else config
+
+
+def _split(
+    from_file: Mapping[str, Any], over: Mapping[str, Any], problems: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of `RunSettings`, and the `crepa_*` ones with those of the preset under them."""
+    both = {**from_file, **over}
+    name = both.pop(PRESET, None)
+    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    if name is not None and not preset:
+        match = nearest(str(name), PRESETS)
+        hint = f"; did you mean {match!r}?" if match else ""
+        problems.append(describe(PRESET, name, f"must be one of {', '.join(PRESETS)}{hint}"))
+    crepa = [{key: value for key, value in each.items() if key.startswith(PREFIX)} for each in (from_file, over)]
+    ours = {key: value for key, value in both.items() if not key.startswith(PREFIX)}
+    return ours, merge(merge(preset, crepa[0]), crepa[1])
+
+
+def _unknown_words(rest: Sequence[str]) -> list[str]:
+    options = unknown_options(rest, [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields], ("-",))
+    # A word after an unknown option was its value.
+    return options or [f"{word}: not an option" for word in rest]
+
+
+def _at_recommended_block(settings: RunSettings, config: CrepaConfig) -> CrepaConfig:
+    from .families import TrainingFamily
+
+    family = TrainingFamily.of(settings.model, settings.task, settings.family).name
+    index = recommended_block_index(family)
+    logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
+    return config.replace(crepa_block_index=index)

@@ -1,0 +1,97 @@
+"""What a run trains, put together in the order that CREPA asks for: adapter, CREPA, optimiser, scheduler, prepare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from crepa_kernels import CrepaRegularizer
+from crepa_kernels.families import family_of
+
+from .loop import Student, parameter_groups
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    from crepa_kernels import CrepaConfig
+
+    from .families import TrainingFamily
+    from .settings import RunSettings
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_student(
+    accelerator: Accelerator, family: TrainingFamily, settings: RunSettings, config: CrepaConfig
+) -> Student:
+    """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
+
+    Frozen weights are in the type of `mixed_precision`. ValueError for LoRA targets that the model lacks, and as
+    CrepaRegularizer.
+    """
+    from diffusers.optimization import get_scheduler
+
+    full = settings.training == "full"
+    transformer: Any = family.load_transformer(torch.float32 if full else PRECISIONS[settings.mixed_precision])
+    if full:
+        transformer.requires_grad_(True)
+    else:
+        add_lora(transformer, settings)
+    transformer.to(accelerator.device)
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    crepa = None
+    if config.crepa_enabled:
+        crepa = CrepaRegularizer(config, transformer, max_train_steps=settings.max_train_steps)
+    if settings.compile_blocks:
+        for block in family_of(transformer).blocks(transformer):
+            block.compile()
+    groups = parameter_groups(
+        transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
+    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    scheduler = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
+    transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    return Student(transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
+
+
+def add_lora(transformer: Any, settings: RunSettings) -> None:
+    """A LoRA in fp32 on the layers of `lora_targets`. ValueError for one that the model lacks."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    targets = list(settings.lora_targets)
+    names = [name for name, _ in transformer.named_modules()]
+    unknown = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if unknown:
+        raise ValueError(f"lora_targets: {', '.join(unknown)} is no layer of {type(transformer).__name__}")
+    transformer.add_adapter(
+        LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets, init_lora_weights=True)
+    )
+    cast_training_params(transformer, dtype=torch.float32)
+
+
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained weights of an unwrapped transformer by name, without CREPA's projector."""
+    return {
+        name: parameter
+        for name, parameter in transformer.named_parameters()
+        if parameter.requires_grad and not name.startswith("crepa_projector.")
+    }
+
+
+def make_average(transformer: nn.Module, decay: float | None) -> EMAModel | None:
+    """The moving average of the trained weights of an unwrapped transformer, as they are now."""
+    from diffusers.training_utils import EMAModel
+
+    if decay is None:
+        return None
+    return EMAModel(trained_parameters(transformer).values(), decay=decay, foreach=True)

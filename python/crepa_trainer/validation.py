@@ -1,0 +1,102 @@
+"""A short clip for each validation prompt, from the weights as they are, as a video and as a strip of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crepa_kernels.teachers.decoding import VIDEO_VAES
+
+if TYPE_CHECKING:
+    from .families import TrainingFamily
+    from .families.base import ClipSize
+
+FRAMES_PER_SECOND = 16
+STRIP_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How validation clips are sampled. `texts` (L, d) of the prompts, `negative` of the empty prompt."""
+
+    texts: Sequence[Tensor]
+    negative: Tensor | None
+    size: ClipSize
+    steps: int
+    guidance: float
+    seed: int
+    first_frames: Sequence[Tensor] = ()  # image to video: clean latents (C, T, h, w), one for each prompt
+
+
+@torch.no_grad()
+def sample_clips(
+    family: TrainingFamily, transformer: nn.Module, sampling: Sampling, device: torch.device
+) -> list[np.ndarray]:
+    """One clip (P, H, W, 3) uint8 for each text; transformer, random states and train mode are left as they were.
+
+    The VAE is loaded for it and let go. Every clip starts from the noise of the same seed.
+    """
+    was_training = transformer.training
+    vae = family.load_vae(torch.float32).to(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            transformer.eval()
+            pipeline = family.pipeline(transformer, vae)
+            pipeline.set_progress_bar_config(disable=True)
+            clips = [
+                family.sample(
+                    pipeline,
+                    text.to(device),
+                    None if sampling.negative is None else sampling.negative.to(device),
+                    sampling.size,
+                    steps=sampling.steps,
+                    guidance=sampling.guidance,
+                    generator=torch.Generator().manual_seed(sampling.seed),
+                    image=_first_frame(transformer, vae, sampling, number, device),
+                )
+                for number, text in enumerate(sampling.texts)
+            ]
+        finally:
+            transformer.train(was_training)
+    return [(clip * 255).round().astype(np.uint8) for clip in clips]
+
+
+def _first_frame(
+    transformer: nn.Module, vae: nn.Module, sampling: Sampling, number: int, device: torch.device
+) -> Tensor | None:
+    if not sampling.first_frames:
+        return None
+    latents = sampling.first_frames[number % len(sampling.first_frames)]
+    # The first latent frame of a causal VAE is the first pixel frame.
+    return VIDEO_VAES[type(vae).__name__].decode(vae, latents[None, :, :1].to(device, torch.float32))[0, 0]
+
+
+def save_clip(clip: np.ndarray, folder: Path, name: str) -> np.ndarray:
+    """`name.mp4` and `name.png`, a strip of up to 8 frames, (H, n W, 3) uint8, which is returned."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(clip, folder / f"{name}.mp4")
+    shown = np.unique(np.linspace(0, len(clip) - 1, min(STRIP_FRAMES, len(clip))).round().astype(int))
+    strip = np.concatenate(list(clip[shown]), axis=1)
+    Image.fromarray(strip).save(folder / f"{name}.png")
+    return strip
+
+
+def write_video(clip: np.ndarray, path: Path) -> None:
+    """H.264 of a clip (P, H, W, 3) uint8 with even height and width."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

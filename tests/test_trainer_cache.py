@@ -1,0 +1,315 @@
+"""Clips and captions encoded once: what items hold, what is encoded again and what is not, and damage."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import pickle
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.cache import CachedClips, prepare_cache
+from crepa_trainer.data import DataError, VideoError, read_clips
+from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.settings import RunSettings
+from rich.console import Console
+from tiny import tiny_dinov2, tiny_wan
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
+
+from crepa_kernels import CrepaConfig, CrepaRegularizer
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_wan_pipeline(folder / "wan")
+    tiny_dinov2(folder / "dinov2")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for seed, (name, frames) in enumerate((("wide", 12), ("short", 6))):
+        write_video(folder / f"{name}.mp4", moving_square(frames, seed=seed))
+        (folder / f"{name}.txt").write_text(f"a {name} square moves")
+    return folder
+
+
+def settings(models: Path, data: Path, **changes: Any) -> RunSettings:
+    values = {"resolutions": ((32, 48),), "frame_counts": (5, 9), "clips_per_video": 2, **changes}
+    return RunSettings(model=str(models / "wan"), data=data, output=data.parent / "out", max_train_steps=1, **values)
+
+
+def crepa(models: Path, **changes: Any) -> CrepaConfig:
+    values = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(models / "dinov2"), **changes}
+    return CrepaConfig(**{"crepa_encoder_image_size": 70, **values})
+
+
+class Loads:
+    """Counts what loads encoders, and holds weak references to what was loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count: Counter[str] = Counter()
+        self.alive: list[weakref.ref[Any]] = []
+        for owner, name in ((WanFamily, "load_vae"), (WanFamily, "load_text"), (DinoV2Teacher, "_load")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name), name.removeprefix("load_")))
+
+    def _counted(self, load: Any, name: str) -> Any:
+        def counted(*args: Any) -> Any:
+            self.count[name] += 1
+            model = load(*args)
+            self.alive.append(weakref.ref(getattr(model, "text_encoder", None) or model))
+            return model
+
+        return counted
+
+    def made(self) -> set[str]:
+        """What was loaded since the last call; all of it must be gone."""
+        gc.collect()
+        assert not [ref() for ref in self.alive if ref() is not None]
+        names, self.count = set(self.count), Counter()
+        return names
+
+
+def prepare(run: RunSettings, config: CrepaConfig) -> CachedClips:
+    family = TrainingFamily.of(run.model, run.task)
+    return prepare_cache(run, config, family, CPU, Console(file=io.StringIO()))
+
+
+def test_an_item_is_what_the_encoders_make_of_the_clip(models: Path, data: Path) -> None:
+    run = settings(models, data)
+    clips = prepare(run, crepa(models))
+    family = TrainingFamily.of(run.model)
+    vae, text = family.load_vae(torch.float32), family.load_text(torch.float32)
+    assert [key.name for key in clips.keys] == [
+        "short.mp4 [0:5]", "short.mp4 [1:6]", "wide.mp4 [0:9]", "wide.mp4 [3:12]",
+    ]  # fmt: skip
+    assert len(clips) == 4
+    for n, key in enumerate(clips.keys):
+        item = clips[n]
+        ((_, pixels),) = read_clips(data / key.video, 32, 48, [key.start], key.bucket.frames)
+        assert set(item) == {"latents", "text", "pixels", "index"}
+        assert item["latents"].equal(family.encode_latents(vae, pixels[None])[0])
+        assert item["text"].equal(family.encode_text(text, [key.caption])[0])
+        assert item["pixels"].equal(pixels[::4])
+        assert int(item["index"]) == n
+    assert clips.negative_text is None
+    assert clips.validation_text == ()
+    sent = pickle.loads(pickle.dumps(clips))[2]  # to the data loader's processes
+    assert all(value.equal(sent[name]) for name, value in clips[2].items())
+
+
+def test_the_validation_prompts_and_the_empty_one_are_encoded(models: Path, data: Path) -> None:
+    run = settings(models, data, validation_prompts=("a red square", "a wide square moves"))
+    clips = prepare(run, CrepaConfig())
+    family = TrainingFamily.of(run.model)
+    empty, *others = family.encode_text(family.load_text(torch.float32), ["", *run.validation_prompts])
+    assert clips.negative_text is not None
+    assert clips.negative_text.equal(empty)
+    assert [text.equal(other) for text, other in zip(clips.validation_text, others, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("teacher", ["frames", "features"])
+def test_a_second_run_loads_no_encoder(models: Path, data: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = Loads(monkeypatch)
+    run = settings(models, data, cache_teacher=teacher, validation_prompts=("a red square",))
+    first = prepare(run, crepa(models))
+    assert loads.made() == {"vae", "text"} | ({"_load"} if teacher == "features" else set())
+    second = prepare(run, crepa(models))
+    assert loads.made() == set()
+    assert first.keys == second.keys
+    for n in range(len(first)):
+        assert all(value.equal(second[n][name]) for name, value in first[n].items())
+
+
+@pytest.mark.parametrize("resize", ["square", "grid"])
+@pytest.mark.parametrize("rule", ["last", "center", "mean"])
+def test_what_is_cached_gives_the_loss_of_the_whole_clip(models: Path, data: Path, rule: str, resize: str) -> None:
+    """Bit for bit: the same frames go through the same encoder."""
+    config = crepa(models, crepa_frame_map=rule, crepa_encoder_resize=resize)
+    transformer = tiny_wan()
+    regularizer = CrepaRegularizer(config, transformer)
+    losses = []
+    for teacher in ("frames", "features"):
+        clips = prepare(settings(models, data, cache_teacher=teacher), config)
+        item = {name: value[None] for name, value in clips[3].items()}
+        transformer(item["latents"], torch.tensor([500]), item["text"])
+        key = clips.keys[3]
+        ((_, pixels),) = read_clips(data / key.video, 32, 48, [key.start], key.bucket.frames)
+        losses.append(regularizer.loss(step=0, pixels=pixels[None])[0].item())
+        if teacher == "frames":
+            assert item["pixels"].shape[1] == (9 if rule == "mean" else 3)
+            losses.append(regularizer.loss(step=0, pixels=item["pixels"])[0].item())
+        else:
+            grid = item["feature_grid"][0].tolist()
+            assert grid == ([2, 3] if resize == "grid" else [5, 5])
+            losses.append(regularizer.loss(step=0, features=item["features"], feature_grid=grid)[0].item())
+    assert len(losses) == 4
+    assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"crepa_enabled": False},
+        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+        {"crepa_lambda": 0.0},
+    ],
+    ids=["disabled", "backbone", "no-weight"],
+)
+@pytest.mark.parametrize("teacher", ["frames", "features"])
+def test_nothing_of_the_teacher_is_kept_where_no_encoder_teaches(
+    models: Path, data: Path, off: dict[str, Any], teacher: str
+) -> None:
+    config = crepa(models, **off).replace(crepa_encoder="nowhere/at-all")
+    clips = prepare(settings(models, data, cache_teacher=teacher), config)
+    assert set(clips[0]) == {"latents", "text", "index"}
+    assert not (data.parent / "out" / "cache" / "teacher").exists()
+
+
+def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    loads = Loads(monkeypatch)
+    own = data.parent / "models"
+    shutil.copytree(models, own)
+
+    def made(config: CrepaConfig, **changes: Any) -> set[str]:
+        before = set((data.parent / "out").rglob("*.safetensors"))
+        prepare(settings(own, data, **changes), config)
+        new = set((data.parent / "out").rglob("*.safetensors")) - before
+        return loads.made() | {path.parent.name for path in new}
+
+    whole = {"vae", "text", "latents", "teacher"}
+    assert made(crepa(own)) == whole
+    assert made(CrepaConfig()) == set()
+    assert made(crepa(own, crepa_frame_map="center")) == {"teacher"}
+    assert made(crepa(own, crepa_lambda=0.1, crepa_encoder_resize="grid")) == set()
+    assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
+    assert made(crepa(own, crepa_encoder_resize="grid"), cache_teacher="features") == {"teacher", "_load"}
+    assert made(crepa(own), clips_per_video=1) == set()
+    assert made(crepa(own), frame_counts=(5,)) == {"vae", "latents", "teacher"}
+    (data / "wide.txt").write_text("another square")
+    assert made(crepa(own)) == {"text"}
+    write_video(data / "wide.mp4", moving_square(12, seed=5))
+    assert made(crepa(own)) == {"vae", "latents", "teacher"}
+    os.utime(own / "wan" / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
+    assert made(crepa(own)) == {"vae", "latents"}
+    os.utime(own / "wan" / "text_encoder" / "model.safetensors", (1, 1))
+    assert made(crepa(own)) == {"text"}
+    os.utime(own / "dinov2" / "model.safetensors", (1, 1))
+    assert made(crepa(own)) == set()
+    assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut off":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    elif how == "zeros":
+        content = bytearray(len(content))
+    elif how == "one bit":
+        content[-5] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("latents", "cut off"), ("teacher", "empty"), ("text", "zeros")])
+def test_a_file_that_is_not_whole_is_named_and_made_again(
+    models: Path, data: Path, kind: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = settings(models, data)
+    before = prepare(run, crepa(models))
+    bad = getattr(before.files[0], kind)
+    whole = bad.read_bytes()
+    damage(bad, how)
+    with caplog.at_level(logging.WARNING, "crepa_trainer"):
+        prepare(run, crepa(models))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"{bad} is damaged: ")
+    assert told.endswith(": made again")
+    assert bad.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["latents", "teacher", "text"])
+def test_damage_inside_a_file_stops_the_run_and_is_made_good_by_the_next(models: Path, data: Path, kind: str) -> None:
+    run = settings(models, data)
+    clips = prepare(run, crepa(models))
+    bad = getattr(clips.files[0], kind)
+    whole = bad.read_bytes()
+    damage(bad, "one bit")
+    with pytest.raises(ValueError, match=rf"{bad.name} is damaged: its checksum.*--resume latest"):
+        clips[0]
+    prepare(run, crepa(models))
+    assert bad.read_bytes() == whole
+
+
+def test_a_damaged_file_whose_video_is_gone_bad_is_not_used(models: Path, data: Path) -> None:
+    run = settings(models, data)
+    clips = prepare(run, crepa(models))
+    video, status = data / "short.mp4", (data / "short.mp4").stat()
+    damage(clips.files[0].latents, "cut off")
+    content = bytearray(video.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    video.write_bytes(content)
+    os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "short.mp4 [0:5]" not in [key.name for key in prepare(run, crepa(models)).keys]
+
+
+def cut_off_while_playing(folder: Path) -> Path:
+    """A video that begins well and is damaged further in."""
+    path = write_video(folder / "cut.mp4", moving_square(40, seed=9), faststart=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    path.with_suffix(".txt").write_text("a cut square")
+    return path
+
+
+def test_a_video_that_breaks_while_it_is_decoded_is_named_skipped_and_counted(
+    models: Path, data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cut_off_while_playing(data)
+    with pytest.raises(VideoError, match=r"cut\.mp4: damaged or cut off after frame \d+ \(strict\)"):
+        prepare(settings(models, data, strict=True), crepa(models))
+    with caplog.at_level(logging.WARNING, "crepa_trainer"):
+        clips = prepare(settings(models, data), crepa(models))
+    told = [record.getMessage() for record in caplog.records]
+    assert [told[0].startswith(f"skipped {path}: damaged or cut off"), told[1:]] == [True, ["1 of 3 videos skipped"]]
+    # Its first clip is intact; the last one is not.
+    assert [key.name for key in clips.keys if key.video == "cut.mp4"] == ["cut.mp4 [0:9]"]
+    loads = Loads(monkeypatch)
+    assert prepare(settings(models, data), crepa(models)).keys == clips.keys
+    assert loads.made() == set()
+
+
+def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    cut_off_while_playing(folder)
+    with pytest.raises(DataError, match=r"no usable clip in 1 video\(s\): .*cut\.mp4: damaged or cut off"):
+        prepare(settings(models, folder, frame_counts=(37,), clips_per_video=1), crepa(models))
+
+
+def test_latents_that_are_not_finite_are_never_kept(models: Path, data: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    own = data.parent / "models"
+    shutil.copytree(models, own)
+    weights = own / "wan" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(DataError, match=r"wide\.mp4: the VAE makes NaN or infinity of the clip at frame 0"):
+        prepare(settings(own, data), crepa(own))

@@ -1,0 +1,108 @@
+"""Two processes fill one cache: each encodes its share, both end with the same clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_dinov2
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
+
+SCRIPT = """
+import io, json, sys
+from collections import Counter
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from crepa_kernels import CrepaConfig
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_trainer.cache import prepare_cache
+from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.settings import RunSettings
+
+torch.set_num_threads(1)
+given = json.loads(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+calls = Counter()
+counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
+for owner, name in (*counted_calls, (DinoV2Teacher, "_load")):
+    def counted(*args, original=getattr(owner, name), name=name, **kwargs):
+        calls[name] += 1
+        return original(*args, **kwargs)
+    setattr(owner, name, counted)
+settings = RunSettings(**given["settings"])
+config = CrepaConfig(**given["config"])
+rank = accelerator.process_index
+if given.get("apart"):
+    settings = settings.model_copy(update={"cache": settings.output / f"cache{rank}"})
+family = TrainingFamily.of(settings.model)
+clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
+sums = [float(clips[n]["latents"].sum()) for n in range(len(clips))]
+result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
+(settings.output / f"rank{rank}.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    save_tiny_wan_pipeline(tmp_path / "wan")
+    tiny_dinov2(tmp_path / "dinov2")
+    for name in ("data", "out"):
+        (tmp_path / name).mkdir()
+    for n in range(5):
+        video = write_video(tmp_path / "data" / f"{n}.mp4", moving_square(40 if n == 3 else 9, seed=n), faststart=True)
+        video.with_suffix(".txt").write_text("a square" if n % 2 else "a red square")
+        if n == 3:
+            video.write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
+    settings = {
+        "model": str(tmp_path / "wan"), "data": str(tmp_path / "data"), "output": str(tmp_path / "out"),
+        "max_train_steps": 1, "resolutions": [[32, 48]], "frame_counts": [9], "cache_teacher": "features",
+        "clips_per_video": 2, "validation_prompts": ["a video"],
+    }  # fmt: skip
+    config = {
+        "crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(tmp_path / "dinov2"),
+        "crepa_encoder_resize": "grid",
+    }  # fmt: skip
+    return {"settings": settings, "config": config}
+
+
+def launch(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    script = Path(given["settings"]["output"]) / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, json.dumps(given)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def results(given: dict[str, Any]) -> list[dict[str, Any]]:
+    done = launch(given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((Path(given["settings"]["output"]) / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any]) -> None:
+    first, second = results(given)
+    # Video 3 is cut off after two thirds: its first clip is there, whichever process met it.
+    assert first["names"] == ["0.mp4 [0:9]", "1.mp4 [0:9]", "2.mp4 [0:9]", "3.mp4 [0:9]", "4.mp4 [0:9]"]
+    assert (second["names"], second["sums"]) == (first["names"], first["sums"])
+    assert first["calls"] == {"load_text": 1, "load_vae": 1, "_load": 1, "encode_latents": 3}
+    assert second["calls"] == {"load_vae": 1, "_load": 1, "encode_latents": 2}
+    again = results(given)
+    assert [each["calls"] for each in again] == [{}, {}]
+    assert [each["sums"] for each in again] == [first["sums"]] * 2
+
+
+@pytest.mark.slow
+def test_a_cache_that_the_processes_do_not_share_is_refused(given: dict[str, Any]) -> None:
+    done = launch({**given, "apart": True})
+    assert done.returncode != 0
+    assert "cache must be a folder that they share" in done.stderr

@@ -1,0 +1,179 @@
+"""Checkpoints: whole or not there, the newest kept, and never gone on from under other settings."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, find_checkpoint, run_identity
+from safetensors.torch import load_file
+from training_runs import (
+    TinyClips,
+    command,
+    environment,
+    save_models,
+    tiny_config,
+    tiny_settings,
+    train,
+    train_elsewhere,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run with a checkpoint after each of its 5 steps, of which 2 are kept."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_settings(models, output, **EACH_STEP), tiny_config(models))
+    return output
+
+
+EACH_STEP: dict[str, Any] = {"max_train_steps": 5, "checkpoint_every": 1, "checkpoints_kept": 2}
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def found(models: Path, output: Path, crepa: dict[str, Any] | None = None, **changes: Any) -> Any:
+    settings = tiny_settings(models, output, **{**EACH_STEP, "resume": "latest", **changes})
+    return find_checkpoint(settings, run_identity(settings, tiny_config(models, **(crepa or {})), 1))
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / FOLDER).iterdir())
+
+
+def test_the_newest_are_kept_and_the_newest_of_them_is_taken(models: Path, output: Path) -> None:
+    assert names(output) == ["step-00000004", "step-00000005"]
+    assert found(models, output).step == 5
+    assert found(models, output, resume=str(output / FOLDER / "step-00000004")).step == 4
+
+
+def test_only_trained_weights_are_in_a_checkpoint(output: Path) -> None:
+    checkpoint = output / FOLDER / "step-00000005"
+    assert all("lora" in name for name in load_file(checkpoint / WEIGHTS_FILE))
+    assert not (checkpoint / "model.safetensors").exists()
+
+
+def test_without_a_checkpoint_latest_is_a_run_that_starts(models: Path, tmp_path: Path) -> None:
+    assert found(models, tmp_path) is None
+
+
+@pytest.mark.parametrize("part", ["optimizer.bin", WEIGHTS_FILE, "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_a_missing_or_shortened_part_is_named(models: Path, output: Path, part: str) -> None:
+    file = output / FOLDER / "step-00000005" / part
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 1)
+    with pytest.raises(ValueError, match=f"{part} of another size"):
+        found(models, output)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"step-00000005 is not a complete checkpoint: {part} missing"):
+        found(models, output)
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error(models: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match=rf"elsewhere is not a complete checkpoint: {STATE_FILE} is missing"):
+        found(models, output, resume=str(output / "elsewhere"))
+    state = output / FOLDER / "step-00000005" / STATE_FILE
+    state.write_text(state.read_text()[:-10])
+    with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged"):
+        found(models, output)
+
+
+def test_each_setting_that_differs_is_named(models: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match="of a run with other settings") as caught:
+        found(models, output, {"crepa_adjacent_tau": 2.0}, learning_rate=0.5, seed=3)
+    message = str(caught.value)
+    assert "learning_rate = 0.5 (checkpoint: 0.01)" in message
+    assert "seed = 3 (checkpoint: 0)" in message
+    assert "crepa_adjacent_tau = 2.0 (checkpoint: 1.0)" in message
+    assert message.count("checkpoint: ") == 3
+
+
+def test_settings_that_change_nothing_of_the_training_may_differ(models: Path, output: Path) -> None:
+    free = {"workers": 1, "checkpoint_every": 7, "checkpoints_kept": 9, "matrix_every": 2, "strict": True}
+    validation = {"validation_prompts": ["a"], "validation_every": 2, "validation_steps": 3, "validation_seed": 4}
+    assert found(models, output, **free, **validation).step == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "crepa", "may"),
+    [
+        ({}, {}, True),
+        ({"lr_scheduler": "cosine"}, {}, False),
+        ({}, {"crepa_scheduler": "linear"}, False),
+        ({}, {"crepa_scheduler": "linear", "crepa_decay_steps": 3}, True),
+    ],
+)
+def test_a_run_may_be_made_longer_where_nothing_is_stretched_over_it(
+    models: Path, tmp_path: Path, changes: dict[str, Any], crepa: dict[str, Any], may: bool
+) -> None:
+    short, long = (tiny_settings(models, tmp_path, **changes, max_train_steps=steps) for steps in (5, 9))
+    same = run_identity(short, tiny_config(models, **crepa), 1) == run_identity(long, tiny_config(models, **crepa), 1)
+    assert same is may
+
+
+def test_a_checkpoint_past_the_runs_end_is_an_error(models: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match="is at step 5, past max_train_steps = 3"):
+        found(models, output, max_train_steps=3)
+
+
+def test_other_clips_are_an_error_before_any_weight_is_loaded(models: Path, output: Path) -> None:
+    settings = tiny_settings(models, output, **EACH_STEP, resume="latest")
+    with pytest.raises(ValueError, match="of a run on other clips"):
+        train(settings, tiny_config(models), TinyClips(2, 2))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 2})
+    train(settings, tiny_config(models))
+    optimizer = output / FOLDER / "step-00000002" / "optimizer.bin"
+    longer = settings.model_copy(update={"max_train_steps": 4, "resume": "latest"})
+    # No file may grow past this: the metrics may, the optimiser's state may not.
+    limit = optimizer.stat().st_size - 1000
+    full = train_elsewhere(longer, tiny_config(models), file_size=limit)
+    assert full.returncode == 1
+    assert "step-00000003 could not be written" in full.stderr.splitlines()[-1]
+    assert "OSError" in full.stderr.splitlines()[-1]
+    assert names(output) == ["step-00000001", "step-00000002"]
+    rows = train(longer, tiny_config(models))
+    whole = train(settings.model_copy(update={"max_train_steps": 4, "output": tmp_path / "whole"}), tiny_config(models))
+    assert rows == whole
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before_it_whole(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 500})
+    process = subprocess.Popen(command(settings, tiny_config(models)), env=environment(), stderr=subprocess.PIPE)
+    try:
+        _wait(lambda: (output / FOLDER / "step-00000002").exists(), process)
+        _wait(lambda: any((output / FOLDER).glob(".writing-*/*")), process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    checkpoint = found(models, output, max_train_steps=500)
+    steps = checkpoint.step + 2
+    rows = train(settings.model_copy(update={"max_train_steps": steps, "resume": "latest"}), tiny_config(models))
+    assert len(rows) == steps
+    assert names(output) == [f"step-{steps - 1:08d}", f"step-{steps:08d}"]
+
+
+def _wait(ready: Any, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < end

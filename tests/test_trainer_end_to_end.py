@@ -1,0 +1,96 @@
+"""`crepa-train run` on real videos: from a folder of videos to a LoRA, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from crepa_trainer.cli import main
+from crepa_trainer.trackers import read_csv
+from PIL import Image
+from tiny import tiny_dinov2
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and five captioned videos in three shapes."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    save_tiny_wan_pipeline(folder / "wan")
+    tiny_dinov2(folder / "dinov2")
+    (folder / "videos").mkdir()
+    for seed, (height, width, frames) in enumerate([(48, 80, 14), (48, 80, 9), (80, 48, 9), (80, 48, 12), (64, 64, 6)]):
+        write_video(folder / "videos" / f"{seed}.mp4", moving_square(frames, height, width, seed))
+        (folder / "videos" / f"{seed}.txt").write_text("a red square moves over a blue pattern")
+    return folder
+
+
+def config_file(folder: Path, output: Path, **changes: Any) -> Path:
+    config = {
+        "model": str(folder / "wan"),
+        "data": str(folder / "videos"),
+        "output": str(output),
+        "cache": str(folder / "cache"),
+        "resolutions": [[32, 48], [48, 32]],
+        "frame_counts": [5, 9],
+        "max_train_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "batch_size": 2,
+        "lora_rank": 2,
+        "mixed_precision": "no",
+        "preset": "t2v",
+        "crepa_enabled": True,
+        "crepa_block_index": 1,
+        "crepa_encoder": str(folder / "dinov2"),
+        "crepa_warmup_steps": 1,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "config.json"
+    file.write_text(json.dumps({**config, **changes}))
+    return file
+
+
+def crepa_train(file: Path, *options: str) -> int:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return main(["run", "--config", str(file), *options])
+
+
+@pytest.mark.parametrize("teacher", ["frames", "features"])
+def test_videos_to_a_lora_with_validation_clips(folder: Path, tmp_path: Path, teacher: str) -> None:
+    output = tmp_path / "run"
+    given = {"validation_prompts": ["a blue square"], "validation_every": 2, "validation_steps": 2}
+    file = config_file(folder, output, **given, cache_teacher=teacher, matrix_every=2)
+    assert crepa_train(file) == 0
+    rows = read_csv(output / "metrics.csv")
+    assert len(rows) == 4
+    assert all(row["crepa_similarity"] for row in rows[1:])
+    assert (output / "trained" / "pytorch_lora_weights.safetensors").is_file()
+    for step in (2, 4):
+        clip = output / "validation" / f"step-{step:08d}" / "prompt-0"
+        with av.open(str(clip.with_suffix(".mp4"))) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        assert frames[0].shape in ((32, 48, 3), (48, 32, 3))
+        assert len(frames) in (5, 9)
+        with Image.open(clip.with_suffix(".png")) as strip:
+            assert strip.size == (frames[0].shape[1] * min(8, len(frames)), frames[0].shape[0])
+
+
+def test_an_option_of_the_command_line_resumes_and_goes_before_the_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(folder, tmp_path / "run", crepa_scheduler="constant")
+    assert crepa_train(file, "--max_train_steps", "2") == 0
+    assert crepa_train(file, "--max_train_steps", "3") == 2
+    assert "go on from them with resume = latest" in capsys.readouterr().err
+    assert crepa_train(file, "--resume", "latest", "--learning_rate", "0.5") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("crepa-train: error:")
+    assert "learning_rate = 0.5 (checkpoint: 0.0001)" in error
+    assert crepa_train(file, "--resume", "latest", "--max_train_steps", "3") == 0
+    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1", "2"]

@@ -1,0 +1,266 @@
+"""The plan of a run: its numbers against what the models really are and keep, and that nothing is loaded for it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.cli import main
+from crepa_trainer.dataset import find_clips
+from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.plan import Plan, kept_bytes, make_plan, projector_bytes
+from crepa_trainer.plan_table import print_plan
+from crepa_trainer.settings import RunSettings
+from crepa_trainer.student import add_lora
+from rich.console import Console
+from test_loss_memory import saved_bytes
+from tiny import tiny_dinov2
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
+
+from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+
+REQUIRED = {"resolutions": ((32, 48), (48, 32)), "frame_counts": (5, 9), "max_train_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny_wan_pipeline(folder / "wan")
+    tiny_dinov2(folder / "dinov2")
+    (folder / "data").mkdir()
+    for name, frames, height, width in (("a", 12, 48, 80), ("b", 12, 48, 80), ("c", 12, 48, 80), ("tall", 6, 80, 48)):
+        write_video(folder / "data" / f"{name}.mp4", moving_square(frames, height, width))
+        (folder / "data" / f"{name}.txt").write_text("a square")
+    return folder
+
+
+def planned(folder: Path, config: CrepaConfig, *, device_type: str = "cpu", processes: int = 1, **changes: Any) -> Plan:
+    settings = RunSettings(
+        model=str(folder / "wan"), data=folder / "data", output=folder / "out", **{**REQUIRED, **changes}
+    )
+    family = TrainingFamily.of(settings.model)
+    return make_plan(
+        settings, config, family, find_clips(settings, family), processes=processes, device_type=device_type
+    )
+
+
+def crepa(folder: Path, **changes: Any) -> CrepaConfig:
+    values = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(folder / "dinov2")}
+    return CrepaConfig(**{**values, "crepa_encoder_image_size": 70, **changes})
+
+
+def test_buckets_are_those_of_the_models(folder: Path) -> None:
+    plan = planned(folder, crepa(folder))
+    wide, tall = plan.buckets[1], plan.buckets[0]
+    assert (str(tall.bucket), tall.clips, tall.latent_frames, tall.grid, tall.tokens) == (
+        "9 frames of 32x48", 3, 3, (2, 3), 18,
+    )  # fmt: skip
+    assert (str(wide.bucket), wide.clips, wide.latent_frames, wide.grid, wide.tokens) == (
+        "5 frames of 48x32", 1, 2, (3, 2), 12,
+    )  # fmt: skip
+    assert [each.teacher_grid for each in plan.buckets] == [(5, 5), (5, 5)]
+    assert [each.encoded for each in plan.buckets] == [3, 2]
+    grid = planned(folder, crepa(folder, crepa_encoder_resize="grid", crepa_frame_map="mean"))
+    assert [each.teacher_grid for each in grid.buckets] == [(2, 3), (3, 2)]
+    assert [each.encoded for each in grid.buckets] == [9, 5]
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_parameters_are_counted_as_the_loaded_model_has_them(folder: Path, training: str) -> None:
+    plan = planned(folder, CrepaConfig(), training=training, lora_rank=3, lora_targets=("to_q", "to_out.0"))
+    transformer = plan.family.load_transformer(torch.float32)
+    assert plan.parameters == sum(each.numel() for each in transformer.parameters())
+    if training == "full":
+        assert plan.trained == plan.parameters
+    else:
+        add_lora(transformer, plan.settings)
+        assert plan.trained == sum(each.numel() for each in transformer.parameters() if each.requires_grad) > 0
+    assert plan.memory is None
+
+
+def test_epochs_and_checkpoints_count_every_process(folder: Path) -> None:
+    # Three and one clips in batches of two: three batches see each clip once.
+    plan = planned(
+        folder, CrepaConfig(), batch_size=2, gradient_accumulation_steps=3, processes=2, max_train_steps=7,
+        checkpoint_every=3, validation_every=2, validation_prompts=("a square",),
+    )  # fmt: skip
+    assert plan.epochs == 7 * 3 * 2 / 3
+    assert (plan.clips_a_step, plan.checkpoints, plan.validations) == (12, 3, 3)
+    from crepa_trainer.sampler import ClipOrder, Position
+
+    order = ClipOrder([key.bucket for key in plan.found.keys], batch_size=2, accumulation=3, world=2, seed=0)
+    assert order.epoch(Position(7, 0, 0)) == plan.epochs
+
+
+def test_the_projector_costs_its_weights_gradients_and_optimiser() -> None:
+    projector = CrepaProjector(48, 40)
+    optimizer = torch.optim.AdamW(projector.parameters())
+    projector(torch.randn(3, 48)).sum().backward()
+    optimizer.step()
+    held = [tensor for each in projector.parameters() for tensor in (each, each.grad)]
+    held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    assert projector_bytes(48, 40) == sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("align", ["student", "teacher", "pool"])
+def test_the_loss_keeps_what_the_plan_says(align: Any, dtype: torch.dtype) -> None:
+    """Within 2 %: what has a number a frame, and not a token, is left out of the formula."""
+    student, teacher, width, features = (12, 16), (9, 10), 64, 80
+    tokens = {"student": 12 * 16, "teacher": 9 * 10, "pool": 1}[align]
+    h = torch.randn(2, 5, 12 * 16, width).to(dtype).requires_grad_()
+    y = torch.randn(2, 5, 9 * 10, features)
+    projector = CrepaProjector(width, features)
+
+    def forward() -> torch.Tensor:
+        return crepa_loss(
+            h, y, projector, student_grid=student, teacher_grid=teacher, spatial_align=align, backend="torch"
+        ).loss
+
+    measured = saved_bytes(forward, [h, y, *projector.parameters()])
+    expected = kept_bytes(2 * 5 * tokens, 2 * 5 * 12 * 16, width, features, dtype.itemsize)
+    assert measured == pytest.approx(expected, rel=0.02, abs=400)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_triton_backend_keeps_what_the_plan_says(dtype: torch.dtype) -> None:
+    """Within 5 %: tables with a number a frame and its neighbours are left out of the formula."""
+    pytest.importorskip("triton")
+    h = torch.randn(1, 3, 8 * 10, 32).to(dtype).requires_grad_()
+    y = torch.randn(1, 3, 6 * 6, 48).to(dtype)  # as on a GPU, where the teacher runs in bf16
+    projector = CrepaProjector(32, 48)
+
+    def forward() -> torch.Tensor:
+        return crepa_loss(h, y, projector, student_grid=(8, 10), teacher_grid=(6, 6), backend="triton").loss
+
+    measured = saved_bytes(forward, [h, y, *projector.parameters()])
+    assert measured == pytest.approx(kept_bytes(240, 240, 32, 48, dtype.itemsize, triton=True), rel=0.05)
+
+
+def test_memory_is_that_of_the_largest_bucket(folder: Path) -> None:
+    memory = planned(folder, crepa(folder), batch_size=2, mixed_precision="no").memory
+    assert memory is not None
+    assert memory.kept == kept_bytes(2 * 18, 0, 32, 32, 4)
+    assert memory.projector == projector_bytes(32, 32)
+    assert memory.teacher == 4 * sum(each.numel() for each in tiny_dinov2().parameters())
+    assert memory.total == memory.kept + memory.projector + memory.teacher
+    on_gpu = planned(folder, crepa(folder), device_type="cuda").memory
+    assert on_gpu is not None
+    assert on_gpu.teacher == memory.teacher // 2
+    cached = planned(folder, crepa(folder), cache_teacher="features").memory
+    assert cached is not None
+    assert (cached.teacher, cached.kept) == (0, kept_bytes(18, 0, 32, 32, 2))
+
+
+def test_backbone_mode_and_a_weight_of_nothing_need_no_encoder(folder: Path) -> None:
+    backbone = crepa(folder, crepa_encoder="nowhere/x", crepa_use_backbone_features=True, crepa_teacher_block_index=2)
+    for config in (backbone, crepa(folder, crepa_encoder="nowhere/x", crepa_lambda=0)):
+        plan = planned(folder, config)
+        assert plan.memory is not None
+        assert plan.memory.teacher == 0
+        assert [(each.teacher_grid, each.encoded) for each in plan.buckets] == [(None, None)] * 2
+        assert "of the model itself" in printed(plan) or "weight is 0" in printed(plan)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    print_plan(console, plan)
+    file: Any = console.file
+    return " ".join(file.getvalue().split())
+
+
+def test_the_plan_says_what_issue_and_user_ask_for(folder: Path) -> None:
+    text = printed(
+        planned(folder, crepa(folder), batch_size=2, processes=2, validation_every=5, validation_prompts=("x",))
+    )
+    for words in (
+        f"model {folder / 'wan'}: wan, text2video, 3 blocks of width 32, ",
+        "trained LoRA of rank 16 on to_q, to_k, to_v, to_out.0: ",
+        "4 clips of 4 videos",
+        "9 frames of 32x48: 3 clips, 3 latent frames, 6 tokens a frame (2x3), 18 a clip",
+        "CREPA block 1 of 0 to 2, weight 0.5, constant",
+        f"teacher {folder / 'dinov2'}, 5x5 patches a frame",
+        "frames encoded 3 of 9, 2 of 5 of a clip, each time it is seen",
+        "extra memory ",
+        "steps 10 (4 clips a step, 2 processes), 6.67 epochs",
+        "checkpoints 1, every 500 steps and at the end, the last 3 kept",
+        "validation 2 times, 1 prompt",
+    ):
+        assert words in text, text
+    assert "CREPA off" in printed(planned(folder, CrepaConfig()))
+
+
+def test_the_plan_of_a_published_teacher_needs_no_network_when_features_are_cached(folder: Path) -> None:
+    config = crepa(folder, crepa_encoder="dinov2_vitg14", crepa_encoder_image_size=518)
+    plan = planned(folder, config, cache_teacher="features")
+    assert [each.teacher_grid for each in plan.buckets] == [(37, 37), (37, 37)]
+    assert plan.memory is not None
+    assert plan.memory.projector == projector_bytes(32, 1536)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"crepa_block_index": 3}, ["crepa_block_index = 3", "has 3 blocks, valid are 0 to 2"]),
+        (
+            {"crepa_use_backbone_features": True, "crepa_teacher_block_index": 7},
+            ["crepa_teacher_block_index = 7", "valid are 0 to 2"],
+        ),
+        ({"crepa_encoder": "/"}, ["crepa_encoder = /", "config.json cannot be read"]),
+        ({"crepa_encoder_image_size": 64}, ["crepa_encoder_image_size = 64", "patch size"]),
+        ({"lora_targets": ["to_q", "to_z"]}, ["lora_targets: to_z is no layer"]),
+        ({"resolutions": [[32, 40]]}, ["resolution 32x40"]),
+        ({"task": "image2video"}, ["task = image2video"]),
+        ({"family": "ltxvideo"}, ["family = ltxvideo"]),
+        ({"model": "nowhere"}, ["model = nowhere"]),
+        ({"data": "nowhere"}, ["nowhere: no such folder"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_run_is_one_line_before_any_weight_is_loaded(
+    folder: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = {"model": str(folder / "wan"), "data": str(folder / "data"), "output": str(tmp_path / "out")}
+    own = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(folder / "dinov2")}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**places, **REQUIRED, **own, "crepa_encoder_image_size": 70, **change}))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("weights were loaded")
+
+    for name in ("load_vae", "load_text", "load_transformer"):
+        monkeypatch.setattr(WanFamily, name, refuse)
+    monkeypatch.setattr(DinoV2Teacher, "_load", refuse)
+    for words_of_run in (["run", "--config", str(file), "--plan"], ["run", "--config", str(file)]):
+        assert main(words_of_run) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("crepa-train: error: ")
+        assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_printed_and_nothing_else_happens(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model": str(folder / "wan"), "data": str(folder / "data"), **REQUIRED}))
+    words = ["run", "--config", str(file), "--output", str(tmp_path / "out"), "--preset", "i2v", "--plan"]
+    words += ["--crepa_block_index", "2", "--crepa_encoder", str(folder / "dinov2"), "--lora_rank", "4"]
+    assert main(words) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "LoRA of rank 4" in text
+    assert "CREPA block 2 of 0 to 2" in text
+    assert not (tmp_path / "out").exists()

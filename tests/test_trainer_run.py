@@ -1,0 +1,176 @@
+"""A training run from encoded clips to what it logs and exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.student import trained_parameters
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from said import everything_said
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
+
+from crepa_kernels import CrepaRegularizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """A LoRA run on one clip with an average of its weights and pictures of the matrix."""
+    output = tmp_path_factory.mktemp("lora") / "run"
+    settings = tiny_settings(
+        models,
+        output,
+        max_train_steps=30,
+        ema_decay=0.9,
+        matrix_every=10,
+        lr_scheduler="cosine",
+        projector_learning_rate=3e-2,
+        lora_targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
+    )
+    return output, train(settings, tiny_config(models, crepa_cutoff_step=25), TinyClips(1, 0))
+
+
+def column(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row[name]]
+
+
+def test_a_run_learns_to_align_and_logs_each_step_once(lora: tuple[Path, list[dict[str, str]]]) -> None:
+    _, rows = lora
+    assert [row["step"] for row in rows] == [str(step) for step in range(30)]
+    similarity = column(rows, "crepa_similarity")
+    assert len(similarity) == 25  # until the cutoff
+    # Features of neighbouring frames are independent draws here, so 0.65 is the most that there is.
+    assert similarity[-1] > similarity[0] + 0.2
+    assert column(rows, "crepa_cutoff") == [0] * 25 + [1] * 5
+    rates = column(rows, "learning_rate")
+    assert rates[0] == 1e-2
+    assert rates == sorted(rates, reverse=True)
+    assert column(rows, "epoch") == list(range(30))
+
+
+def test_tensorboard_has_the_csvs_values_and_the_similarity_matrix(lora: tuple[Path, list[dict[str, str]]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, rows = lora
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert logged == [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in rows]
+    assert [image.step for image in events.Images("similarity_matrix")] == [0, 10, 20]
+
+
+def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(
+    models: Path, lora: tuple[Path, list[dict[str, str]]]
+) -> None:
+    trained = lora[0] / "trained"
+    pipeline = WanPipeline.from_pretrained(models / "wan")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        sizes = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
+        frames: torch.Tensor = pipeline("a red square", **sizes, generator=generator, output_type="pt").frames
+        return frames
+
+    without = sample()
+    with everything_said() as said:
+        pipeline.load_lora_weights(trained)
+    assert said == []
+    assert sample().shape == (1, 5, 3, 32, 48)
+    assert not torch.allclose(sample(), without)
+    loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
+    saved = load_file(trained / "pytorch_lora_weights.safetensors")
+    assert {f"transformer.{name}" for name in loaded} == set(saved)
+    assert all(torch.equal(loaded[name], saved[f"transformer.{name}"]) for name in loaded)
+
+
+def test_the_average_and_the_projector_lie_beside_the_lora(
+    models: Path, lora: tuple[Path, list[dict[str, str]]]
+) -> None:
+    trained = lora[0] / "trained"
+    last, average = (load_file(f / "pytorch_lora_weights.safetensors") for f in (trained, trained / "ema"))
+    assert last.keys() == average.keys()
+    assert any(not torch.equal(last[name], average[name]) for name in last)
+    transformer = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer")
+    crepa = CrepaRegularizer.from_pretrained(trained, transformer)
+    assert crepa.projector is not None
+    assert crepa.config.crepa_cutoff_step == 25
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_fully_trained_transformer_loads_without_a_word(models: Path, tmp_path: Path, precision: str) -> None:
+    settings = tiny_settings(models, tmp_path / "run", training="full", mixed_precision=precision, learning_rate=1e-3)
+    rows = train(settings, tiny_config(models))
+    assert len(rows) == 4
+    with everything_said() as said:
+        loaded = WanTransformer3DModel.from_pretrained(tmp_path / "run" / "trained", subfolder="transformer")
+        pipeline = WanPipeline.from_pretrained(models / "wan", transformer=loaded)
+    assert said == []
+    assert pipeline.transformer is loaded
+    before = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer").state_dict()
+    after = loaded.state_dict()
+    # The master weights are fp32, so a step of 1e-3 is not lost in bf16's 8 bits.
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: Path, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from crepa_trainer.families import TrainingFamily
+    from crepa_trainer.student import make_student
+
+    settings = tiny_settings(models, tmp_path, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True)
+    student = make_student(accelerator, TrainingFamily.of(settings.model), settings, tiny_config(models))
+    transformer: Any = student.transformer
+    assert transformer.is_gradient_checkpointing
+    trained = trained_parameters(transformer)
+    assert trained
+    assert all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert {p.dtype for p in transformer.crepa_projector.parameters()} == {torch.float32}
+    assert transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+    groups = student.optimizer.param_groups
+    optimised = {id(p) for group in groups for p in group["params"]}
+    assert optimised == {id(p) for p in transformer.parameters() if p.requires_grad}
+
+
+def test_a_lora_target_that_no_layer_has_is_named(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_targets: to_x is no layer of WanTransformer3DModel"):
+        train(tiny_settings(models, tmp_path / "run", lora_targets=["to_q", "to_x"]), tiny_config(models))
+
+
+def test_pixels_teach_through_the_encoder(models: Path, tmp_path: Path) -> None:
+    config = tiny_config(models, crepa_encoder_image_size=28)
+    rows = train(tiny_settings(models, tmp_path / "run", max_train_steps=2), config, TinyClips(pixels=True))
+    assert len(column(rows, "crepa_similarity")) == 2
+
+
+def test_without_crepa_a_run_trains_all_the_same(models: Path, tmp_path: Path) -> None:
+    rows = train(tiny_settings(models, tmp_path / "run"), tiny_config(models, crepa_enabled=False))
+    assert not [name for name in rows[0] if name.startswith("crepa")]
+    assert not (tmp_path / "run" / "trained" / "crepa_projector.safetensors").exists()
+
+
+def test_losses_do_not_depend_on_checkpointing_of_gradients(models: Path, tmp_path: Path) -> None:
+    rows = [
+        train(tiny_settings(models, tmp_path / str(on), gradient_checkpointing=on), tiny_config(models))
+        for on in (False, True)
+    ]
+    # Recomputed activations are the same numbers on a CPU.
+    assert rows[0] == rows[1]
+
+
+def test_an_output_with_checkpoints_is_not_trained_over(models: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(models, tmp_path / "run", max_train_steps=1)
+    train(settings, tiny_config(models))
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        train(settings, tiny_config(models))

@@ -1,0 +1,147 @@
+"""Tiny training runs: settings, encoded clips, and a run in this process or, as a script, in one of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from crepa_trainer.checkpoint import find_checkpoint, run_identity
+from crepa_trainer.dataset import Bucket, ClipKey
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.run import launched_processes, make_accelerator, train_on
+from crepa_trainer.settings import RunSettings
+from crepa_trainer.trackers import read_csv
+from rich.console import Console
+from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
+from tiny_pipelines import save_tiny_wan_pipeline
+from torch import Tensor
+
+from crepa_kernels import CrepaConfig
+
+TEXT_TOKENS = 6
+FEATURE_GRID = (2, 3)
+
+
+def save_models(folder: Path) -> Path:
+    """A Wan pipeline in `folder`/wan and a teacher in `folder`/dinov2."""
+    save_tiny_wan_pipeline(folder / "wan")
+    tiny_dinov2(folder / "dinov2")
+    return folder
+
+
+def tiny_settings(models: Path, output: Path, **changes: Any) -> RunSettings:
+    """A LoRA on latents of 3 frames of 4 x 6, in fp32 so that every number repeats."""
+    settings = {
+        "model": str(models / "wan"),
+        "data": str(models / "videos"),
+        "output": str(output),
+        "lora_rank": 2,
+        "resolutions": [[32, 48], [48, 32]],
+        "frame_counts": [9],
+        "max_train_steps": 4,
+        "learning_rate": 1e-2,
+        "mixed_precision": "no",
+        "checkpoint_every": 100,
+    }
+    return RunSettings(**{**settings, **changes})
+
+
+def tiny_config(models: Path, **changes: Any) -> CrepaConfig:
+    """CREPA on block 1 of three, with the teacher's features given."""
+    config = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(models / "dinov2")}
+    return CrepaConfig.from_dict({**config, **changes})
+
+
+class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Encoded clips as the cache gives them, each made from its number. `kill_at`: the item at which SIGKILL comes."""
+
+    def __init__(self, wide: int = 5, tall: int = 3, *, pixels: bool = False, kill_at: int | None = None) -> None:
+        sizes = [Bucket(32, 48, 9)] * wide + [Bucket(48, 32, 9)] * tall
+        self.keys: Sequence[ClipKey] = [ClipKey(f"{n}.mp4", 0, size, "a video") for n, size in enumerate(sizes)]
+        self.pixels, self.kill_at, self.given = pixels, kill_at, 0
+        self.negative_text = torch.zeros(TEXT_TOKENS, TEXT_DIM)
+        self.validation_text = [torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(99))]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if self.given == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.given += 1
+        generator = torch.Generator().manual_seed(1000 + index)
+        bucket = self.keys[index].bucket
+        height, width = bucket.height, bucket.width
+        item = {
+            "latents": torch.randn(CHANNELS, 3, height // 8, width // 8, generator=generator),
+            "text": torch.randn(TEXT_TOKENS, TEXT_DIM, generator=generator),
+            "index": torch.tensor(index),
+        }
+        if self.pixels:
+            return item | {"pixels": torch.randint(0, 256, (3, 3, height, width), generator=generator).byte()}
+        grid = FEATURE_GRID if height < width else FEATURE_GRID[::-1]
+        features = torch.randn(3, 6, DINOV2["hidden_size"], generator=generator)
+        return item | {"features": features, "feature_grid": torch.tensor(grid)}
+
+
+def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, str]]:
+    """A run in this process; the rows of its CSV."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    identity = run_identity(settings, config, launched_processes())
+    checkpoint = find_checkpoint(settings, identity)
+    accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
+    console = Console(file=io.StringIO())
+    train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint)
+    return read_csv(settings.output / "metrics.csv")
+
+
+def train_elsewhere(
+    settings: RunSettings, config: CrepaConfig, *, processes: int = 1, timeout: float = 300, **clips: Any
+) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips, and
+    `file_size`, the bytes past which no file may grow.
+    """
+    return subprocess.run(
+        command(settings, config, processes=processes, **clips),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+    )
+
+
+def command(settings: RunSettings, config: CrepaConfig, *, processes: int = 1, **clips: Any) -> list[str]:
+    """What runs `train` in a process of its own, or under torchrun in several."""
+    given = {"settings": settings.model_dump(mode="json"), "config": config.to_dict(), "clips": clips}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    return [sys.executable, *launcher, __file__, json.dumps(given)]
+
+
+def environment() -> dict[str, str]:
+    """In which such a process finds the packages and the tests' helpers."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def _main(given: Mapping[str, Any]) -> None:
+    if file_size := given["clips"].pop("file_size", None):
+        import resource
+
+        # A file that would grow larger is an OSError, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    settings, config = RunSettings(**given["settings"]), CrepaConfig.from_dict(given["config"])
+    train(settings, config, TinyClips(**given["clips"]))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
