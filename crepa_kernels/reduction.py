@@ -70,3 +70,9 @@ def reduce_frames(own: torch.Tensor, total: torch.Tensor, reduction: Reduction) 
         alignment_score=(score * reduction.frame_share).sum(),
         frame_similarity=own,
     )
+
+
+def counted_frames(frames: torch.Tensor, *masks: torch.Tensor | None) -> torch.Tensor:
+    """How many of ``frames`` (B, T) all ``masks`` (B, T) have, a scalar on their device; None has all."""
+    given = [mask for mask in masks if mask is not None]
+    return torch.stack(given).all(dim=0).sum() if given else torch.full((), frames.numel(), device=frames.device)

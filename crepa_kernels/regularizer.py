@@ -18,6 +18,7 @@ from .loss import CrepaOutput, crepa_loss, similarity_matrix
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
+from .reduction import counted_frames
 from .saving import load_crepa, load_weights, save_crepa, whole_weights
 from .schedule import CrepaSchedule, run_length
 from .teachers import TeacherFeatures
@@ -246,14 +247,9 @@ class CrepaRegularizer:
         student = self._capture.states(self._block_index)
         inputs = ClipInputs(**given)
         teacher, _ = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
-        return similarity_matrix(
-            student.hidden_states,
-            teacher.features,
-            cast(CrepaProjector, self.projector),
-            student_grid=student.layout.grid,
-            teacher_grid=teacher.grid,
-            spatial_align=self.config.spatial_align,
-        )
+        grids = {"student_grid": student.layout.grid, "teacher_grid": teacher.grid}
+        projector, align = cast(CrepaProjector, self.projector), self.config.spatial_align
+        return similarity_matrix(student.hidden_states, teacher.features, projector, **grids, spatial_align=align)
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
@@ -300,9 +296,7 @@ class CrepaRegularizer:
         if self.config.crepa_similarity_threshold is None:
             return
         metric = getattr(output, self.config.crepa_similarity_metric)
-        masks = [mask for mask in (frame_mask, teacher_mask) if mask is not None]
-        frames = output.frame_similarity.numel()
-        count = torch.stack(masks).all(dim=0).sum() if masks else torch.full((), frames, device=metric.device)
+        count = counted_frames(output.frame_similarity, frame_mask, teacher_mask)
         self._schedule.observe(step, metric * count, count)
 
     def release(self) -> None:
