@@ -178,9 +178,9 @@ class CrepaRegularizer:
 
         Returns:
             A scalar with gradient to the transformer and the projector (0 while the weight is 0), and the logs:
-            ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before
-            its first value), and unless the weight is 0 ``crepa_loss`` (the weighted value), ``crepa_similarity``,
-            ``crepa_similarity_self``, ``crepa_alignment_score``, as detached scalars on the device.
+            ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before its
+            first value), and unless the weight is 0, as detached scalars on the device, ``crepa_loss`` (the weighted
+            value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``.
 
         Raises:
             ValueError: when forward was not called before, something in the order of attaching is wrong, nothing is
@@ -239,17 +239,17 @@ class CrepaRegularizer:
 
     @torch.no_grad()
     def similarity_matrix(self, **given: Any) -> torch.Tensor:
-        """``similarity_matrix`` (B, T, T) of the transformer's last forward, between ``loss`` and ``release``.
+        """``similarity_matrix`` (B, T, T) of the last forward, between ``loss``, whose inputs it takes, and ``release``.
 
-        Takes the teacher's side as ``loss`` does: ``latents``, ``pixels`` or ``features`` with ``feature_grid``.
         ValueError where nothing was captured, as in a step whose weight is 0.
         """
         student = self._capture.states(self._block_index)
         inputs = ClipInputs(**given)
         teacher, _ = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
-        grids = {"student_grid": student.layout.grid, "teacher_grid": teacher.grid}
-        projector, align = cast(CrepaProjector, self.projector), self.config.spatial_align
-        return similarity_matrix(student.hidden_states, teacher.features, projector, **grids, spatial_align=align)
+        return similarity_matrix(
+            student.hidden_states, teacher.features, cast(CrepaProjector, self.projector),
+            student_grid=student.layout.grid, teacher_grid=teacher.grid, spatial_align=self.config.spatial_align,
+        )  # fmt: skip
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
