@@ -11,7 +11,6 @@ import torch
 
 from crepa_kernels import frame_indices
 from crepa_kernels.config_rules import DINOV2_HUB_IDS
-from crepa_kernels.families import TokenLayout
 
 from .cache_files import file_identity, file_name, model_identity
 from .dataset import Bucket, ClipKey
@@ -45,16 +44,9 @@ def teacher_is_encoder(config: CrepaConfig) -> bool:
     return config.crepa_enabled and config.crepa_feature_source == "encoder" and max(config.crepa_lambda, end) > 0
 
 
-def clip_layout(family: TrainingFamily, bucket: Bucket) -> TokenLayout:
-    """How a clip's tokens lie in the transformer."""
-    _, *latent = family.latent_shape(bucket)
-    frames, height, width = family.token_grid(bucket)
-    return TokenLayout(frames, (height, width), latent[0] // frames, (latent[0], latent[1], latent[2]))
-
-
 def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) -> list[int]:
     """The pixel frames of a clip that the teacher needs to see, in order."""
-    layout = clip_layout(family, bucket)
+    layout = family.layout(bucket)
     rule, latents = config.crepa_frame_map, layout.latent_shape[0]
     frames = frame_indices(rule, bucket.frames, latents, patch=layout.patch)
     # The regulariser maps the frames that it is given once more, which must change nothing.
@@ -107,7 +99,7 @@ class CacheNames:
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
         if not self.encoder_teaches:
             return {}
-        config, layout = self.config, clip_layout(self.family, bucket)
+        config, layout = self.config, self.family.layout(bucket)
         if self.settings.cache_teacher == "frames":
             return {"frames": teacher_frames(config, self.family, bucket)}
         square = config.crepa_encoder_resize == "square"

@@ -25,7 +25,7 @@ def _model_rows(plan: Plan) -> Rows:
     settings, family = plan.settings, plan.family
     how = "all weights"
     if settings.training == "lora":
-        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}"
+        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets or family.lora_targets)}"
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"

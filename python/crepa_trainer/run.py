@@ -25,7 +25,7 @@ from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
 from .progress import training_progress
-from .sampler import ClipOrder, Position, RankBatches, draw_noise
+from .sampler import ClipOrder, Position, RankBatches, collate, draw_noise
 from .student import make_average, make_student, trained_parameters
 from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
@@ -211,6 +211,7 @@ class TrainingRun:
             self.clips,
             batch_sampler=RankBatches(self.order, self.accelerator.process_index, first_step),
             num_workers=self.settings.workers,
+            collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
             # Of its own, so that starting it draws nothing from the state that checkpoints keep.
             generator=torch.Generator(),
@@ -237,10 +238,11 @@ class TrainingRun:
             teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
         if "num_frames" in batch:
             teacher["num_frames"] = batch.pop("num_frames").tolist()
-        noise, time = draw_noise(batch["latents"].shape, self.order.generators(position))
+        noise, draw = draw_noise(batch["latents"].shape, self.order.generators(position))
+        time = self.family.noise_level(draw, batch["latents"].shape[1:])
         batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
         teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
-        noisy = self.family.noisy(batch["latents"].float(), _moved(noise, device), _moved(time, device))
+        noisy = self.family.noisy(batch, _moved(noise, device), _moved(time, device))
 
         def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
             return self.family.predict(transformer, noisy, batch)

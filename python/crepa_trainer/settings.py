@@ -52,10 +52,11 @@ class RunSettings(BaseModel):
     )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
     lora_rank: Integer = Field(16, ge=1, description="rank of the LoRA, and its alpha; must be an integer >= 1")
-    lora_targets: Words = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets: Words | None = Field(
+        None,
         min_length=1,
-        description='layers that get a LoRA; must be a list of names such as ["to_q", "to_v"]',
+        description="layers that get a LoRA, the attention's projections when null; "
+        'must be a list of names such as ["to_q", "to_v"]',
     )
     resolutions: Sizes = Field(
         ((480, 832),),

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crepa_kernels.families import FAMILIES
+from crepa_kernels.layouts import TokenLayout, raster_layout
+from crepa_kernels.teachers.decoding import VIDEO_VAES
+
 from ..loop import NoisyLatents, add_noise
+from .folder import constructor_defaults, has_part, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TASKS = ("text2video", "image2video")
-_WEIGHTS = (".safetensors", ".bin")
+
+# Embedding of one prompt: tensors by name, without a batch axis.
+Text = Mapping[str, Tensor]
 
 
 class ClipSize(Protocol):
@@ -34,16 +43,26 @@ class ClipSize(Protocol):
 class TrainingFamily(ABC):
     """A pipeline in the hub's layout, of one family. Made by `TrainingFamily.of`, which reads configs alone.
 
-    Attributes:
+    Class attributes:
         name: the family's name, the same as in `crepa_kernels.supported_families()`.
         transformer_class: the diffusers class that tells the family.
+        pipelines: the diffusers pipeline of each task that the family has.
+        parts, text_parts: parts that a pipeline's folder must have, and those of them that only encode text.
+        depth: keys of the transformer's config that say how many blocks it has.
+        lora_targets: attention projections that get a LoRA when the settings name none.
+
+    Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
-        configs: the parsed config.json of "transformer" and "vae", and model_index.json as "pipeline".
+        configs: the parsed configs of "transformer", with the class's defaults under it, "vae" and "scheduler", and
+            model_index.json as "pipeline".
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    pipelines: ClassVar[Mapping[str, str]]
+    text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    depth: ClassVar[tuple[str, ...]] = ("num_layers",)
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -51,6 +70,9 @@ class TrainingFamily(ABC):
 
     def __init__(self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
         self.model, self.task, self.configs = model, task, configs
+        self.row = next(row for row in FAMILIES if row.name == self.name)
+        if self.vae_class not in self.row.vaes:
+            raise ValueError(f"{model}: its VAE is an {self.vae_class}; {self.name} needs {' or '.join(self.row.vaes)}")
         self._check_task()
 
     @classmethod
@@ -58,12 +80,12 @@ class TrainingFamily(ABC):
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
 
         Raises:
-            ValueError: not a pipeline, a part that is missing, a transformer class of no family or of another than
-                `family`, a task that this model cannot be trained for.
+            ValueError: not a pipeline, a part that is missing, a transformer or VAE class of no family or of another
+                than `family`, a task that this model cannot be trained for.
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
-        index = _config(model, "model_index.json")
+        index = read_config(model)
         transformer = index.get("transformer") or [None, None]
         found = {each.transformer_class: each for each in cls._known.values()}.get(transformer[1])
         if found is None:
@@ -71,17 +93,19 @@ class TrainingFamily(ABC):
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
-        missing = [part for part in found.parts if not _has_part(model, index, part)]
+        parts = (*found.text_parts, "vae", "transformer", "scheduler")
+        missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
-            raise ValueError(
-                f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(found.parts)}"
-            )
-        configs = {part: _config(model, "config.json", part) for part in ("transformer", "vae")}
+            raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
+        configs = {part: read_config(model, part) for part in ("transformer", "vae", "scheduler")}
+        # A folder that was saved by an older diffusers lacks what was added since.
+        configs["transformer"] = {**constructor_defaults(found.transformer_class), **configs["transformer"]}
         return found(model, task, {"pipeline": index, **configs})
 
-    @abstractmethod
     def _check_task(self) -> None:
         """ValueError where the model cannot be trained for `task`."""
+        if self.task not in self.pipelines:
+            raise ValueError(f"task = {self.task}: {self.name} can be trained for {', '.join(self.pipelines)} alone")
 
     @abstractmethod
     def check_bucket(self, bucket: ClipSize) -> None:
@@ -91,9 +115,14 @@ class TrainingFamily(ABC):
     def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a clip's latents, from configs alone."""
 
-    @abstractmethod
+    def layout(self, bucket: ClipSize) -> TokenLayout:
+        """How a clip's tokens lie in the transformer, from configs alone."""
+        return raster_layout(SimpleNamespace(**self.configs["transformer"]), self.latent_shape(bucket)[1:])
+
     def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
         """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
+        layout = self.layout(bucket)
+        return layout.frames, *layout.grid
 
     def tokens_per_frame(self, bucket: ClipSize) -> int:
         """Tokens of one token frame."""
@@ -101,30 +130,53 @@ class TrainingFamily(ABC):
         return height * width
 
     @property
-    @abstractmethod
     def hidden_size(self) -> int:
         """Width D of a block's output."""
+        return self.row.hidden_size(SimpleNamespace(**self.configs["transformer"]))
 
     @property
-    @abstractmethod
     def blocks(self) -> int:
         """Number of the transformer's blocks."""
+        return sum(int(self.configs["transformer"][key]) for key in self.depth)
 
-    @abstractmethod
+    @property
+    def vae_class(self) -> str | None:
+        """The diffusers class of the VAE."""
+        name: str | None = self.configs["pipeline"]["vae"][1]
+        return name
+
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
+        model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
+            self.model, subfolder="transformer", torch_dtype=dtype
+        )
+        return model.requires_grad_(False).train()
 
-    @abstractmethod
     def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
         """The VAE, frozen, in eval mode."""
+        vae: torch.nn.Module = _diffusers(self.vae_class).from_pretrained(
+            self.model, subfolder="vae", torch_dtype=dtype
+        )
+        return vae.requires_grad_(False).eval()
 
-    @abstractmethod
     def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """Tokenizer and text encoder in a pipeline without the rest; move it with `.to(device)`."""
+        """Tokenizers and text encoders in a pipeline without the rest; move it with `.to(device)`."""
+        without = dict.fromkeys(("vae", "transformer", "scheduler"))
+        pipeline: DiffusionPipeline = _diffusers(self.pipelines[self.task]).from_pretrained(
+            self.model, torch_dtype=dtype, **without
+        )
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        return pipeline
 
     @abstractmethod
-    def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Tensor]:
-        """The pipeline's own embedding of each prompt, (L, d), in the encoder's type, on its device."""
+    def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
+        """The pipeline's own embedding of each prompt, in the encoder's type, on its device.
+
+        A text is one or more tensors without a batch axis, e.g. `text` (L, d), `text_mask` (L,) bool; their names are
+        the family's, and none of those that `CachedClips` gives. In a batch a shorter one is filled with zeros.
+        """
 
     @abstractmethod
     def encode_latents(self, vae: torch.nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -133,23 +185,63 @@ class TrainingFamily(ABC):
         A sample of the VAE's distribution with a generator, its mode without.
         """
 
-    def noisy(self, latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-        """Clean latents (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there."""
-        return add_noise(latents, noise, time)
+    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
+        what else the family asks for, such as those of the first frame alone.
+        """
+        return {"latents": self.encode_latents(vae, pixels[None])[0].float()}
+
+    def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
+        """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""
+        return VIDEO_VAES[type(vae).__name__].decode(vae, latents)
+
+    def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """Levels in [0, 1] at which clips of `latent_shape` (C, T, h, w) are trained, from standard normal draws (B,).
+
+        Logit-normal, then moved by the shift of the pipeline's scheduler as its sampling steps are.
+        """
+        scheduler = self.configs["scheduler"]
+        return shifted(draw.sigmoid(), float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))))
+
+    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
+        """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there."""
+        return add_noise(batch["latents"], noise, time)
 
     @abstractmethod
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
-        """The transformer's prediction of `noisy.target`, (B, C, T, h, w). `batch` has `text` (B, L, d)."""
+        """The transformer's prediction of `noisy.target`, (B, C, T, h, w). `batch` has the texts, with a batch axis."""
 
-    @abstractmethod
     def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline without text side that samples with prompt embeddings."""
+        kind = _diffusers(self.pipelines[self.task])
+        scheduler = _diffusers(self.configs["pipeline"]["scheduler"][1])
+        parts: dict[str, Any] = {
+            name: None
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if name != "self" and parameter.default is parameter.empty
+        }
+        parts |= {"vae": vae, "transformer": transformer}
+        parts["scheduler"] = scheduler.from_pretrained(self.model, subfolder="scheduler")
+        pipeline: DiffusionPipeline = kind(**parts, **self._pipeline_settings())
+        return pipeline
+
+    def _pipeline_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's constructor that are not its parts."""
+        return {}
+
+    @abstractmethod
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        """A prompt's embedding and that of the empty one as arguments of the pipeline's call."""
+
+    def size_arguments(self, size: ClipSize) -> dict[str, Any]:
+        """A clip's size as arguments of the pipeline's call."""
+        return {"height": size.height, "width": size.width, "num_frames": size.frames}
 
     def sample(
         self,
         pipeline: Any,
-        text: Tensor,
-        negative: Tensor | None,
+        text: Text,
+        negative: Text | None,
         size: ClipSize,
         *,
         steps: int,
@@ -157,17 +249,14 @@ class TrainingFamily(ABC):
         generator: torch.Generator,
         image: Tensor | None = None,
     ) -> np.ndarray:
-        """A clip (P, H, W, 3) in [0, 1] of a prompt's embedding (L, d); `image` (3, H, W) begins it where it is given.
+        """A clip (P, H, W, 3) in [0, 1] of a prompt's embedding; `image` (3, H, W) begins it where it is given.
 
-        `negative` (L, d) is only needed with a guidance above 1.
+        `negative` is only needed with a guidance above 1.
         """
         given = {} if image is None else {"image": image[None]}
         clip: np.ndarray = pipeline(
-            prompt_embeds=text[None],
-            negative_prompt_embeds=None if negative is None else negative[None],
-            height=size.height,
-            width=size.width,
-            num_frames=size.frames,
+            **self.text_arguments(text, negative),
+            **self.size_arguments(size),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generator,
@@ -176,36 +265,23 @@ class TrainingFamily(ABC):
         ).frames[0]
         return clip
 
-    @abstractmethod
     def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
         """Writes the adapter's weights for the pipeline's `load_lora_weights`; returns the file."""
+        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+        from peft.utils import get_peft_model_state_dict
+
+        _diffusers(self.pipelines[self.task]).save_lora_weights(
+            folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
+        )
+        return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def _config(model: str, name: str, part: str | None = None) -> Mapping[str, Any]:
-    from diffusers import AutoModel, DiffusionPipeline
-
-    loader: Any = DiffusionPipeline if part is None else AutoModel
-    where = name if part is None else f"{part}/{name}"
-    # diffusers would take another folder's file of that name, and ask the hub for a folder that is misspelt.
-    if Path(model).is_dir():
-        if not (Path(model) / where).is_file():
-            raise ValueError(f"{model} has no {where}: model must be a diffusers pipeline folder or hub id")
-    elif Path(model).is_absolute() or model.count("/") != 1:
-        raise ValueError(f"model = {model}: no such folder, and not a hub id (owner/name)")
-    try:
-        config: Mapping[str, Any] = loader.load_config(model, subfolder=part)
-    except OSError as error:
-        raise ValueError(f"{model}: {where} cannot be read: {error}") from error
-    return config
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Noise levels in [0, 1] moved towards noise as `FlowMatchEulerDiscreteScheduler` does with `shift` > 1."""
+    return shift * time / (1 + (shift - 1) * time)
 
 
-def _has_part(model: str, index: Mapping[str, Any], part: str) -> bool:
-    if (index.get(part) or [None, None])[1] is None:
-        return False
-    folder = Path(model)
-    if not folder.is_dir():
-        return True
-    names = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
-    if part in ("scheduler", "tokenizer"):
-        return bool(names)
-    return "config.json" in names and any(name.endswith(_WEIGHTS) for name in names)
+def _diffusers(name: str | None) -> Any:
+    import diffusers
+
+    return getattr(diffusers, str(name))

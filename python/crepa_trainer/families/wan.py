@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..loop import NoisyLatents
-from .base import ClipSize, TrainingFamily
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
+from .base import ClipSize, Text, TrainingFamily
 
 TEXT_TOKENS = 512  # WanPipeline's default max_sequence_length
 PIXEL_MULTIPLE = 16  # which WanPipeline asks of height and width
@@ -25,6 +21,7 @@ class WanFamily(TrainingFamily):
 
     name = "wan"
     transformer_class = "WanTransformer3DModel"
+    pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 
     def _check_task(self) -> None:
         index, transformer, vae = (self.configs[part] for part in ("pipeline", "transformer", "vae"))
@@ -60,11 +57,6 @@ class WanFamily(TrainingFamily):
         frames = 1 + (bucket.frames - 1) // self._scale("scale_factor_temporal", 4)
         return self.configs["vae"]["z_dim"], frames, bucket.height // spatial, bucket.width // spatial
 
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        patch = self.configs["transformer"]["patch_size"]
-        frames, height, width = (n // p for n, p in zip(self.latent_shape(bucket)[1:], patch, strict=True))
-        return frames, height, width
-
     def _multiples(self) -> tuple[int, int, int]:
         spatial, (_, height, width) = self._scale("scale_factor_spatial", 8), self.configs["transformer"]["patch_size"]
         multiples = [spatial * patch for patch in (height, width)]
@@ -75,45 +67,12 @@ class WanFamily(TrainingFamily):
     def _scale(self, key: str, default: int) -> int:
         return int(self.configs["vae"].get(key, default))
 
-    @property
-    def hidden_size(self) -> int:
-        config = self.configs["transformer"]
-        return int(config["num_attention_heads"] * config["attention_head_dim"])
-
-    @property
-    def blocks(self) -> int:
-        return int(self.configs["transformer"]["num_layers"])
-
-    def load_transformer(self, dtype: torch.dtype) -> WanTransformer3DModel:
-        from diffusers import WanTransformer3DModel
-
-        model = WanTransformer3DModel.from_pretrained(self.model, subfolder="transformer", torch_dtype=dtype)
-        return model.requires_grad_(False).train()
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLWan:
-        from diffusers import AutoencoderKLWan
-
-        vae = AutoencoderKLWan.from_pretrained(self.model, subfolder="vae", torch_dtype=dtype)
-        return vae.requires_grad_(False).eval()
-
-    def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
-        from diffusers import WanPipeline
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        encoder = UMT5EncoderModel.from_pretrained(self.model, subfolder="text_encoder", dtype=dtype)
-        return WanPipeline(
-            tokenizer=AutoTokenizer.from_pretrained(self.model, subfolder="tokenizer"),
-            text_encoder=encoder.requires_grad_(False).eval(),
-            vae=None,
-            scheduler=None,
-        )
-
     @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         embeddings, _ = parts.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )
-        return [embedding.clone() for embedding in embeddings]
+        return [{"text": embedding.clone()} for embedding in embeddings]
 
     @torch.no_grad()
     def encode_latents(self, vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -126,15 +85,16 @@ class WanFamily(TrainingFamily):
         )
         return (latents.float() - mean) / std
 
-    def noisy(self, latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-        noisy = super().noisy(latents, noise, time)
+    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
+        noisy = super().noisy(batch, noise, time)
         if self.task == "text2video":
             return noisy
         # WanImageToVideoPipeline: the first latent frame is the image's, clean, and each token has its own time.
+        latents = batch["latents"]
         given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
         _, tall, wide = self.configs["transformer"]["patch_size"]
-        batch, _, frames, height, width = latents.shape
-        predicted = torch.ones(batch, frames, dtype=torch.bool, device=latents.device)
+        clips, _, frames, height, width = latents.shape
+        predicted = torch.ones(clips, frames, dtype=torch.bool, device=latents.device)
         predicted[:, 0] = False
         tokens = (height // tall) * (width // wide)
         timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)  # (B, T h w)
@@ -144,27 +104,9 @@ class WanFamily(TrainingFamily):
         prediction: Tensor = transformer(noisy.latents, noisy.timestep, batch["text"], return_dict=False)[0]
         return prediction
 
-    def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
-        import diffusers
-        from diffusers import WanImageToVideoPipeline, WanPipeline
+    def _pipeline_settings(self) -> dict[str, Any]:
+        return {"expand_timesteps": bool(self.configs["pipeline"].get("expand_timesteps"))}
 
-        kind: Any = WanPipeline if self.task == "text2video" else WanImageToVideoPipeline
-        index = self.configs["pipeline"]
-        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(self.model, subfolder="scheduler")
-        pipeline: DiffusionPipeline = kind(
-            tokenizer=None,
-            text_encoder=None,
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
-            expand_timesteps=bool(index.get("expand_timesteps")),
-        )
-        return pipeline
-
-    def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
-        from diffusers import WanPipeline
-        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-        from peft.utils import get_peft_model_state_dict
-
-        WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer))
-        return folder / LORA_WEIGHT_NAME_SAFE
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        without = None if negative is None else negative["text"][None]
+        return {"prompt_embeds": text["text"][None], "negative_prompt_embeds": without}
