@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor
 
 from crepa_kernels.families import FAMILIES
-from crepa_kernels.layouts import TokenLayout, raster_layout
+from crepa_kernels.layouts import TokenLayout, patch_size, raster_layout
 from crepa_kernels.teachers.decoding import VIDEO_VAES
 
 from ..loop import NoisyLatents, add_noise
 from .folder import constructor_defaults, has_part, read_config
+from .vaes import ENCODINGS, encode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,6 +53,7 @@ class TrainingFamily(ABC):
         parts, text_parts: parts that a pipeline's folder must have, and those of them that only encode text.
         depth: keys of the transformer's config that say how many blocks it has.
         lora_targets: attention projections that get a LoRA when the settings name none.
+        pixel_multiple: what the pipeline asks height and width to be a multiple of, beside VAE and patches.
 
     Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
@@ -63,6 +67,7 @@ class TrainingFamily(ABC):
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     depth: ClassVar[tuple[str, ...]] = ("num_layers",)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    pixel_multiple: ClassVar[int] = 1
     _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -71,8 +76,6 @@ class TrainingFamily(ABC):
     def __init__(self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
         self.model, self.task, self.configs = model, task, configs
         self.row = next(row for row in FAMILIES if row.name == self.name)
-        if self.vae_class not in self.row.vaes:
-            raise ValueError(f"{model}: its VAE is an {self.vae_class}; {self.name} needs {' or '.join(self.row.vaes)}")
         self._check_task()
 
     @classmethod
@@ -97,27 +100,56 @@ class TrainingFamily(ABC):
         missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
             raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
-        configs = {part: read_config(model, part) for part in ("transformer", "vae", "scheduler")}
-        # A folder that was saved by an older diffusers lacks what was added since.
-        configs["transformer"] = {**constructor_defaults(found.transformer_class), **configs["transformer"]}
-        return found(model, task, {"pipeline": index, **configs})
+        vaes, vae = next(row.vaes for row in FAMILIES if row.name == found.name), index["vae"][1]
+        if vae not in vaes:
+            raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
+        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler")}
+        for part, kind in (("transformer", found.transformer_class), ("vae", vae)):
+            # A folder that was saved by an older diffusers lacks what was added since.
+            configs[part] = {**constructor_defaults(kind), **read_config(model, part)}
+        return found(model, task, configs)
 
     def _check_task(self) -> None:
         """ValueError where the model cannot be trained for `task`."""
         if self.task not in self.pipelines:
             raise ValueError(f"task = {self.task}: {self.name} can be trained for {', '.join(self.pipelines)} alone")
 
-    @abstractmethod
+    def config(self, part: str) -> SimpleNamespace:
+        """A part's config as the models have theirs."""
+        return SimpleNamespace(**self.configs[part])
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """(pixel frames, pixels) of one latent frame and of one latent's side."""
+        return ENCODINGS[str(self.vae_class)].compression(self.config("vae"))
+
     def check_bucket(self, bucket: ClipSize) -> None:
         """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""
+        (factor, pixels), (patch, *sides) = self.compression, patch_size(self.config("transformer"))
+        height, width = (lcm(pixels * side, self.pixel_multiple) for side in sides)
+        if bucket.height % height or bucket.width % width or bucket.height < height or bucket.width < width:
+            raise ValueError(
+                f"resolution {bucket.height}x{bucket.width}: height must be a multiple of {height}, "
+                f"width of {width} (VAE and patches)"
+            )
+        if bucket.frames < 1 or (bucket.frames - 1) % factor:
+            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
+        frames = self.latent_shape(bucket)[1]
+        if frames % patch:
+            raise ValueError(
+                f"frame count {bucket.frames}: {frames} latent frames are not a multiple of the transformer's "
+                f"temporal patch {patch}"
+            )
 
-    @abstractmethod
     def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a clip's latents, from configs alone."""
+        factor, pixels = self.compression
+        channels = VIDEO_VAES[str(self.vae_class)].channels(self.config("vae"))
+        return channels, 1 + (bucket.frames - 1) // factor, bucket.height // pixels, bucket.width // pixels
 
     def layout(self, bucket: ClipSize) -> TokenLayout:
         """How a clip's tokens lie in the transformer, from configs alone."""
-        return raster_layout(SimpleNamespace(**self.configs["transformer"]), self.latent_shape(bucket)[1:])
+        return raster_layout(self.config("transformer"), self.latent_shape(bucket)[1:])
 
     def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
         """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
@@ -132,7 +164,7 @@ class TrainingFamily(ABC):
     @property
     def hidden_size(self) -> int:
         """Width D of a block's output."""
-        return self.row.hidden_size(SimpleNamespace(**self.configs["transformer"]))
+        return self.row.hidden_size(self.config("transformer"))
 
     @property
     def blocks(self) -> int:
@@ -161,14 +193,18 @@ class TrainingFamily(ABC):
 
     def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
         """Tokenizers and text encoders in a pipeline without the rest; move it with `.to(device)`."""
-        without = dict.fromkeys(("vae", "transformer", "scheduler"))
-        pipeline: DiffusionPipeline = _diffusers(self.pipelines[self.task]).from_pretrained(
-            self.model, torch_dtype=dtype, **without
-        )
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
-        return pipeline
+        import transformers
+
+        parts: dict[str, Any] = {}
+        for name in self.text_parts:
+            kind = transformers.AutoTokenizer
+            options = {}
+            if not name.startswith("tokenizer"):
+                kind, options = getattr(transformers, self.configs["pipeline"][name][1]), {"dtype": dtype}
+            parts[name] = kind.from_pretrained(self.model, subfolder=name, **options)
+            if options:
+                parts[name].requires_grad_(False).eval()
+        return self._bare_pipeline(parts)
 
     @abstractmethod
     def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
@@ -178,12 +214,13 @@ class TrainingFamily(ABC):
         the family's, and none of those that `CachedClips` gives. In a batch a shorter one is filled with zeros.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_latents(self, vae: torch.nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, C, T, h, w), normalised as the transformer sees them, of pixels (B, P, 3, H, W) uint8.
 
         A sample of the VAE's distribution with a generator, its mode without.
         """
+        return encode(vae, pixels, generator)
 
     def encode_clip(self, vae: torch.nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
@@ -204,8 +241,23 @@ class TrainingFamily(ABC):
         return shifted(draw.sigmoid(), float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))))
 
     def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
-        """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there."""
-        return add_noise(batch["latents"], noise, time)
+        """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there.
+
+        In image to video with a clean first frame, that frame is as it was, at time 0 and not predicted, and the
+        timesteps are those of each token, (B, tokens).
+        """
+        latents = batch["latents"]
+        noisy = add_noise(latents, noise, time)
+        config = self.config("transformer")
+        if self.task == "text2video" or not self.row.first_frame_is_clean(config):
+            return noisy
+        given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
+        layout = raster_layout(config, latents.shape[2:])
+        predicted = torch.ones(len(latents), layout.frames, dtype=torch.bool, device=latents.device)
+        predicted[:, 0] = False
+        tokens = layout.grid[0] * layout.grid[1]
+        timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)
+        return replace(noisy, latents=given, timestep=timestep, frame_mask=predicted)
 
     @abstractmethod
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
@@ -213,16 +265,20 @@ class TrainingFamily(ABC):
 
     def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline without text side that samples with prompt embeddings."""
+        scheduler = _diffusers(self.configs["pipeline"]["scheduler"][1]).from_pretrained(
+            self.model, subfolder="scheduler"
+        )
+        return self._bare_pipeline({"vae": vae, "transformer": transformer, "scheduler": scheduler})
+
+    def _bare_pipeline(self, parts: Mapping[str, Any]) -> DiffusionPipeline:
+        """The task's pipeline with these parts and no others."""
         kind = _diffusers(self.pipelines[self.task])
-        scheduler = _diffusers(self.configs["pipeline"]["scheduler"][1])
-        parts: dict[str, Any] = {
+        without = {
             name: None
             for name, parameter in inspect.signature(kind.__init__).parameters.items()
             if name != "self" and parameter.default is parameter.empty
         }
-        parts |= {"vae": vae, "transformer": transformer}
-        parts["scheduler"] = scheduler.from_pretrained(self.model, subfolder="scheduler")
-        pipeline: DiffusionPipeline = kind(**parts, **self._pipeline_settings())
+        pipeline: DiffusionPipeline = kind(**{**without, **parts}, **self._pipeline_settings())
         return pipeline
 
     def _pipeline_settings(self) -> dict[str, Any]:
@@ -236,6 +292,10 @@ class TrainingFamily(ABC):
     def size_arguments(self, size: ClipSize) -> dict[str, Any]:
         """A clip's size as arguments of the pipeline's call."""
         return {"height": size.height, "width": size.width, "num_frames": size.frames}
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """Classifier-free guidance as arguments of the pipeline's call."""
+        return {"guidance_scale": guidance}
 
     def sample(
         self,
@@ -258,7 +318,7 @@ class TrainingFamily(ABC):
             **self.text_arguments(text, negative),
             **self.size_arguments(size),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **self.guidance_arguments(guidance),
             generator=generator,
             output_type="np",
             **given,
