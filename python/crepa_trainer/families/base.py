@@ -23,6 +23,8 @@ from .folder import constructor_defaults, has_part, read_config
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..settings import RunSettings
+
 TASKS = ("text2video", "image2video")
 
 # Embedding of one prompt: tensors by name, without a batch axis.
@@ -53,6 +55,8 @@ class TrainingFamily(ABC):
 
     Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
+        expert: "high" or "low" where the pipeline has a transformer for each side of a noise level, else None.
+        transformer_part: the pipeline's part that is trained.
         configs: the parsed configs of "transformer", with the class's defaults under it, "vae" and "scheduler", and
             model_index.json as "pipeline".
     """
@@ -68,20 +72,25 @@ class TrainingFamily(ABC):
     def __init_subclass__(cls) -> None:
         TrainingFamily._known[cls.name] = cls
 
-    def __init__(self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self.model, self.task, self.configs = model, task, configs
+    def __init__(
+        self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]], expert: str | None = None
+    ) -> None:
+        self.model, self.task, self.configs, self.expert = model, task, configs, expert
         self.row = next(row for row in FAMILIES if row.name == self.name)
         if self.vae_class not in self.row.vaes:
             raise ValueError(f"{model}: its VAE is an {self.vae_class}; {self.name} needs {' or '.join(self.row.vaes)}")
         self._check_task()
 
     @classmethod
-    def of(cls, model: str, task: str = "text2video", family: str | None = None) -> TrainingFamily:
+    def of(
+        cls, model: str, task: str = "text2video", family: str | None = None, expert: str | None = None
+    ) -> TrainingFamily:
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
 
         Raises:
             ValueError: not a pipeline, a part that is missing, a transformer or VAE class of no family or of another
-                than `family`, a task that this model cannot be trained for.
+                than `family`, a task that this model cannot be trained for, an expert that it does not have, none
+                named where it has two.
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
@@ -93,14 +102,29 @@ class TrainingFamily(ABC):
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
-        parts = (*found.text_parts, "vae", "transformer", "scheduler")
+        trained = found.part_of_expert(model, index, expert)
+        parts = (*found.text_parts, "vae", *dict.fromkeys(("transformer", trained)), "scheduler")
         missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
             raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
-        configs = {part: read_config(model, part) for part in ("transformer", "vae", "scheduler")}
+        configs = {part: read_config(model, part) for part in ("vae", "scheduler")}
         # A folder that was saved by an older diffusers lacks what was added since.
-        configs["transformer"] = {**constructor_defaults(found.transformer_class), **configs["transformer"]}
-        return found(model, task, {"pipeline": index, **configs})
+        configs["transformer"] = {**constructor_defaults(found.transformer_class), **read_config(model, trained)}
+        return found(model, task, {"pipeline": index, **configs}, expert)
+
+    @classmethod
+    def part_of_expert(cls, model: str, index: Mapping[str, Any], expert: str | None) -> str:
+        """The part of a pipeline with this model_index.json that is trained. ValueError for an expert it lacks."""
+        if expert is not None:
+            raise ValueError(f"expert = {expert}: {model} has one transformer, which is trained at all noise levels")
+        return "transformer"
+
+    @property
+    def transformer_part(self) -> str:
+        return self.part_of_expert(self.model, self.configs["pipeline"], self.expert)
+
+    def check_run(self, settings: RunSettings, device_type: str) -> None:  # noqa: B027
+        """ValueError for what this model cannot be trained with, on a device of this type."""
 
     def _check_task(self) -> None:
         """ValueError where the model cannot be trained for `task`."""
@@ -147,10 +171,13 @@ class TrainingFamily(ABC):
 
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
+        return self._load(self.transformer_part, dtype).train()
+
+    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
         model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
-            self.model, subfolder="transformer", torch_dtype=dtype
+            self.model, subfolder=part, torch_dtype=dtype
         )
-        return model.requires_grad_(False).train()
+        return model.requires_grad_(False)
 
     def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
         """The VAE, frozen, in eval mode."""
@@ -185,9 +212,20 @@ class TrainingFamily(ABC):
         A sample of the VAE's distribution with a generator, its mode without.
         """
 
-    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """Parts of the pipeline that encode the given image, beside the VAE."""
+        return ()
+
+    def load_image_encoder(self) -> DiffusionPipeline | None:
+        """`image_parts` in a pipeline without the rest, frozen, in fp32; None where there are none."""
+        return None
+
+    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
         what else the family asks for, such as those of the first frame alone.
+
+        image_encoder: of `load_image_encoder`.
         """
         return {"latents": self.encode_latents(vae, pixels[None])[0].float()}
 
@@ -200,8 +238,7 @@ class TrainingFamily(ABC):
 
         Logit-normal, then moved by the shift of the pipeline's scheduler as its sampling steps are.
         """
-        scheduler = self.configs["scheduler"]
-        return shifted(draw.sigmoid(), float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))))
+        return shifted(draw.sigmoid(), scheduler_shift(self.configs["scheduler"]))
 
     def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
         """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there."""
@@ -220,10 +257,14 @@ class TrainingFamily(ABC):
             for name, parameter in inspect.signature(kind.__init__).parameters.items()
             if name != "self" and parameter.default is parameter.empty
         }
-        parts |= {"vae": vae, "transformer": transformer}
+        parts |= self._pipeline_models(transformer, vae)
         parts["scheduler"] = scheduler.from_pretrained(self.model, subfolder="scheduler")
         pipeline: DiffusionPipeline = kind(**parts, **self._pipeline_settings())
         return pipeline
+
+    def _pipeline_models(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> dict[str, Any]:
+        """Models that a pipeline without text side samples with."""
+        return {"vae": vae, "transformer": transformer}
 
     def _pipeline_settings(self) -> dict[str, Any]:
         """Arguments of the pipeline's constructor that are not its parts."""
@@ -253,7 +294,7 @@ class TrainingFamily(ABC):
 
         `negative` is only needed with a guidance above 1.
         """
-        given = {} if image is None else {"image": image[None]}
+        given = {} if image is None else {"image": self.image_argument(image)}
         clip: np.ndarray = pipeline(
             **self.text_arguments(text, negative),
             **self.size_arguments(size),
@@ -265,6 +306,10 @@ class TrainingFamily(ABC):
         ).frames[0]
         return clip
 
+    def image_argument(self, image: Tensor) -> Any:
+        """An image (3, H, W) in [0, 1] as the pipeline's call takes it."""
+        return image[None]
+
     def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
         """Writes the adapter's weights for the pipeline's `load_lora_weights`; returns the file."""
         from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -274,6 +319,11 @@ class TrainingFamily(ABC):
             folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
         )
         return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def scheduler_shift(config: Mapping[str, Any]) -> float:
+    """By how much a scheduler moves its noise levels, from its config."""
+    return float(config.get("flow_shift", config.get("shift", 1.0)))
 
 
 def shifted(time: Tensor, shift: float) -> Tensor:
