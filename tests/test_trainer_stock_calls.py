@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.families import TrainingFamily
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hub_cases import CASES, HubCase
 from tiny import CHANNELS, clip_pixels
@@ -167,6 +167,9 @@ def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFam
             expected = {"text": text[0], "pooled": pooled[0]}
         else:
             options = {"max_sequence_length": 512} if family.name == "wan" else {}
+            if family.name == "wan":
+                # The image-to-video pipeline's own is a copy of it, which cannot do without ftfy.
+                stock = WanPipeline(stock.tokenizer, stock.text_encoder, vae=None, scheduler=None)
             embedding, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, **options)
             expected = {"text": embedding[0]}
         assert ours.keys() == expected.keys()

@@ -107,6 +107,19 @@ class WanFamily(TrainingFamily):
     def _scale(self, key: str, default: int) -> int:
         return int(self.configs["vae"].get(key, default))
 
+    def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
+        from diffusers import WanPipeline
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        encoder = UMT5EncoderModel.from_pretrained(self.model, subfolder="text_encoder", dtype=dtype)
+        # Also for image to video, whose pipeline's copy of encode_prompt cannot do without ftfy.
+        return WanPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(self.model, subfolder="tokenizer"),
+            text_encoder=encoder.requires_grad_(False).eval(),
+            vae=None,
+            scheduler=None,
+        )
+
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         embeddings, _ = parts.encode_prompt(
