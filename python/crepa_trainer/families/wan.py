@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..loop import NoisyLatents
 from .base import ClipSize, Text, TrainingFamily, scheduler_shift, shifted
+from .folder import has_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +51,7 @@ class WanFamily(TrainingFamily):
             )
         if transformer["pos_embed_seq_len"] is not None:
             raise ValueError(f"{self.model} wants a first and a last frame (pos_embed_seq_len): not supported")
-        lacking = [part for part in self.image_parts if (index.get(part) or [None, None])[1] is None]
+        lacking = [part for part in self.image_parts if not has_part(self.model, index, part)]
         if lacking:
             raise ValueError(f"{self.model} lacks {', '.join(lacking)}, whose image embeddings the transformer takes")
         if self.expert is not None and index.get("boundary_ratio") is None:
