@@ -98,7 +98,7 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     """A run in this process; the rows of its CSV."""
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
-    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)

@@ -156,7 +156,12 @@ class _Encoders:
 
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
         vae = self._once("vae", lambda: self.family.load_vae(torch.float32).to(self.device))
-        return self.family.encode_clip(vae, pixels)
+        images = self._once("image encoder", self._image_encoder)
+        return self.family.encode_clip(vae, pixels, images)
+
+    def _image_encoder(self) -> Any:
+        loaded = self.family.load_image_encoder()
+        return None if loaded is None else loaded.to(self.device)
 
     def features(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
         config = self.config

@@ -74,7 +74,7 @@ class CacheNames:
             "video": self._videos[key.video],
             "clip": [key.start, bucket.height, bucket.width, bucket.frames],
         }
-        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, "vae": self._vae})
+        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
         teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
         return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption))
 
@@ -83,13 +83,17 @@ class CacheNames:
         return self.folder / "text" / file_name(content)
 
     @cached_property
-    def _vae(self) -> list[Any]:
-        return model_identity(self.family.model, "vae")
+    def _encoders_of_clips(self) -> dict[str, Any]:
+        encoders: dict[str, Any] = {"vae": model_identity(self.family.model, "vae", *self.family.image_parts)}
+        # Beside the latents there may be what was made of the first frame.
+        return encoders if self.family.task == "text2video" else {**encoders, "task": self.family.task}
 
     @cached_property
     def _text_encoder(self) -> list[Any]:
         dtype = str(encoder_type(self.device))
-        return [*model_identity(self.family.model, "text_encoder", "tokenizer"), dtype]
+        # First one that has a config.json.
+        parts = sorted(self.family.text_parts, key=lambda part: part.startswith("tokenizer"))
+        return [*model_identity(self.family.model, *parts), dtype]
 
     @cached_property
     def _encoder(self) -> list[Any]:

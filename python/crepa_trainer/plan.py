@@ -116,9 +116,10 @@ def make_plan(
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read.
+            read, settings or a device that the family cannot be trained with.
     """
     check_blocks(config, family)
+    family.check_run(settings, device_type)
     parameters, trained = _count_parameters(settings, family)
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)

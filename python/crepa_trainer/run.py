@@ -76,7 +76,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
-    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
     device = torch.accelerator.current_accelerator()

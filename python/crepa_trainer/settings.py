@@ -50,6 +50,11 @@ class RunSettings(BaseModel):
     task: Literal["text2video", "image2video"] = Field(
         "text2video", description='what is trained; must be "text2video" or "image2video"'
     )
+    expert: Literal["high", "low"] | None = Field(
+        None,
+        description="which of two transformers is trained, that of the high or of the low noise levels, null where the "
+        'model has one; must be "high" or "low"',
+    )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
     lora_rank: Integer = Field(16, ge=1, description="rank of the LoRA, and its alpha; must be an integer >= 1")
     lora_targets: Words | None = Field(
@@ -249,7 +254,7 @@ def _unknown_words(rest: Sequence[str]) -> list[str]:
 def _at_recommended_block(settings: RunSettings, config: CrepaConfig) -> CrepaConfig:
     from .families import TrainingFamily
 
-    family = TrainingFamily.of(settings.model, settings.task, settings.family).name
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert).name
     index = recommended_block_index(family)
     logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
     return config.replace(crepa_block_index=index)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .families import Text, TrainingFamily
-    from .families.base import ClipSize
+    from .families import ClipSize, Text, TrainingFamily
 
 FRAMES_PER_SECOND = 16
 STRIP_FRAMES = 8

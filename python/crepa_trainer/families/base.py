@@ -5,26 +5,27 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import lcm
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crepa_kernels.families import FAMILIES
-from crepa_kernels.layouts import TokenLayout, patch_size, raster_layout
+from crepa_kernels.layouts import raster_layout
 from crepa_kernels.teachers.decoding import VIDEO_VAES
 
 from ..loop import NoisyLatents, add_noise
 from .folder import constructor_defaults, has_part, read_config
-from .vaes import ENCODINGS, encode
+from .noise import scheduler_shift, shifted, with_clean_first_frame
+from .sizes import ClipSize, ModelSizes
+from .vaes import encode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from ..settings import RunSettings
 
 TASKS = ("text2video", "image2video")
 
@@ -32,59 +33,47 @@ TASKS = ("text2video", "image2video")
 Text = Mapping[str, Tensor]
 
 
-class ClipSize(Protocol):
-    """Size of a training clip in pixels and pixel frames."""
-
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def frames(self) -> int: ...
-
-
-class TrainingFamily(ABC):
+class TrainingFamily(ModelSizes, ABC):
     """A pipeline in the hub's layout, of one family. Made by `TrainingFamily.of`, which reads configs alone.
 
-    Class attributes:
-        name: the family's name, the same as in `crepa_kernels.supported_families()`.
+    Class attributes, beside those of `ModelSizes`:
         transformer_class: the diffusers class that tells the family.
         pipelines: the diffusers pipeline of each task that the family has.
         parts, text_parts: parts that a pipeline's folder must have, and those of them that only encode text.
-        depth: keys of the transformer's config that say how many blocks it has.
         lora_targets: attention projections that get a LoRA when the settings name none.
-        pixel_multiple: what the pipeline asks height and width to be a multiple of, beside VAE and patches.
 
     Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
-        configs: the parsed configs of "transformer", with the class's defaults under it, "vae" and "scheduler", and
-            model_index.json as "pipeline".
+        expert: "high" or "low" where the pipeline has a transformer for each side of a noise level, else None.
+        transformer_part: the pipeline's part that is trained.
     """
 
-    name: ClassVar[str]
     transformer_class: ClassVar[str]
     pipelines: ClassVar[Mapping[str, str]]
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
-    depth: ClassVar[tuple[str, ...]] = ("num_layers",)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    pixel_multiple: ClassVar[int] = 1
     _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
         TrainingFamily._known[cls.name] = cls
 
-    def __init__(self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self.model, self.task, self.configs = model, task, configs
-        self.row = next(row for row in FAMILIES if row.name == self.name)
+    def __init__(
+        self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]], expert: str | None = None
+    ) -> None:
+        super().__init__(configs)
+        self.model, self.task, self.expert = model, task, expert
         self._check_task()
 
     @classmethod
-    def of(cls, model: str, task: str = "text2video", family: str | None = None) -> TrainingFamily:
+    def of(
+        cls, model: str, task: str = "text2video", family: str | None = None, expert: str | None = None
+    ) -> TrainingFamily:
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
 
         Raises:
             ValueError: not a pipeline, a part that is missing, a transformer or VAE class of no family or of another
-                than `family`, a task that this model cannot be trained for.
+                than `family`, a task that this model cannot be trained for, an expert that it does not have, none
+                named where it has two.
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
@@ -96,7 +85,8 @@ class TrainingFamily(ABC):
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
-        parts = (*found.text_parts, "vae", "transformer", "scheduler")
+        trained = found.part_of_expert(model, index, expert)
+        parts = (*found.text_parts, "vae", *dict.fromkeys(("transformer", trained)), "scheduler")
         missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
             raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
@@ -104,85 +94,39 @@ class TrainingFamily(ABC):
         if vae not in vaes:
             raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
         configs = {"pipeline": index, "scheduler": read_config(model, "scheduler")}
-        for part, kind in (("transformer", found.transformer_class), ("vae", vae)):
+        for part, folder, kind in (("transformer", trained, found.transformer_class), ("vae", "vae", vae)):
             # A folder that was saved by an older diffusers lacks what was added since.
-            configs[part] = {**constructor_defaults(kind), **read_config(model, part)}
-        return found(model, task, configs)
+            configs[part] = {**constructor_defaults(kind), **read_config(model, folder)}
+        return found(model, task, configs, expert)
+
+    @classmethod
+    def part_of_expert(cls, model: str, index: Mapping[str, Any], expert: str | None) -> str:
+        """The part of a pipeline with this model_index.json that is trained. ValueError for an expert it lacks."""
+        if expert is not None:
+            raise ValueError(f"expert = {expert}: {model} has one transformer, which is trained at all noise levels")
+        return "transformer"
+
+    @property
+    def transformer_part(self) -> str:
+        return self.part_of_expert(self.model, self.configs["pipeline"], self.expert)
+
+    def check_run(self, settings: RunSettings, device_type: str) -> None:
+        """ValueError for what this model cannot be trained with, on a device of this type."""
 
     def _check_task(self) -> None:
         """ValueError where the model cannot be trained for `task`."""
         if self.task not in self.pipelines:
             raise ValueError(f"task = {self.task}: {self.name} can be trained for {', '.join(self.pipelines)} alone")
 
-    def config(self, part: str) -> SimpleNamespace:
-        """A part's config as the models have theirs."""
-        return SimpleNamespace(**self.configs[part])
-
-    @property
-    def compression(self) -> tuple[int, int]:
-        """(pixel frames, pixels) of one latent frame and of one latent's side."""
-        return ENCODINGS[str(self.vae_class)].compression(self.config("vae"))
-
-    def check_bucket(self, bucket: ClipSize) -> None:
-        """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""
-        (factor, pixels), (patch, *sides) = self.compression, patch_size(self.config("transformer"))
-        height, width = (lcm(pixels * side, self.pixel_multiple) for side in sides)
-        if bucket.height % height or bucket.width % width or bucket.height < height or bucket.width < width:
-            raise ValueError(
-                f"resolution {bucket.height}x{bucket.width}: height must be a multiple of {height}, "
-                f"width of {width} (VAE and patches)"
-            )
-        if bucket.frames < 1 or (bucket.frames - 1) % factor:
-            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
-        frames = self.latent_shape(bucket)[1]
-        if frames % patch:
-            raise ValueError(
-                f"frame count {bucket.frames}: {frames} latent frames are not a multiple of the transformer's "
-                f"temporal patch {patch}"
-            )
-
-    def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
-        """(C, T, h, w) of a clip's latents, from configs alone."""
-        factor, pixels = self.compression
-        channels = VIDEO_VAES[str(self.vae_class)].channels(self.config("vae"))
-        return channels, 1 + (bucket.frames - 1) // factor, bucket.height // pixels, bucket.width // pixels
-
-    def layout(self, bucket: ClipSize) -> TokenLayout:
-        """How a clip's tokens lie in the transformer, from configs alone."""
-        return raster_layout(self.config("transformer"), self.latent_shape(bucket)[1:])
-
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
-        layout = self.layout(bucket)
-        return layout.frames, *layout.grid
-
-    def tokens_per_frame(self, bucket: ClipSize) -> int:
-        """Tokens of one token frame."""
-        _, height, width = self.token_grid(bucket)
-        return height * width
-
-    @property
-    def hidden_size(self) -> int:
-        """Width D of a block's output."""
-        return self.row.hidden_size(self.config("transformer"))
-
-    @property
-    def blocks(self) -> int:
-        """Number of the transformer's blocks."""
-        return sum(int(self.configs["transformer"][key]) for key in self.depth)
-
-    @property
-    def vae_class(self) -> str | None:
-        """The diffusers class of the VAE."""
-        name: str | None = self.configs["pipeline"]["vae"][1]
-        return name
-
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
+        return self._load(self.transformer_part, dtype).train()
+
+    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
         model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
-            self.model, subfolder="transformer", torch_dtype=dtype
+            self.model, subfolder=part, torch_dtype=dtype
         )
-        return model.requires_grad_(False).train()
+        return model.requires_grad_(False)
 
     def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
         """The VAE, frozen, in eval mode."""
@@ -197,14 +141,14 @@ class TrainingFamily(ABC):
 
         parts: dict[str, Any] = {}
         for name in self.text_parts:
-            kind = transformers.AutoTokenizer
-            options = {}
-            if not name.startswith("tokenizer"):
-                kind, options = getattr(transformers, self.configs["pipeline"][name][1]), {"dtype": dtype}
-            parts[name] = kind.from_pretrained(self.model, subfolder=name, **options)
-            if options:
-                parts[name].requires_grad_(False).eval()
-        return self._bare_pipeline(parts)
+            if name.startswith("tokenizer"):
+                # Of a processor of texts and images too the texts' part alone: the rest needs torchvision.
+                parts[name] = transformers.AutoTokenizer.from_pretrained(self.model, subfolder=name)
+                continue
+            kind = getattr(transformers, self.configs["pipeline"][name][1])
+            parts[name] = kind.from_pretrained(self.model, subfolder=name, dtype=dtype).requires_grad_(False).eval()
+        # Also for image to video: some of its pipelines' copies of encode_prompt cannot do without ftfy.
+        return self._bare_pipeline("text2video", parts)
 
     @abstractmethod
     def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
@@ -222,9 +166,20 @@ class TrainingFamily(ABC):
         """
         return encode(vae, pixels, generator)
 
-    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """Parts of the pipeline that encode the given image, beside the VAE."""
+        return ()
+
+    def load_image_encoder(self) -> DiffusionPipeline | None:
+        """`image_parts` in a pipeline without the rest, frozen, in fp32; None where there are none."""
+        return None
+
+    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
         what else the family asks for, such as those of the first frame alone.
+
+        image_encoder: of `load_image_encoder`.
         """
         return {"latents": self.encode_latents(vae, pixels[None])[0].float()}
 
@@ -237,8 +192,7 @@ class TrainingFamily(ABC):
 
         Logit-normal, then moved by the shift of the pipeline's scheduler as its sampling steps are.
         """
-        scheduler = self.configs["scheduler"]
-        return shifted(draw.sigmoid(), float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))))
+        return shifted(draw.sigmoid(), scheduler_shift(self.configs["scheduler"]))
 
     def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
         """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there.
@@ -251,13 +205,7 @@ class TrainingFamily(ABC):
         config = self.config("transformer")
         if self.task == "text2video" or not self.row.first_frame_is_clean(config):
             return noisy
-        given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
-        layout = raster_layout(config, latents.shape[2:])
-        predicted = torch.ones(len(latents), layout.frames, dtype=torch.bool, device=latents.device)
-        predicted[:, 0] = False
-        tokens = layout.grid[0] * layout.grid[1]
-        timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)
-        return replace(noisy, latents=given, timestep=timestep, frame_mask=predicted)
+        return with_clean_first_frame(noisy, latents, raster_layout(config, latents.shape[2:]))
 
     @abstractmethod
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
@@ -268,11 +216,11 @@ class TrainingFamily(ABC):
         scheduler = _diffusers(self.configs["pipeline"]["scheduler"][1]).from_pretrained(
             self.model, subfolder="scheduler"
         )
-        return self._bare_pipeline({"vae": vae, "transformer": transformer, "scheduler": scheduler})
+        return self._bare_pipeline(self.task, {**self._pipeline_models(transformer, vae), "scheduler": scheduler})
 
-    def _bare_pipeline(self, parts: Mapping[str, Any]) -> DiffusionPipeline:
-        """The task's pipeline with these parts and no others."""
-        kind = _diffusers(self.pipelines[self.task])
+    def _bare_pipeline(self, task: str, parts: Mapping[str, Any]) -> DiffusionPipeline:
+        """The pipeline of a task with these parts and no others."""
+        kind = _diffusers(self.pipelines[task])
         without = {
             name: None
             for name, parameter in inspect.signature(kind.__init__).parameters.items()
@@ -280,6 +228,10 @@ class TrainingFamily(ABC):
         }
         pipeline: DiffusionPipeline = kind(**{**without, **parts}, **self._pipeline_settings())
         return pipeline
+
+    def _pipeline_models(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> dict[str, Any]:
+        """Models that a pipeline without text side samples with."""
+        return {"vae": vae, "transformer": transformer}
 
     def _pipeline_settings(self) -> dict[str, Any]:
         """Arguments of the pipeline's constructor that are not its parts."""
@@ -313,7 +265,7 @@ class TrainingFamily(ABC):
 
         `negative` is only needed with a guidance above 1.
         """
-        given = {} if image is None else {"image": image[None]}
+        given = {} if image is None else {"image": self.image_argument(image)}
         clip: np.ndarray = pipeline(
             **self.text_arguments(text, negative),
             **self.size_arguments(size),
@@ -325,6 +277,10 @@ class TrainingFamily(ABC):
         ).frames[0]
         return clip
 
+    def image_argument(self, image: Tensor) -> Any:
+        """An image (3, H, W) in [0, 1] as the pipeline's call takes it."""
+        return image[None]
+
     def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
         """Writes the adapter's weights for the pipeline's `load_lora_weights`; returns the file."""
         from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -334,11 +290,6 @@ class TrainingFamily(ABC):
             folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
         )
         return folder / LORA_WEIGHT_NAME_SAFE
-
-
-def shifted(time: Tensor, shift: float) -> Tensor:
-    """Noise levels in [0, 1] moved towards noise as `FlowMatchEulerDiscreteScheduler` does with `shift` > 1."""
-    return shift * time / (1 + (shift - 1) * time)
 
 
 def _diffusers(name: str | None) -> Any:

@@ -47,7 +47,7 @@ def has_part(model: str, index: Mapping[str, Any], part: str) -> bool:
     if not folder.is_dir():
         return True
     names = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
-    if part == "scheduler" or part.startswith("tokenizer"):
+    if part in ("scheduler", "image_processor") or part.startswith("tokenizer"):
         return bool(names)
     return "config.json" in names and any(name.endswith(_WEIGHTS) for name in names)
 

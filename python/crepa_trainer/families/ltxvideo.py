@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..loop import NoisyLatents
-from .base import Text, TrainingFamily, shifted
+from .base import Text, TrainingFamily
+from .noise import shifted
 
 FRAME_RATE = 25  # frames a second that LTXPipeline takes where it is not told
 

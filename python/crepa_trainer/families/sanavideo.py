@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..loop import NoisyLatents
-from .base import ClipSize, Text, TrainingFamily
+from .base import Text, TrainingFamily
+from .sizes import ClipSize
 
 
 class SanaVideoFamily(TrainingFamily):

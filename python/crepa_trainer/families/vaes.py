@@ -31,6 +31,11 @@ def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tenso
     video = pixels.to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (B, 3, P, H, W)
     distribution = vae.encode(video).latent_dist
     latents = distribution.mode() if generator is None else distribution.sample(generator)
+    return normalised(vae, latents)
+
+
+def normalised(vae: Any, latents: Tensor) -> Tensor:
+    """Latents of the VAE (B, C, T, h, w) in fp32 as the transformer sees them."""
     return ENCODINGS[type(vae).__name__].normalised(vae, latents.float())
 
 
