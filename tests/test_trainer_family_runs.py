@@ -113,10 +113,12 @@ def check_lora(family: TrainingFamily, output: Path, size: tuple[int, int, int])
     assert not torch.equal(before, after)
 
 
-def check_run(models: Path, output: Path, name: str, task: str, teacher: str, steps: int) -> None:
+def check_run(
+    models: Path, output: Path, name: str, task: str, teacher: str, steps: int, precision: str = "no"
+) -> None:
     size = TINY_PIPELINES[name].size
     given = {"validation_prompts": [PROMPT], "validation_every": steps, "validation_steps": 2}
-    rows = train(models, output, name, task, teacher, max_train_steps=steps, **given)
+    rows = train(models, output, name, task, teacher, max_train_steps=steps, mixed_precision=precision, **given)
     assert len(rows) == steps
     assert all(row["crepa_similarity"] and float(row["flow_loss"]) > 0 for row in rows)
     assert (output / "validation" / f"step-{steps:08d}" / "prompt-0.mp4").is_file()
@@ -125,7 +127,7 @@ def check_run(models: Path, output: Path, name: str, task: str, teacher: str, st
 
 @pytest.mark.parametrize(("name", "task", "teacher"), SHORT)
 def test_videos_to_a_lora(models: Path, tmp_path: Path, name: str, task: str, teacher: str) -> None:
-    check_run(models, tmp_path / "run", name, task, teacher, 2)
+    check_run(models, tmp_path / "run", name, task, teacher, 2, "bf16")
 
 
 @pytest.mark.slow
@@ -140,9 +142,21 @@ def test_twenty_steps_with_each_task_and_teacher(
 @pytest.mark.parametrize("name", ["ltxvideo", "sanavideo", "hunyuan_video"])
 @pytest.mark.parametrize("mode", [{"mixed_precision": "bf16"}, {"training": "full"}, {"compile_blocks": True}])
 def test_other_ways_to_train(models: Path, tmp_path: Path, name: str, mode: dict[str, Any]) -> None:
-    rows = train(models, tmp_path / "run", name, "text2video", "dinov2", max_train_steps=3, **mode)
+    sampled = {"validation_prompts": [PROMPT], "validation_every": 3, "validation_steps": 2}
+    rows = train(models, tmp_path / "run", name, "text2video", "dinov2", max_train_steps=3, **mode, **sampled)
     assert len(rows) == 3
+    assert (tmp_path / "run" / "validation" / "step-00000003" / "prompt-0.mp4").is_file()
     assert all(row["crepa_similarity"] for row in rows)
+
+
+def test_a_text_encoder_in_bf16_trains_and_samples_a_transformer_in_fp32(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU with mixed_precision = "no".
+    monkeypatch.setattr("crepa_trainer.cache.encoder_type", lambda device: torch.bfloat16)
+    given = {"validation_prompts": [PROMPT], "validation_every": 1, "validation_steps": 2}
+    rows = train(models, tmp_path / "run", "ltxvideo", "text2video", "dinov2", max_train_steps=1, **given)
+    assert len(rows) == 1
 
 
 def _with(folder: Path, target: Path, part: str, **changes: Any) -> str:

@@ -42,9 +42,9 @@ class CachedClips(Dataset[dict[str, Tensor]]):
     """The clips of a run, each read from disk when it is asked for.
 
     An item has `latents` (C, T, h, w) as the transformer sees them, what else `TrainingFamily.encode_clip` gives, the
-    tensors of its caption's embedding (`text` (L, d) and others of the family's), `index` () int64, and where an
-    encoder teaches `pixels` (S, 3, H, W) uint8, the S frames that the frame map needs, or `features` (T, N, E) with
-    `feature_grid` (2,) int64.
+    tensors of its caption's embedding (`text` (L, d) and others of the family's; in fp32, masks as they are), `index`
+    () int64, and where an encoder teaches `pixels` (S, 3, H, W) uint8, the S frames that the frame map needs, or
+    `features` (T, N, E) with `feature_grid` (2,) int64.
 
     Attributes:
         keys: what each item is a clip of.
@@ -68,9 +68,14 @@ class CachedClips(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises ValueError naming a file that was damaged since; it is removed, and the next start makes it again."""
         item = {"index": torch.tensor(index)}
-        for path in (*self.files[index].of_pixels, self.files[index].text):
+        for path in self.files[index].of_pixels:
             item |= _read_or_remove(path)
-        return item
+        return item | _in_fp32(_read_or_remove(self.files[index].text))
+
+
+def _in_fp32(text: Text) -> dict[str, Tensor]:
+    # An encoder in bf16 made it, but a transformer in fp32 may take it; under autocast it makes no difference.
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
 
 
 def _read_or_remove(path: Path) -> dict[str, Tensor]:
@@ -123,7 +128,7 @@ def prepare_cache(
     _check_shared(clips, settings.cache_folder)
     if not clips:
         raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
-    embeddings = [read_tensors(texts[prompt]) for prompt in prompts]
+    embeddings = [_in_fp32(read_tensors(texts[prompt])) for prompt in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
 
 
