@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hub_cases import CASES, HubCase
 from tiny import CHANNELS, clip_pixels
+from tiny_hub_folders import QWEN_DIM
 
 STEPS = 4
 # Of the pipelines' calls only, or of how the answer is returned.
@@ -176,3 +178,19 @@ def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFam
         for name, tensor in ours.items():
             # Weights lie otherwise in memory after loading, so products round otherwise in the last bit.
             torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+
+
+def test_kandinskys_text_is_read_without_the_image_side_of_its_processor(tmp_path: Path) -> None:
+    case = CASES["kandinsky5"]
+    folder = case.save(tmp_path / "kandinsky5")
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text())
+    ours = case.family(folder)
+    expected = ours.encode_text(ours.load_text(torch.float32), ["a red square"])[0]["text"]
+    # As on the hub, where a processor of texts, images and videos is named that needs torchvision.
+    file.write_text(json.dumps({**index, "tokenizer": ["transformers", "Qwen2_5_VLProcessor"]}))
+    family = case.family(folder)
+    found = family.encode_text(family.load_text(torch.float32), ["a red square"])[0]["text"]
+    assert found.shape == expected.shape == (6, QWEN_DIM)  # three words, three marks of the instruction after them
+    # Weights lie otherwise in memory after loading, so products round otherwise in the last bit.
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

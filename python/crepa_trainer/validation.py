@@ -43,7 +43,10 @@ def sample_clips(
     was_training = transformer.training
     vae = family.load_vae(torch.float32).to(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    dtype: Any = transformer.dtype
+    # As in training: some pipelines give a VAE in fp32 what a transformer in bf16 made, or it what is in fp32.
+    mixed = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.random.fork_rng(devices=devices), mixed:
         try:
             transformer.eval()
             pipeline = family.pipeline(transformer, vae)
