@@ -21,7 +21,8 @@ from videos import moving_square, write_video
 
 TEACHERS: dict[str, dict[str, Any]] = {
     "dinov2": {"crepa_encoder": "dinov2"},
-    "backbone": {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+    # Beside it the trainer's default of frozen weights and arithmetic in bf16.
+    "backbone": {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2, "mixed_precision": "bf16"},
 }
 QUICK = ("wan low", "wan image encoder", "kandinsky5", "cogvideox 1.5 image")
 

@@ -152,6 +152,7 @@ class _Encoders:
     config: CrepaConfig
     family: TrainingFamily
     device: torch.device
+    tiling: bool
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
@@ -160,7 +161,7 @@ class _Encoders:
         return self.loaded[name]
 
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
-        vae = self._once("vae", lambda: self.family.load_vae(torch.float32).to(self.device))
+        vae = self._once("vae", lambda: self.family.load_vae(torch.float32, self.tiling).to(self.device))
         images = self._once("image encoder", self._image_encoder)
         return self.family.encode_clip(vae, pixels, images)
 
@@ -220,7 +221,7 @@ class _Filler:
         for key in clips:
             videos.setdefault(key.video, []).append(key)
         world = self.state.num_processes
-        encoders = _Encoders(self.config, self.family, self.device)
+        encoders = _Encoders(self.config, self.family, self.device, self.names.settings.vae_tiling)
         skipped: dict[str, str] = {}
         for share in self._in_step("videos", _chunks(list(videos), world)):
             if self.state.process_index >= len(share):

@@ -85,6 +85,8 @@ class CacheNames:
     @cached_property
     def _encoders_of_clips(self) -> dict[str, Any]:
         encoders: dict[str, Any] = {"vae": model_identity(self.family.model, "vae", *self.family.image_parts)}
+        if self.settings.vae_tiling:
+            encoders["tiling"] = True
         # Beside the latents there may be what was made of the first frame.
         return encoders if self.family.task == "text2video" else {**encoders, "task": self.family.task}
 

@@ -283,6 +283,7 @@ class TrainingRun:
             steps=settings.validation_steps,
             guidance=settings.validation_guidance,
             seed=settings.validation_seed,
+            tiling=settings.vae_tiling,
             first_frames=given,
         )
 

@@ -115,6 +115,11 @@ class RunSettings(BaseModel):
         description="what is kept of the teacher's side, the frames it will see or what it made of them; "
         'must be "frames" or "features"',
     )
+    vae_tiling: bool = Field(
+        False,
+        description="encode and decode clips in overlapping tiles, which needs less memory and changes them a little; "
+        "must be true or false",
+    )
     checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
     checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
     resume: str | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')

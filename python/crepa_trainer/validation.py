@@ -29,6 +29,7 @@ class Sampling:
     steps: int
     guidance: float
     seed: int
+    tiling: bool = False  # of the VAE
     first_frames: Sequence[Tensor] = ()  # image to video: clean latents (C, T, h, w), one for each prompt
 
 
@@ -41,7 +42,7 @@ def sample_clips(
     The VAE is loaded for it and let go. Every clip starts from the noise of the same seed.
     """
     was_training = transformer.training
-    vae = family.load_vae(torch.float32).to(device)
+    vae = family.load_vae(torch.float32, sampling.tiling).to(device)
     devices = [device] if device.type == "cuda" else []
     dtype: Any = transformer.dtype
     # As in training: some pipelines give a VAE in fp32 what a transformer in bf16 made, or it what is in fp32.

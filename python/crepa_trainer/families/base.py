@@ -128,12 +128,13 @@ class TrainingFamily(ModelSizes, ABC):
         )
         return model.requires_grad_(False)
 
-    def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The VAE, frozen, in eval mode."""
-        vae: torch.nn.Module = _diffusers(self.vae_class).from_pretrained(
-            self.model, subfolder="vae", torch_dtype=dtype
-        )
-        return vae.requires_grad_(False).eval()
+    def load_vae(self, dtype: torch.dtype, tiling: bool = False) -> torch.nn.Module:
+        """The VAE, frozen, in eval mode; with `tiling` it takes large clips tile by tile."""
+        vae: Any = _diffusers(self.vae_class).from_pretrained(self.model, subfolder="vae", torch_dtype=dtype)
+        if tiling:
+            vae.enable_tiling()
+        frozen: torch.nn.Module = vae.requires_grad_(False).eval()
+        return frozen
 
     def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
         """Tokenizers and text encoders in a pipeline without the rest; move it with `.to(device)`."""
