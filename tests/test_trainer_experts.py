@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crepa_trainer.checkpoint import find_checkpoint, run_identity
+from crepa_trainer.cli import main
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.noise import scheduler_shift, shifted
 from crepa_trainer.run import show_plan
@@ -120,6 +121,23 @@ def test_an_expert_must_be_named_where_there_are_two_and_not_where_there_is_one(
     shutil.rmtree(tmp_path / "without" / "transformer_2")
     with pytest.raises(ValueError, match="lacks transformer_2"):
         TrainingFamily.of(without, expert="low")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "set expert to high"),
+        (["--expert", "middle"], 'expert = "middle": which of two transformers is trained'),
+        (["--expert", "high", "--task", "image2video"], "is a text-to-video model"),
+    ],
+)
+def test_a_wrong_expert_is_one_line_of_the_command(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    given = ["--model", str(models / "wan"), "--data", str(tmp_path), "--output", str(tmp_path / "run")]
+    assert main(["run", *given, "--max_train_steps", "1", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
 
 
 def test_the_plan_says_which_transformer_is_trained(models: Path, tmp_path: Path) -> None:
