@@ -110,8 +110,11 @@ def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_few_steps_give_a_lora_that_the_stock_pipeline_samples_with(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_few_steps_give_a_lora_that_the_stock_pipeline_samples_with(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_run(name, "dinov2", 2, folder, tmp_path)
+    assert ("load_into_transformer_2=True" in capsys.readouterr().out) == (name == "wan low")
 
 
 @pytest.mark.slow

@@ -149,7 +149,10 @@ def train_on(
         folder = settings.output / export.FOLDER
         full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
-        console.print(f"The trained weights are in {folder}", highlight=False, markup=False, soft_wrap=True)
+        how = (
+            ", for load_lora_weights with load_into_transformer_2=True" if settings.expert == "low" and not full else ""
+        )
+        console.print(f"The trained weights are in {folder}{how}", highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
