@@ -103,7 +103,7 @@ def test_an_item_is_what_the_encoders_make_of_the_clip(models: Path, data: Path)
         ((_, pixels),) = read_clips(data / key.video, 32, 48, [key.start], key.bucket.frames)
         assert set(item) == {"latents", "text", "pixels", "index"}
         assert item["latents"].equal(family.encode_latents(vae, pixels[None])[0])
-        assert item["text"].equal(family.encode_text(text, [key.caption])[0])
+        assert item["text"].equal(family.encode_text(text, [key.caption])[0]["text"])
         assert item["pixels"].equal(pixels[::4])
         assert int(item["index"]) == n
     assert clips.negative_text is None
@@ -118,8 +118,10 @@ def test_the_validation_prompts_and_the_empty_one_are_encoded(models: Path, data
     family = TrainingFamily.of(run.model)
     empty, *others = family.encode_text(family.load_text(torch.float32), ["", *run.validation_prompts])
     assert clips.negative_text is not None
-    assert clips.negative_text.equal(empty)
-    assert [text.equal(other) for text, other in zip(clips.validation_text, others, strict=True)] == [True, True]
+    assert clips.negative_text["text"].equal(empty["text"])
+    assert len(clips.validation_text) == len(others)
+    for text, other in zip(clips.validation_text, others, strict=True):
+        assert text["text"].equal(other["text"])
 
 
 @pytest.mark.parametrize("teacher", ["frames", "features"])

@@ -56,7 +56,7 @@ def test_latents_decode_in_the_pipeline_to_what_the_vae_makes_of_the_clip(family
     # Zero denoising steps of the pipeline: its own denormalisation and decoding of the given latents.
     raw = vae.encode(pixels.transpose(1, 2) / 127.5 - 1).latent_dist.mode()
     expected = pipeline.video_processor.postprocess_video(vae.decode(raw, return_dict=False)[0], output_type="pt")
-    decoded = family_of(family.load_transformer(torch.float32)).decode(vae, latents)
+    decoded = family.decode(vae, latents)
     torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)  # fp32 rounding of two affine maps
 
 
@@ -75,8 +75,9 @@ def test_text_is_the_stock_pipelines_embedding(family: TrainingFamily, folder: P
     expected, _ = stock.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
     embeddings = family.encode_text(family.load_text(torch.float32), prompts)
     # Weights lie otherwise in memory after loading, so products round otherwise in the last bit.
-    torch.testing.assert_close(torch.stack(embeddings), expected, atol=1e-5, rtol=0)
-    assert not torch.equal(embeddings[0], embeddings[1])
+    first, second = (embedding["text"] for embedding in embeddings)
+    torch.testing.assert_close(torch.stack([first, second]), expected, atol=1e-5, rtol=0)
+    assert not torch.equal(first, second)
 
 
 def test_a_pipeline_with_cached_embeddings_samples_as_the_stock_one(family: TrainingFamily, folder: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_pipeline_with_cached_embeddings_samples_as_the_stock_one(family: Trai
     for pipeline in (ours, stock):
         pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    embeds = {"prompt_embeds": prompt[None], "negative_prompt_embeds": negative[None]}
+    embeds = {"prompt_embeds": prompt["text"][None], "negative_prompt_embeds": negative["text"][None]}
     frames = ours(**embeds, **sizes, generator=generator, output_type="pt").frames
     expected = stock("a red square", negative_prompt="", **sizes, generator=generator.manual_seed(0), output_type="pt")
     torch.testing.assert_close(frames, expected.frames, atol=1e-5, rtol=0)  # fp32 rounding, memory layouts differ
@@ -97,7 +98,7 @@ def test_image_to_video_noises_all_but_the_first_frame(tmp_path: Path) -> None:
     folder = save_tiny_wan_pipeline(tmp_path / "wan", expand_timesteps=True)
     family = TrainingFamily.of(str(folder), "image2video")
     latents, noise = torch.randn(2, 2, CHANNELS, 3, 4, 6).unbind()
-    noisy = family.noisy(latents, noise, torch.tensor([0.25, 0.5]))
+    noisy = family.noisy({"latents": latents}, noise, torch.tensor([0.25, 0.5]))
     assert torch.equal(noisy.latents[:, :, 0], latents[:, :, 0])
     assert noisy.timestep.view(2, 3, 6)[:, :, 0].tolist() == [[0, 250, 250], [0, 500, 500]]
     assert noisy.frame_mask is not None

@@ -79,7 +79,7 @@ def test_parameters_are_counted_as_the_loaded_model_has_them(folder: Path, train
     if training == "full":
         assert plan.trained == plan.parameters
     else:
-        add_lora(transformer, plan.settings)
+        add_lora(transformer, plan.family, plan.settings)
         assert plan.trained == sum(each.numel() for each in transformer.parameters() if each.requires_grad) > 0
     assert plan.memory is None
 

@@ -29,14 +29,14 @@ def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     settings = tiny_settings(
         models,
         output,
-        max_train_steps=30,
+        max_train_steps=60,
         ema_decay=0.9,
-        matrix_every=10,
+        matrix_every=20,
         lr_scheduler="cosine",
         projector_learning_rate=3e-2,
         lora_targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
     )
-    return output, train(settings, tiny_config(models, crepa_cutoff_step=25), TinyClips(1, 0))
+    return output, train(settings, tiny_config(models, crepa_cutoff_step=55), TinyClips(1, 0))
 
 
 def column(rows: list[dict[str, str]], name: str) -> list[float]:
@@ -45,16 +45,17 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
 
 def test_a_run_learns_to_align_and_logs_each_step_once(lora: tuple[Path, list[dict[str, str]]]) -> None:
     _, rows = lora
-    assert [row["step"] for row in rows] == [str(step) for step in range(30)]
+    assert [row["step"] for row in rows] == [str(step) for step in range(60)]
     similarity = column(rows, "crepa_similarity")
-    assert len(similarity) == 25  # until the cutoff
+    assert len(similarity) == 55  # until the cutoff
     # Features of neighbouring frames are independent draws here, so 0.65 is the most that there is.
-    assert similarity[-1] > similarity[0] + 0.2
-    assert column(rows, "crepa_cutoff") == [0] * 25 + [1] * 5
+    # Every step has another noise level, and at the higher ones there is less to see.
+    assert sum(similarity[-5:]) / 5 > similarity[0] + 0.2
+    assert column(rows, "crepa_cutoff") == [0] * 55 + [1] * 5
     rates = column(rows, "learning_rate")
     assert rates[0] == 1e-2
     assert rates == sorted(rates, reverse=True)
-    assert column(rows, "epoch") == list(range(30))
+    assert column(rows, "epoch") == list(range(60))
 
 
 def test_tensorboard_has_the_csvs_values_and_the_similarity_matrix(lora: tuple[Path, list[dict[str, str]]]) -> None:
@@ -65,7 +66,7 @@ def test_tensorboard_has_the_csvs_values_and_the_similarity_matrix(lora: tuple[P
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     assert logged == [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in rows]
-    assert [image.step for image in events.Images("similarity_matrix")] == [0, 10, 20]
+    assert [image.step for image in events.Images("similarity_matrix")] == [0, 20, 40]
 
 
 def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(
@@ -103,7 +104,7 @@ def test_the_average_and_the_projector_lie_beside_the_lora(
     transformer = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer")
     crepa = CrepaRegularizer.from_pretrained(trained, transformer)
     assert crepa.projector is not None
-    assert crepa.config.crepa_cutoff_step == 25
+    assert crepa.config.crepa_cutoff_step == 55
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

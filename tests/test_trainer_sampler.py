@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from crepa_trainer.sampler import ClipOrder, Position, RankBatches, draw_noise
+from crepa_trainer.sampler import ClipOrder, Position, RankBatches, collate, draw_noise
 
 BUCKETS = ["wide"] * 7 + ["tall"] * 4 + ["square"]
 
@@ -54,10 +54,10 @@ def test_ranks_share_the_stream_that_one_process_has_alone(world: int, accumulat
         assert [shared.clips(p) for p in ours] == [alone.clips(p) for p in theirs]
         for mine, other in zip(ours, theirs, strict=True):
             shape = (len(shared.clips(mine)), 2, 3)
-            noise, time = draw_noise(shape, shared.generators(mine))
-            expected, level = draw_noise(shape, alone.generators(other))
+            noise, draw = draw_noise(shape, shared.generators(mine))
+            expected, other_draw = draw_noise(shape, alone.generators(other))
             assert torch.equal(noise, expected)
-            assert torch.equal(time, level)
+            assert torch.equal(draw, other_draw)
 
 
 def test_a_rank_that_starts_later_goes_on_where_it_would_have_been() -> None:
@@ -78,15 +78,24 @@ def test_noise_differs_between_clips_places_and_seeds() -> None:
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 12
 
 
-def test_the_noise_level_is_logit_normal() -> None:
+def test_draws_for_the_noise_level_are_standard_normal() -> None:
     order = ClipOrder(["a"], batch_size=1)
-    _, levels = draw_noise((2000, 1), [order._generator(slot) for slot in range(2000)])
-    assert float(levels.min()) > 0
-    assert float(levels.max()) < 1
-    logits = levels.logit()
+    _, draws = draw_noise((2000, 1), [order._generator(slot) for slot in range(2000)])
     # Mean and deviation of 2000 draws stray by 1/sqrt(2000) = 0.022 and half of that.
-    assert abs(float(logits.mean())) < 0.1
-    assert abs(float(logits.std()) - 1) < 0.06
+    assert abs(float(draws.mean())) < 0.1
+    assert abs(float(draws.std()) - 1) < 0.06
+
+
+def test_texts_of_different_lengths_are_filled_with_zeros_in_a_batch() -> None:
+    items = [
+        {"text": torch.full((length, 2), 1.0), "mask": torch.ones(length, dtype=torch.bool), "pooled": torch.ones(3)}
+        for length in (1, 3)
+    ]
+    batch = collate(items)
+    assert batch["text"][..., 0].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["mask"].dtype == torch.bool
+    assert batch["mask"].tolist() == [[True, False, False], [True, True, True]]
+    assert batch["pooled"].shape == (2, 3)
 
 
 def test_no_clips_are_an_error() -> None:

@@ -152,6 +152,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"output": []}, ["output = []: "]),
     ({"output": "videos/../videos"}, ["output = ", "another folder than data"]),
     ({"task": "t2v"}, ['task = "t2v": ', '"text2video" or "image2video"']),
+    ({"expert": "middle"}, ['expert = "middle": ', '"high" or "low"']),
     ({"training": "Lora"}, ['training = "Lora": ', '"lora" or "full"']),
     ({"lora_rank": 0}, ["lora_rank = 0: ", ">= 1"]),
     ({"lora_targets": []}, ["lora_targets = []: "]),

@@ -19,8 +19,6 @@ from tiny_pipelines import save_tiny_wan_pipeline
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
 from videos import moving_square
 
-from crepa_kernels.teachers.latents import decode_wan
-
 CPU = torch.device("cpu")
 VALIDATION: dict[str, Any] = {"validation_prompts": ["a video"], "validation_every": 2, "validation_steps": 2}
 
@@ -59,8 +57,8 @@ def test_a_clip_is_the_stock_pipelines_with_the_exported_average(models: Path, t
     pipeline.load_lora_weights(tmp_path / "run" / "trained" / "ema")
     clips = TinyClips(1, 0)
     frames = pipeline(
-        prompt_embeds=clips.validation_text[0][None],
-        negative_prompt_embeds=clips.negative_text[None],
+        prompt_embeds=clips.validation_text[0]["text"][None],
+        negative_prompt_embeds=clips.negative_text["text"][None],
         height=32,
         width=48,
         num_frames=9,
@@ -99,13 +97,14 @@ def test_image_to_video_trains_and_begins_its_clip_with_the_given_frame(models: 
     clips = TinyClips(1, 0)
     rows = train(settings, tiny_config(models), clips)
     assert all(float(row["crepa_similarity"]) for row in rows)
-    vae = TrainingFamily.of(str(tmp_path / "wan")).load_vae(torch.float32)
-    given = decode_wan(vae, clips[0]["latents"][None, :, :1])[0, 0]
+    family = TrainingFamily.of(str(tmp_path / "wan"))
+    vae = family.load_vae(torch.float32)
+    given = family.decode(vae, clips[0]["latents"][None, :, :1])[0, 0]
     with Image.open(tmp_path / "run" / "validation" / "step-00000004" / "prompt-0.png") as strip:
         first = torch.from_numpy(np.array(strip)[:, :48]).permute(2, 0, 1) / 255
     # Through the VAE once more, which with random weights does not give back what it was given; near it all the same.
-    encoded = TrainingFamily.of(str(tmp_path / "wan")).encode_latents(vae, (given * 255).round().byte()[None, None])
-    again = decode_wan(vae, encoded)[0, 0]
+    encoded = family.encode_latents(vae, (given * 255).round().byte()[None, None])
+    again = family.decode(vae, encoded)[0, 0]
     torch.testing.assert_close(first, again, atol=0.01, rtol=0)
 
 

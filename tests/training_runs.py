@@ -68,8 +68,9 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
         sizes = [Bucket(32, 48, 9)] * wide + [Bucket(48, 32, 9)] * tall
         self.keys: Sequence[ClipKey] = [ClipKey(f"{n}.mp4", 0, size, "a video") for n, size in enumerate(sizes)]
         self.pixels, self.kill_at, self.given = pixels, kill_at, 0
-        self.negative_text = torch.zeros(TEXT_TOKENS, TEXT_DIM)
-        self.validation_text = [torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(99))]
+        self.negative_text = {"text": torch.zeros(TEXT_TOKENS, TEXT_DIM)}
+        prompt = torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(99))
+        self.validation_text = [{"text": prompt}]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,7 +98,7 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     """A run in this process; the rows of its CSV."""
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
-    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)

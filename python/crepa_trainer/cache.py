@@ -20,14 +20,14 @@ from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 from .cache_files import DamagedFile, check_whole, file_name, read_tensors, remove_abandoned, write_tensors
-from .cache_names import CacheNames, ClipFiles, clip_layout, encoder_type, teacher_frames
+from .cache_names import CacheNames, ClipFiles, encoder_type, teacher_frames
 from .data import DataError, VideoError, read_clips
 from .dataset import Bucket, ClipKey, FoundClips, find_clips, listed, skip_video, tell_skipped
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
 
-    from .families import TrainingFamily
+    from .families import Text, TrainingFamily
     from .settings import RunSettings
 
 __all__ = ["Bucket", "CachedClips", "ClipKey", "prepare_cache"]
@@ -41,22 +41,23 @@ NEGATIVE_PROMPT = ""
 class CachedClips(Dataset[dict[str, Tensor]]):
     """The clips of a run, each read from disk when it is asked for.
 
-    An item has `latents` (C, T, h, w) as the transformer sees them, `text` (L, d), `index` () int64, and where an
-    encoder teaches `pixels` (S, 3, H, W) uint8, the S frames that the frame map needs, or `features` (T, N, E) with
-    `feature_grid` (2,) int64.
+    An item has `latents` (C, T, h, w) as the transformer sees them, what else `TrainingFamily.encode_clip` gives, the
+    tensors of its caption's embedding (`text` (L, d) and others of the family's; in fp32, masks as they are), `index`
+    () int64, and where an encoder teaches `pixels` (S, 3, H, W) uint8, the S frames that the frame map needs, or
+    `features` (T, N, E) with `feature_grid` (2,) int64.
 
     Attributes:
         keys: what each item is a clip of.
-        negative_text: embedding (L, d) of the empty prompt; None without validation prompts.
-        validation_text: embeddings (L, d) of the validation prompts.
+        negative_text: embedding of the empty prompt; None without validation prompts.
+        validation_text: embeddings of the validation prompts.
     """
 
     def __init__(
         self,
         keys: Sequence[ClipKey],
         files: Sequence[ClipFiles],
-        negative_text: Tensor | None = None,
-        validation_text: Sequence[Tensor] = (),
+        negative_text: Text | None = None,
+        validation_text: Sequence[Text] = (),
     ) -> None:
         self.keys, self.files = tuple(keys), tuple(files)
         self.negative_text, self.validation_text = negative_text, tuple(validation_text)
@@ -67,9 +68,14 @@ class CachedClips(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises ValueError naming a file that was damaged since; it is removed, and the next start makes it again."""
         item = {"index": torch.tensor(index)}
-        for path in (*self.files[index].of_pixels, self.files[index].text):
+        for path in self.files[index].of_pixels:
             item |= _read_or_remove(path)
-        return item
+        return item | _in_fp32(_read_or_remove(self.files[index].text))
+
+
+def _in_fp32(text: Text) -> dict[str, Tensor]:
+    # An encoder in bf16 made it, but a transformer in fp32 may take it; under autocast it makes no difference.
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
 
 
 def _read_or_remove(path: Path) -> dict[str, Tensor]:
@@ -122,7 +128,7 @@ def prepare_cache(
     _check_shared(clips, settings.cache_folder)
     if not clips:
         raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
-    embeddings = [read_tensors(texts[prompt])["text"] for prompt in prompts]
+    embeddings = [_in_fp32(read_tensors(texts[prompt])) for prompt in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
 
 
@@ -146,6 +152,7 @@ class _Encoders:
     config: CrepaConfig
     family: TrainingFamily
     device: torch.device
+    tiling: bool
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
@@ -154,8 +161,13 @@ class _Encoders:
         return self.loaded[name]
 
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
-        vae = self._once("vae", lambda: self.family.load_vae(torch.float32).to(self.device))
-        return {"latents": self.family.encode_latents(vae, pixels[None])[0].float()}
+        vae = self._once("vae", lambda: self.family.load_vae(torch.float32, self.tiling).to(self.device))
+        images = self._once("image encoder", self._image_encoder)
+        return self.family.encode_clip(vae, pixels, images)
+
+    def _image_encoder(self) -> Any:
+        loaded = self.family.load_image_encoder()
+        return None if loaded is None else loaded.to(self.device)
 
     def features(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
         config = self.config
@@ -168,7 +180,7 @@ class _Encoders:
                 frames_batch_size=config.crepa_encoder_frames_batch_size,
             ),
         )
-        lengths = ClipLengths.of(None, 1, len(pixels), clip_layout(self.family, bucket))
+        lengths = ClipLengths.of(None, 1, len(pixels), self.family.layout(bucket))
         features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.device)
         return {"features": features[0], "feature_grid": torch.tensor(grid)}
 
@@ -198,7 +210,7 @@ class _Filler:
             if parts is None:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
             for prompt, embedding in zip(chunk, self.family.encode_text(parts, chunk), strict=True):
-                write_tensors(missing[prompt], {"text": embedding})
+                write_tensors(missing[prompt], embedding)
         if parts is not None:
             del parts
             release_memory()
@@ -209,7 +221,7 @@ class _Filler:
         for key in clips:
             videos.setdefault(key.video, []).append(key)
         world = self.state.num_processes
-        encoders = _Encoders(self.config, self.family, self.device)
+        encoders = _Encoders(self.config, self.family, self.device, self.names.settings.vae_tiling)
         skipped: dict[str, str] = {}
         for share in self._in_step("videos", _chunks(list(videos), world)):
             if self.state.process_index >= len(share):
@@ -232,7 +244,7 @@ class _Filler:
             files = clips[keys[start]]
             if files.latents in missing:
                 tensors = encoders.latents(pixels)
-                if not tensors["latents"].isfinite().all():
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
                 write_tensors(files.latents, tensors)
             if files.teacher is not None and files.teacher in missing:

@@ -11,7 +11,6 @@ import torch
 
 from crepa_kernels import frame_indices
 from crepa_kernels.config_rules import DINOV2_HUB_IDS
-from crepa_kernels.families import TokenLayout
 
 from .cache_files import file_identity, file_name, model_identity
 from .dataset import Bucket, ClipKey
@@ -45,16 +44,9 @@ def teacher_is_encoder(config: CrepaConfig) -> bool:
     return config.crepa_enabled and config.crepa_feature_source == "encoder" and max(config.crepa_lambda, end) > 0
 
 
-def clip_layout(family: TrainingFamily, bucket: Bucket) -> TokenLayout:
-    """How a clip's tokens lie in the transformer."""
-    _, *latent = family.latent_shape(bucket)
-    frames, height, width = family.token_grid(bucket)
-    return TokenLayout(frames, (height, width), latent[0] // frames, (latent[0], latent[1], latent[2]))
-
-
 def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) -> list[int]:
     """The pixel frames of a clip that the teacher needs to see, in order."""
-    layout = clip_layout(family, bucket)
+    layout = family.layout(bucket)
     rule, latents = config.crepa_frame_map, layout.latent_shape[0]
     frames = frame_indices(rule, bucket.frames, latents, patch=layout.patch)
     # The regulariser maps the frames that it is given once more, which must change nothing.
@@ -82,7 +74,7 @@ class CacheNames:
             "video": self._videos[key.video],
             "clip": [key.start, bucket.height, bucket.width, bucket.frames],
         }
-        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, "vae": self._vae})
+        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
         teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
         return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption))
 
@@ -91,13 +83,19 @@ class CacheNames:
         return self.folder / "text" / file_name(content)
 
     @cached_property
-    def _vae(self) -> list[Any]:
-        return model_identity(self.family.model, "vae")
+    def _encoders_of_clips(self) -> dict[str, Any]:
+        encoders: dict[str, Any] = {"vae": model_identity(self.family.model, "vae", *self.family.image_parts)}
+        if self.settings.vae_tiling:
+            encoders["tiling"] = True
+        # Beside the latents there may be what was made of the first frame.
+        return encoders if self.family.task == "text2video" else {**encoders, "task": self.family.task}
 
     @cached_property
     def _text_encoder(self) -> list[Any]:
         dtype = str(encoder_type(self.device))
-        return [*model_identity(self.family.model, "text_encoder", "tokenizer"), dtype]
+        # First one that has a config.json.
+        parts = sorted(self.family.text_parts, key=lambda part: part.startswith("tokenizer"))
+        return [*model_identity(self.family.model, *parts), dtype]
 
     @cached_property
     def _encoder(self) -> list[Any]:
@@ -107,7 +105,7 @@ class CacheNames:
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
         if not self.encoder_teaches:
             return {}
-        config, layout = self.config, clip_layout(self.family, bucket)
+        config, layout = self.config, self.family.layout(bucket)
         if self.settings.cache_teacher == "frames":
             return {"frames": teacher_frames(config, self.family, bucket)}
         square = config.crepa_encoder_resize == "square"

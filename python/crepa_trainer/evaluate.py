@@ -81,7 +81,7 @@ class Evaluator:
         captured: list[list[Tensor]] = [[] for _ in keys]
         hooks = [
             family.block(transformer, getattr(config, key), key).register_forward_hook(
-                lambda module, inputs, output, kept=kept: kept.append(output)
+                lambda module, inputs, output, kept=kept: kept.append(family.video_tokens(output))
             )
             for key, kept in zip(keys, captured, strict=True)
         ]
@@ -97,7 +97,7 @@ class Evaluator:
             transformer.train(was_training)
             for hook in hooks:
                 hook.remove()
-        states = [torch.cat(kept).unflatten(1, (layout.frames, -1)).float() for kept in captured]
+        states = [layout.by_frame(torch.cat(kept)).float() for kept in captured]
         teacher, grid = (states[1], layout.grid) if backbone else self._encoded(layout.frames, layout.grid)
         return Features(states[0], teacher, layout.grid, grid)
 

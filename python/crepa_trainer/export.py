@@ -33,7 +33,8 @@ def export(
     """Writes the weights into `folder` and the average's into `folder/ema`; in one process.
 
     A LoRA is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, a whole transformer is for
-    `from_pretrained(folder, subfolder="transformer")`. Beside them CREPA's projector and settings.
+    `from_pretrained(folder, subfolder="transformer")`, or "transformer_2" where that was trained. Beside them CREPA's
+    projector and settings.
     """
     _write(family, transformer, full, folder)
     if crepa is not None:
@@ -61,6 +62,6 @@ def averaged(transformer: nn.Module, average: EMAModel | None) -> Iterator[None]
 def _write(family: TrainingFamily, transformer: Any, full: bool, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if full:
-        transformer.save_pretrained(folder / "transformer")
+        transformer.save_pretrained(folder / family.transformer_part)
     else:
         family.save_lora(transformer, folder)

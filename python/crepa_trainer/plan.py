@@ -15,7 +15,7 @@ from crepa_kernels.grid import Grid, count, plan_alignment
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 from crepa_kernels.triton_backend import why_not_triton_for
 
-from .cache_names import clip_layout, encoder_type, teacher_frames, teacher_is_encoder
+from .cache_names import encoder_type, teacher_frames, teacher_is_encoder
 from .dataset import Bucket, FoundClips
 from .student import PRECISIONS, add_lora
 
@@ -116,9 +116,10 @@ def make_plan(
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read.
+            read, settings or a device that the family cannot be trained with.
     """
     check_blocks(config, family)
+    family.check_run(settings, device_type)
     parameters, trained = _count_parameters(settings, family)
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
@@ -209,12 +210,12 @@ def _count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[in
         if settings.training == "full":
             return every, every
         transformer.requires_grad_(False)
-        add_lora(transformer, settings)
+        add_lora(transformer, family, settings)
     return every, sum(each.numel() for each in transformer.parameters() if each.requires_grad)
 
 
 def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: TrainingFamily) -> BucketPlan:
-    layout = clip_layout(family, bucket)
+    layout = family.layout(bucket)
     grid = encoded = None
     if teacher_is_encoder(config):
         grid, encoded = _teacher_grid(config, layout.grid), len(teacher_frames(config, family, bucket))

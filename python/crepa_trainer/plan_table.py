@@ -25,12 +25,13 @@ def _model_rows(plan: Plan) -> Rows:
     settings, family = plan.settings, plan.family
     how = "all weights"
     if settings.training == "lora":
-        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}"
+        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets or family.lora_targets)}"
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
+    expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
     size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"
     return [
-        ("model", f"{settings.model}: {family.name}, {settings.task}, {size}"),
+        ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
         ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
     ]
 

@@ -25,7 +25,7 @@ from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
 from .progress import training_progress
-from .sampler import ClipOrder, Position, RankBatches, draw_noise
+from .sampler import ClipOrder, Position, RankBatches, collate, draw_noise
 from .student import make_average, make_student, trained_parameters
 from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
@@ -76,7 +76,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
-    family = TrainingFamily.of(settings.model, settings.task, settings.family)
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
     device = torch.accelerator.current_accelerator()
@@ -153,7 +153,10 @@ def train_on(
         folder = settings.output / export.FOLDER
         full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
-        console.print(f"The trained weights are in {folder}", highlight=False, markup=False, soft_wrap=True)
+        how = (
+            ", for load_lora_weights with load_into_transformer_2=True" if settings.expert == "low" and not full else ""
+        )
+        console.print(f"The trained weights are in {folder}{how}", highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
@@ -215,6 +218,7 @@ class TrainingRun:
             self.clips,
             batch_sampler=RankBatches(self.order, self.accelerator.process_index, first_step),
             num_workers=self.settings.workers,
+            collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
             # Of its own, so that starting it draws nothing from the state that checkpoints keep.
             generator=torch.Generator(),
@@ -241,10 +245,11 @@ class TrainingRun:
             teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
         if "num_frames" in batch:
             teacher["num_frames"] = batch.pop("num_frames").tolist()
-        noise, time = draw_noise(batch["latents"].shape, self.order.generators(position))
+        noise, draw = draw_noise(batch["latents"].shape, self.order.generators(position))
+        time = self.family.noise_level(draw, batch["latents"].shape[1:])
         batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
         teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
-        noisy = self.family.noisy(batch["latents"].float(), _moved(noise, device), _moved(time, device))
+        noisy = self.family.noisy(batch, _moved(noise, device), _moved(time, device))
 
         def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
             return self.family.predict(transformer, noisy, batch)
@@ -285,6 +290,7 @@ class TrainingRun:
             steps=settings.validation_steps,
             guidance=settings.validation_guidance,
             seed=settings.validation_seed,
+            tiling=settings.vae_tiling,
             first_frames=given,
         )
 

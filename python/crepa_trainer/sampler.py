@@ -6,13 +6,14 @@ one process with twice their micro-batches sees.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,20 @@ class RankBatches:
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Noise of `shape` (B, ...) and a logit-normal noise level (B,) in (0, 1), each clip's by its own generator."""
-    times, noises = [], []
+    """Noise of `shape` (B, ...) and a normal draw (B,) for the noise level, each clip's by its own generator."""
+    draws, noises = [], []
     for generator in generators:
-        times.append(torch.randn((), generator=generator).sigmoid())
+        draws.append(torch.randn((), generator=generator))
         noises.append(torch.randn(tuple(shape[1:]), generator=generator))
-    return torch.stack(noises), torch.stack(times)
+    return torch.stack(noises), torch.stack(draws)
+
+
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of clips of one bucket; of texts that differ in length the shorter end with zeros, masks with False."""
+    return {name: _stacked([item[name] for item in items]) for name in items[0]}
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(tensors)
+    return pad_sequence(tensors, batch_first=True)

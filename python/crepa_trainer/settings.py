@@ -50,12 +50,18 @@ class RunSettings(BaseModel):
     task: Literal["text2video", "image2video"] = Field(
         "text2video", description='what is trained; must be "text2video" or "image2video"'
     )
+    expert: Literal["high", "low"] | None = Field(
+        None,
+        description="which of two transformers is trained, that of the high or of the low noise levels, null where the "
+        'model has one; must be "high" or "low"',
+    )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
     lora_rank: Integer = Field(16, ge=1, description="rank of the LoRA, and its alpha; must be an integer >= 1")
-    lora_targets: Words = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets: Words | None = Field(
+        None,
         min_length=1,
-        description='layers that get a LoRA; must be a list of names such as ["to_q", "to_v"]',
+        description="layers that get a LoRA, the attention's projections when null; "
+        'must be a list of names such as ["to_q", "to_v"]',
     )
     resolutions: Sizes = Field(
         ((480, 832),),
@@ -108,6 +114,11 @@ class RunSettings(BaseModel):
         "frames",
         description="what is kept of the teacher's side, the frames it will see or what it made of them; "
         'must be "frames" or "features"',
+    )
+    vae_tiling: bool = Field(
+        False,
+        description="encode and decode clips in overlapping tiles, which needs less memory and changes them a little; "
+        "must be true or false",
     )
     checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
     checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
@@ -248,7 +259,7 @@ def _unknown_words(rest: Sequence[str]) -> list[str]:
 def _at_recommended_block(settings: RunSettings, config: CrepaConfig) -> CrepaConfig:
     from .families import TrainingFamily
 
-    family = TrainingFamily.of(settings.model, settings.task, settings.family).name
+    family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert).name
     index = recommended_block_index(family)
     logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
     return config.replace(crepa_block_index=index)

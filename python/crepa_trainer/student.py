@@ -39,7 +39,7 @@ def make_student(
     if full:
         transformer.requires_grad_(True)
     else:
-        add_lora(transformer, settings)
+        add_lora(transformer, family, settings)
     transformer.to(accelerator.device)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -63,12 +63,15 @@ def make_student(
     return Student(transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
 
 
-def add_lora(transformer: Any, settings: RunSettings) -> None:
-    """A LoRA in fp32 on the layers of `lora_targets`. ValueError for one that the model lacks."""
+def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) -> None:
+    """A LoRA in fp32 on the layers of `lora_targets`, or on those that the family names.
+
+    ValueError for one that the model lacks.
+    """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    targets = list(settings.lora_targets)
+    targets = list(settings.lora_targets or family.lora_targets)
     names = [name for name, _ in transformer.named_modules()]
     unknown = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]
     if unknown:

@@ -12,11 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crepa_kernels.teachers.decoding import VIDEO_VAES
-
 if TYPE_CHECKING:
-    from .families import TrainingFamily
-    from .families.base import ClipSize
+    from .families import ClipSize, Text, TrainingFamily
 
 FRAMES_PER_SECOND = 16
 STRIP_FRAMES = 8
@@ -24,14 +21,15 @@ STRIP_FRAMES = 8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How validation clips are sampled. `texts` (L, d) of the prompts, `negative` of the empty prompt."""
+    """How validation clips are sampled. `texts`: embeddings of the prompts, `negative` of the empty prompt."""
 
-    texts: Sequence[Tensor]
-    negative: Tensor | None
+    texts: Sequence[Text]
+    negative: Text | None
     size: ClipSize
     steps: int
     guidance: float
     seed: int
+    tiling: bool = False  # of the VAE
     first_frames: Sequence[Tensor] = ()  # image to video: clean latents (C, T, h, w), one for each prompt
 
 
@@ -44,9 +42,12 @@ def sample_clips(
     The VAE is loaded for it and let go. Every clip starts from the noise of the same seed.
     """
     was_training = transformer.training
-    vae = family.load_vae(torch.float32).to(device)
+    vae = family.load_vae(torch.float32, sampling.tiling).to(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    dtype: Any = transformer.dtype
+    # As in training: some pipelines give a VAE in fp32 what a transformer in bf16 made, or it what is in fp32.
+    mixed = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.random.fork_rng(devices=devices), mixed:
         try:
             transformer.eval()
             pipeline = family.pipeline(transformer, vae)
@@ -54,13 +55,13 @@ def sample_clips(
             clips = [
                 family.sample(
                     pipeline,
-                    text.to(device),
-                    None if sampling.negative is None else sampling.negative.to(device),
+                    _moved(text, device),
+                    None if sampling.negative is None else _moved(sampling.negative, device),
                     sampling.size,
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     generator=torch.Generator().manual_seed(sampling.seed),
-                    image=_first_frame(transformer, vae, sampling, number, device),
+                    image=_first_frame(family, vae, sampling, number, device),
                 )
                 for number, text in enumerate(sampling.texts)
             ]
@@ -70,13 +71,17 @@ def sample_clips(
 
 
 def _first_frame(
-    transformer: nn.Module, vae: nn.Module, sampling: Sampling, number: int, device: torch.device
+    family: TrainingFamily, vae: nn.Module, sampling: Sampling, number: int, device: torch.device
 ) -> Tensor | None:
     if not sampling.first_frames:
         return None
     latents = sampling.first_frames[number % len(sampling.first_frames)]
     # The first latent frame of a causal VAE is the first pixel frame.
-    return VIDEO_VAES[type(vae).__name__].decode(vae, latents[None, :, :1].to(device, torch.float32))[0, 0]
+    return family.decode(vae, latents[None, :, :1].to(device, torch.float32))[0, 0]
+
+
+def _moved(text: Text, device: torch.device) -> Text:
+    return {name: tensor.to(device) for name, tensor in text.items()}
 
 
 def save_clip(clip: np.ndarray, folder: Path, name: str) -> np.ndarray:

@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crepa_kernels.families import FAMILIES
+from crepa_kernels.layouts import raster_layout
+from crepa_kernels.teachers.decoding import VIDEO_VAES
+
 from ..loop import NoisyLatents, add_noise
+from .folder import constructor_defaults, has_part, read_config
+from .noise import scheduler_shift, shifted, with_clean_first_frame
+from .sizes import ClipSize, ModelSizes
+from .vaes import encode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..settings import RunSettings
+
 TASKS = ("text2video", "image2video")
-_WEIGHTS = (".safetensors", ".bin")
+
+# Embedding of one prompt: tensors by name, without a batch axis.
+Text = Mapping[str, Tensor]
 
 
-class ClipSize(Protocol):
-    """Size of a training clip in pixels and pixel frames."""
-
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def frames(self) -> int: ...
-
-
-class TrainingFamily(ABC):
+class TrainingFamily(ModelSizes, ABC):
     """A pipeline in the hub's layout, of one family. Made by `TrainingFamily.of`, which reads configs alone.
 
-    Attributes:
-        name: the family's name, the same as in `crepa_kernels.supported_families()`.
+    Class attributes, beside those of `ModelSizes`:
         transformer_class: the diffusers class that tells the family.
+        pipelines: the diffusers pipeline of each task that the family has.
+        parts, text_parts: parts that a pipeline's folder must have, and those of them that only encode text.
+        lora_targets: attention projections that get a LoRA when the settings name none.
+
+    Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
-        configs: the parsed config.json of "transformer" and "vae", and model_index.json as "pipeline".
+        expert: "high" or "low" where the pipeline has a transformer for each side of a noise level, else None.
+        transformer_part: the pipeline's part that is trained.
     """
 
-    name: ClassVar[str]
     transformer_class: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    pipelines: ClassVar[Mapping[str, str]]
+    text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
         TrainingFamily._known[cls.name] = cls
 
-    def __init__(self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self.model, self.task, self.configs = model, task, configs
+    def __init__(
+        self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]], expert: str | None = None
+    ) -> None:
+        super().__init__(configs)
+        self.model, self.task, self.expert = model, task, expert
         self._check_task()
 
     @classmethod
-    def of(cls, model: str, task: str = "text2video", family: str | None = None) -> TrainingFamily:
+    def of(
+        cls, model: str, task: str = "text2video", family: str | None = None, expert: str | None = None
+    ) -> TrainingFamily:
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
 
         Raises:
-            ValueError: not a pipeline, a part that is missing, a transformer class of no family or of another than
-                `family`, a task that this model cannot be trained for.
+            ValueError: not a pipeline, a part that is missing, a transformer or VAE class of no family or of another
+                than `family`, a task that this model cannot be trained for, an expert that it does not have, none
+                named where it has two.
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
-        index = _config(model, "model_index.json")
+        index = read_config(model)
         transformer = index.get("transformer") or [None, None]
         found = {each.transformer_class: each for each in cls._known.values()}.get(transformer[1])
         if found is None:
@@ -71,85 +85,176 @@ class TrainingFamily(ABC):
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
-        missing = [part for part in found.parts if not _has_part(model, index, part)]
+        trained = found.part_of_expert(model, index, expert)
+        parts = (*found.text_parts, "vae", *dict.fromkeys(("transformer", trained)), "scheduler")
+        missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
-            raise ValueError(
-                f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(found.parts)}"
-            )
-        configs = {part: _config(model, "config.json", part) for part in ("transformer", "vae")}
-        return found(model, task, {"pipeline": index, **configs})
+            raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
+        vaes, vae = next(row.vaes for row in FAMILIES if row.name == found.name), index["vae"][1]
+        if vae not in vaes:
+            raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
+        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler")}
+        for part, folder, kind in (("transformer", trained, found.transformer_class), ("vae", "vae", vae)):
+            # A folder that was saved by an older diffusers lacks what was added since.
+            configs[part] = {**constructor_defaults(kind), **read_config(model, folder)}
+        return found(model, task, configs, expert)
 
-    @abstractmethod
+    @classmethod
+    def part_of_expert(cls, model: str, index: Mapping[str, Any], expert: str | None) -> str:
+        """The part of a pipeline with this model_index.json that is trained. ValueError for an expert it lacks."""
+        if expert is not None:
+            raise ValueError(f"expert = {expert}: {model} has one transformer, which is trained at all noise levels")
+        return "transformer"
+
+    @property
+    def transformer_part(self) -> str:
+        return self.part_of_expert(self.model, self.configs["pipeline"], self.expert)
+
+    def check_run(self, settings: RunSettings, device_type: str) -> None:
+        """ValueError for what this model cannot be trained with, on a device of this type."""
+
     def _check_task(self) -> None:
         """ValueError where the model cannot be trained for `task`."""
+        if self.task not in self.pipelines:
+            raise ValueError(f"task = {self.task}: {self.name} can be trained for {', '.join(self.pipelines)} alone")
 
-    @abstractmethod
-    def check_bucket(self, bucket: ClipSize) -> None:
-        """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""
-
-    @abstractmethod
-    def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
-        """(C, T, h, w) of a clip's latents, from configs alone."""
-
-    @abstractmethod
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
-
-    def tokens_per_frame(self, bucket: ClipSize) -> int:
-        """Tokens of one token frame."""
-        _, height, width = self.token_grid(bucket)
-        return height * width
-
-    @property
-    @abstractmethod
-    def hidden_size(self) -> int:
-        """Width D of a block's output."""
-
-    @property
-    @abstractmethod
-    def blocks(self) -> int:
-        """Number of the transformer's blocks."""
-
-    @abstractmethod
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
+        return self._load(self.transformer_part, dtype).train()
 
-    @abstractmethod
-    def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The VAE, frozen, in eval mode."""
+    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
+            self.model, subfolder=part, torch_dtype=dtype
+        )
+        return model.requires_grad_(False)
 
-    @abstractmethod
+    def load_vae(self, dtype: torch.dtype, tiling: bool = False) -> torch.nn.Module:
+        """The VAE, frozen, in eval mode; with `tiling` it takes large clips tile by tile."""
+        vae: Any = _diffusers(self.vae_class).from_pretrained(self.model, subfolder="vae", torch_dtype=dtype)
+        if tiling:
+            vae.enable_tiling()
+        frozen: torch.nn.Module = vae.requires_grad_(False).eval()
+        return frozen
+
     def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """Tokenizer and text encoder in a pipeline without the rest; move it with `.to(device)`."""
+        """Tokenizers and text encoders in a pipeline without the rest; move it with `.to(device)`."""
+        import transformers
+
+        parts: dict[str, Any] = {}
+        for name in self.text_parts:
+            if name.startswith("tokenizer"):
+                # Of a processor of texts and images too the texts' part alone: the rest needs torchvision.
+                parts[name] = transformers.AutoTokenizer.from_pretrained(self.model, subfolder=name)
+                continue
+            kind = getattr(transformers, self.configs["pipeline"][name][1])
+            parts[name] = kind.from_pretrained(self.model, subfolder=name, dtype=dtype).requires_grad_(False).eval()
+        # Also for image to video: some of its pipelines' copies of encode_prompt cannot do without ftfy.
+        return self._bare_pipeline("text2video", parts)
 
     @abstractmethod
-    def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Tensor]:
-        """The pipeline's own embedding of each prompt, (L, d), in the encoder's type, on its device."""
+    def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
+        """The pipeline's own embedding of each prompt, in the encoder's type, on its device.
 
-    @abstractmethod
+        A text is one or more tensors without a batch axis, e.g. `text` (L, d), `text_mask` (L,) bool; their names are
+        the family's, and none of those that `CachedClips` gives. In a batch a shorter one is filled with zeros.
+        """
+
+    @torch.no_grad()
     def encode_latents(self, vae: torch.nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, C, T, h, w), normalised as the transformer sees them, of pixels (B, P, 3, H, W) uint8.
 
         A sample of the VAE's distribution with a generator, its mode without.
         """
+        return encode(vae, pixels, generator)
 
-    def noisy(self, latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-        """Clean latents (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there."""
-        return add_noise(latents, noise, time)
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """Parts of the pipeline that encode the given image, beside the VAE."""
+        return ()
+
+    def load_image_encoder(self) -> DiffusionPipeline | None:
+        """`image_parts` in a pipeline without the rest, frozen, in fp32; None where there are none."""
+        return None
+
+    def encode_clip(self, vae: torch.nn.Module, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
+        """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
+        what else the family asks for, such as those of the first frame alone.
+
+        image_encoder: of `load_image_encoder`.
+        """
+        return {"latents": self.encode_latents(vae, pixels[None])[0].float()}
+
+    def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
+        """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""
+        return VIDEO_VAES[type(vae).__name__].decode(vae, latents)
+
+    def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """Levels in [0, 1] at which clips of `latent_shape` (C, T, h, w) are trained, from standard normal draws (B,).
+
+        Logit-normal, then moved by the shift of the pipeline's scheduler as its sampling steps are.
+        """
+        return shifted(draw.sigmoid(), scheduler_shift(self.configs["scheduler"]))
+
+    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
+        """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there.
+
+        In image to video with a clean first frame, that frame is as it was, at time 0 and not predicted, and the
+        timesteps are those of each token, (B, tokens).
+        """
+        latents = batch["latents"]
+        noisy = add_noise(latents, noise, time)
+        config = self.config("transformer")
+        if self.task == "text2video" or not self.row.first_frame_is_clean(config):
+            return noisy
+        return with_clean_first_frame(noisy, latents, raster_layout(config, latents.shape[2:]))
 
     @abstractmethod
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
-        """The transformer's prediction of `noisy.target`, (B, C, T, h, w). `batch` has `text` (B, L, d)."""
+        """The transformer's prediction of `noisy.target`, (B, C, T, h, w). `batch` has the texts, with a batch axis."""
 
-    @abstractmethod
     def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline without text side that samples with prompt embeddings."""
+        scheduler = _diffusers(self.configs["pipeline"]["scheduler"][1]).from_pretrained(
+            self.model, subfolder="scheduler"
+        )
+        return self._bare_pipeline(self.task, {**self._pipeline_models(transformer, vae), "scheduler": scheduler})
+
+    def _bare_pipeline(self, task: str, parts: Mapping[str, Any]) -> DiffusionPipeline:
+        """The pipeline of a task with these parts and no others."""
+        kind = _diffusers(self.pipelines[task])
+        without = {
+            name: None
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if name != "self" and parameter.default is parameter.empty
+        }
+        pipeline: DiffusionPipeline = kind(**{**without, **parts}, **self._pipeline_settings())
+        return pipeline
+
+    def _pipeline_models(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> dict[str, Any]:
+        """Models that a pipeline without text side samples with."""
+        return {"vae": vae, "transformer": transformer}
+
+    def _pipeline_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's constructor that are not its parts."""
+        return {}
+
+    @abstractmethod
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        """A prompt's embedding and that of the empty one as arguments of the pipeline's call."""
+
+    def size_arguments(self, size: ClipSize) -> dict[str, Any]:
+        """A clip's size as arguments of the pipeline's call."""
+        return {"height": size.height, "width": size.width, "num_frames": size.frames}
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """Classifier-free guidance as arguments of the pipeline's call."""
+        return {"guidance_scale": guidance}
 
     def sample(
         self,
         pipeline: Any,
-        text: Tensor,
-        negative: Tensor | None,
+        text: Text,
+        negative: Text | None,
         size: ClipSize,
         *,
         steps: int,
@@ -157,55 +262,38 @@ class TrainingFamily(ABC):
         generator: torch.Generator,
         image: Tensor | None = None,
     ) -> np.ndarray:
-        """A clip (P, H, W, 3) in [0, 1] of a prompt's embedding (L, d); `image` (3, H, W) begins it where it is given.
+        """A clip (P, H, W, 3) in [0, 1] of a prompt's embedding; `image` (3, H, W) begins it where it is given.
 
-        `negative` (L, d) is only needed with a guidance above 1.
+        `negative` is only needed with a guidance above 1.
         """
-        given = {} if image is None else {"image": image[None]}
+        given = {} if image is None else {"image": self.image_argument(image)}
         clip: np.ndarray = pipeline(
-            prompt_embeds=text[None],
-            negative_prompt_embeds=None if negative is None else negative[None],
-            height=size.height,
-            width=size.width,
-            num_frames=size.frames,
+            **self.text_arguments(text, negative),
+            **self.size_arguments(size),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **self.guidance_arguments(guidance),
             generator=generator,
             output_type="np",
             **given,
         ).frames[0]
         return clip
 
-    @abstractmethod
+    def image_argument(self, image: Tensor) -> Any:
+        """An image (3, H, W) in [0, 1] as the pipeline's call takes it."""
+        return image[None]
+
     def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
         """Writes the adapter's weights for the pipeline's `load_lora_weights`; returns the file."""
+        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+        from peft.utils import get_peft_model_state_dict
+
+        _diffusers(self.pipelines[self.task]).save_lora_weights(
+            folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
+        )
+        return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def _config(model: str, name: str, part: str | None = None) -> Mapping[str, Any]:
-    from diffusers import AutoModel, DiffusionPipeline
+def _diffusers(name: str | None) -> Any:
+    import diffusers
 
-    loader: Any = DiffusionPipeline if part is None else AutoModel
-    where = name if part is None else f"{part}/{name}"
-    # diffusers would take another folder's file of that name, and ask the hub for a folder that is misspelt.
-    if Path(model).is_dir():
-        if not (Path(model) / where).is_file():
-            raise ValueError(f"{model} has no {where}: model must be a diffusers pipeline folder or hub id")
-    elif Path(model).is_absolute() or model.count("/") != 1:
-        raise ValueError(f"model = {model}: no such folder, and not a hub id (owner/name)")
-    try:
-        config: Mapping[str, Any] = loader.load_config(model, subfolder=part)
-    except OSError as error:
-        raise ValueError(f"{model}: {where} cannot be read: {error}") from error
-    return config
-
-
-def _has_part(model: str, index: Mapping[str, Any], part: str) -> bool:
-    if (index.get(part) or [None, None])[1] is None:
-        return False
-    folder = Path(model)
-    if not folder.is_dir():
-        return True
-    names = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
-    if part in ("scheduler", "tokenizer"):
-        return bool(names)
-    return "config.json" in names and any(name.endswith(_WEIGHTS) for name in names)
+    return getattr(diffusers, str(name))

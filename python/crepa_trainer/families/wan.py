@@ -1,170 +1,180 @@
-"""Wan 2.1 and 2.2 (one transformer): WanTransformer3DModel with AutoencoderKLWan and UMT5."""
+"""Wan 2.1 and 2.2: WanTransformer3DModel with AutoencoderKLWan and UMT5, and for some an image encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..loop import NoisyLatents
-from .base import ClipSize, TrainingFamily
+from .base import Text, TrainingFamily
+from .folder import has_part
+from .noise import scheduler_shift, shifted
+from .vaes import normalised
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 TEXT_TOKENS = 512  # WanPipeline's default max_sequence_length
-PIXEL_MULTIPLE = 16  # which WanPipeline asks of height and width
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
 
 
 class WanFamily(TrainingFamily):
-    """Text to video, and image to video where the first latent frame is given clean (`expand_timesteps`, 2.2 5B)."""
+    """Text to video; image to video by a first latent frame without noise (`expand_timesteps`, 2.2 5B) or by channels.
+
+    Of two transformers (2.2 A14B) the one of `expert` is trained, at the noise levels at which the pipeline uses it.
+    """
 
     name = "wan"
     transformer_class = "WanTransformer3DModel"
+    pixel_multiple = 16
+    pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 
     def _check_task(self) -> None:
-        index, transformer, vae = (self.configs[part] for part in ("pipeline", "transformer", "vae"))
-        if (index.get("transformer_2") or [None, None])[1] is not None:
-            raise ValueError(f"{self.model} has two transformers (transformer_2): not supported, one is trained alone")
-        if transformer["in_channels"] != vae["z_dim"]:
+        super()._check_task()
+        index, transformer, made = self.configs["pipeline"], self.configs["transformer"], self.configs["vae"]["z_dim"]
+        given = transformer["in_channels"]
+        beside = made + self._scale("scale_factor_temporal", 4)  # the image's latents and a mask of its frames
+        if given not in (made, made + beside):
             raise ValueError(
-                f"{self.model}: the transformer takes {transformer['in_channels']} channels and the VAE makes "
-                f"{vae['z_dim']}: models conditioned on an image by channels are not supported"
+                f"{self.model}: the transformer takes {given} channels and the VAE makes {made}: supported are {made} "
+                f"and, with an image by channels, {made + beside}"
             )
-        if self.task == "image2video" and not index.get("expand_timesteps"):
-            raise ValueError(f"task = image2video: {self.model} is a text-to-video model (no expand_timesteps)")
-
-    def check_bucket(self, bucket: ClipSize) -> None:
-        _, height, width = self._multiples()
-        if bucket.height % height or bucket.width % width or bucket.height < height or bucket.width < width:
+        if self.task == "text2video" and self._by_channels:
+            raise ValueError(f"task = text2video: {self.model} is an image-to-video model ({given} channels)")
+        if self.task == "image2video" and not (self._by_channels or index.get("expand_timesteps")):
             raise ValueError(
-                f"resolution {bucket.height}x{bucket.width}: height must be a multiple of {height}, "
-                f"width of {width} (VAE and patches)"
+                f"task = image2video: {self.model} is a text-to-video model (no expand_timesteps, and no channels for "
+                "an image)"
             )
-        factor = self._scale("scale_factor_temporal", 4)
-        if bucket.frames < 1 or (bucket.frames - 1) % factor:
-            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
-        frames = 1 + (bucket.frames - 1) // factor
-        if frames % self.configs["transformer"]["patch_size"][0]:
+        if transformer["pos_embed_seq_len"] is not None:
+            raise ValueError(f"{self.model} wants a first and a last frame (pos_embed_seq_len): not supported")
+        lacking = [part for part in self.image_parts if not has_part(self.model, index, part)]
+        if lacking:
+            raise ValueError(f"{self.model} lacks {', '.join(lacking)}, whose image embeddings the transformer takes")
+        if self.expert is not None and index.get("boundary_ratio") is None:
+            raise ValueError(f"{self.model} has two transformers and no boundary_ratio in its model_index.json")
+
+    @classmethod
+    def part_of_expert(cls, model: str, index: Mapping[str, Any], expert: str | None) -> str:
+        if (index.get("transformer_2") or [None, None])[1] is None:
+            return super().part_of_expert(model, index, expert)
+        if expert not in EXPERTS:
             raise ValueError(
-                f"frame count {bucket.frames}: {frames} latent frames are not a multiple of the transformer's "
-                f"temporal patch {self.configs['transformer']['patch_size'][0]}"
+                f"{model} has two transformers, of which one is trained: set expert to high (transformer, noise levels "
+                f"from boundary_ratio = {index.get('boundary_ratio')} on) or low (transformer_2, those below)"
             )
+        return EXPERTS[expert]
 
-    def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
-        spatial = self._scale("scale_factor_spatial", 8)
-        frames = 1 + (bucket.frames - 1) // self._scale("scale_factor_temporal", 4)
-        return self.configs["vae"]["z_dim"], frames, bucket.height // spatial, bucket.width // spatial
+    @property
+    def _by_channels(self) -> bool:
+        return bool(self.configs["transformer"]["in_channels"] != self.configs["vae"]["z_dim"])
 
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        patch = self.configs["transformer"]["patch_size"]
-        frames, height, width = (n // p for n, p in zip(self.latent_shape(bucket)[1:], patch, strict=True))
-        return frames, height, width
-
-    def _multiples(self) -> tuple[int, int, int]:
-        spatial, (_, height, width) = self._scale("scale_factor_spatial", 8), self.configs["transformer"]["patch_size"]
-        multiples = [spatial * patch for patch in (height, width)]
-        # The pipeline's own check, on top of what VAE and patches need.
-        tall, wide = (m if m % PIXEL_MULTIPLE == 0 else m * PIXEL_MULTIPLE for m in multiples)
-        return 1, tall, wide
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        return () if self.configs["transformer"]["image_dim"] is None else ("image_encoder", "image_processor")
 
     def _scale(self, key: str, default: int) -> int:
         return int(self.configs["vae"].get(key, default))
 
-    @property
-    def hidden_size(self) -> int:
-        config = self.configs["transformer"]
-        return int(config["num_attention_heads"] * config["attention_head_dim"])
-
-    @property
-    def blocks(self) -> int:
-        return int(self.configs["transformer"]["num_layers"])
-
-    def load_transformer(self, dtype: torch.dtype) -> WanTransformer3DModel:
-        from diffusers import WanTransformer3DModel
-
-        model = WanTransformer3DModel.from_pretrained(self.model, subfolder="transformer", torch_dtype=dtype)
-        return model.requires_grad_(False).train()
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLWan:
-        from diffusers import AutoencoderKLWan
-
-        vae = AutoencoderKLWan.from_pretrained(self.model, subfolder="vae", torch_dtype=dtype)
-        return vae.requires_grad_(False).eval()
-
-    def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
-        from diffusers import WanPipeline
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        encoder = UMT5EncoderModel.from_pretrained(self.model, subfolder="text_encoder", dtype=dtype)
-        return WanPipeline(
-            tokenizer=AutoTokenizer.from_pretrained(self.model, subfolder="tokenizer"),
-            text_encoder=encoder.requires_grad_(False).eval(),
-            vae=None,
-            scheduler=None,
-        )
-
     @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         embeddings, _ = parts.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )
-        return [embedding.clone() for embedding in embeddings]
+        return [{"text": embedding.clone()} for embedding in embeddings]
+
+    def load_image_encoder(self) -> DiffusionPipeline | None:
+        if not self.image_parts:
+            return None
+        from diffusers import WanImageToVideoPipeline
+
+        return WanImageToVideoPipeline(
+            tokenizer=None, text_encoder=None, vae=None, scheduler=None, **self._image_models()
+        )
+
+    def _image_models(self) -> dict[str, Any]:
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+
+        encoder = CLIPVisionModel.from_pretrained(self.model, subfolder="image_encoder", dtype=torch.float32)
+        return {
+            "image_encoder": encoder.requires_grad_(False).eval(),
+            "image_processor": CLIPImageProcessor.from_pretrained(self.model, subfolder="image_processor"),
+        }
 
     @torch.no_grad()
-    def encode_latents(self, vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        video = pixels.to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (B, 3, P, H, W)
-        distribution = vae.encode(video).latent_dist
-        latents = distribution.mode() if generator is None else distribution.sample(generator)
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (latents.float() - mean) / std
+    def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
+        """`latents` (C, T, h, w); for an image by channels also `condition` (4 + C, T, h, w), the mask of its frames
+        and the latents of a clip that is grey after it, and `image_embeds` (L, d) where there is an image encoder.
+        """
+        encoded = super().encode_clip(vae, pixels)
+        if not self._by_channels:
+            return encoded
+        video = pixels[None].to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (1, 3, P, H, W)
+        video[:, :, 1:] = 0
+        image = normalised(vae, vae.encode(video).latent_dist.mode())[0]
+        mask = image.new_zeros(self._scale("scale_factor_temporal", 4), *image.shape[1:])
+        mask[:, 0] = 1
+        encoded["condition"] = torch.cat([mask, image])
+        if image_encoder is not None:
+            encoded["image_embeds"] = image_encoder.encode_image(_picture(pixels[0]))[0]
+        return encoded
 
-    def noisy(self, latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-        noisy = super().noisy(latents, noise, time)
-        if self.task == "text2video":
-            return noisy
-        # WanImageToVideoPipeline: the first latent frame is the image's, clean, and each token has its own time.
-        given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
-        _, tall, wide = self.configs["transformer"]["patch_size"]
-        batch, _, frames, height, width = latents.shape
-        predicted = torch.ones(batch, frames, dtype=torch.bool, device=latents.device)
-        predicted[:, 0] = False
-        tokens = (height // tall) * (width // wide)
-        timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)  # (B, T h w)
-        return replace(noisy, latents=given, timestep=timestep, frame_mask=predicted)
+    def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """As for one transformer; of two, by the share of these levels that the expert's side of the boundary has."""
+        if self.expert is None:
+            return super().noise_level(draw, latent_shape)
+        shift, boundary = scheduler_shift(self.configs["scheduler"]), float(self.configs["pipeline"]["boundary_ratio"])
+        inverse = shifted(torch.tensor(boundary, dtype=torch.float64), 1 / shift)
+        below = torch.special.ndtr(inverse.logit())  # share of the draws that give a level below the boundary
+        share = torch.special.ndtr(draw.double())
+        share = below + (1 - below) * share if self.expert == "high" else below * share
+        level = shifted(torch.special.ndtri(share).sigmoid(), shift).float()
+        # The pipeline compares timesteps, 1000 times as large, with the boundary; rounding must not cross it.
+        if self.expert == "high":
+            return level.clamp(min=boundary)
+        return level.clamp(max=boundary - torch.finfo(torch.float32).eps)
 
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
-        prediction: Tensor = transformer(noisy.latents, noisy.timestep, batch["text"], return_dict=False)[0]
+        states = noisy.latents
+        if self._by_channels:
+            states = torch.cat([states, batch["condition"].to(states)], dim=1)
+        prediction: Tensor = transformer(
+            states, noisy.timestep, batch["text"], batch.get("image_embeds"), return_dict=False
+        )[0]
         return prediction
 
-    def pipeline(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> DiffusionPipeline:
-        import diffusers
-        from diffusers import WanImageToVideoPipeline, WanPipeline
+    def _pipeline_models(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> dict[str, Any]:
+        models = super()._pipeline_models(transformer, vae)
+        if self.task == "image2video" and self.image_parts:
+            models |= self._image_models()
+            models["image_encoder"].to(vae.device)
+        if self.expert is None:
+            return models
+        trained: Any = transformer
+        models[self.transformer_part] = trained
+        (other,) = set(EXPERTS.values()) - {self.transformer_part}
+        models[other] = self._load(other, trained.dtype).eval().to(trained.device)
+        return models
 
-        kind: Any = WanPipeline if self.task == "text2video" else WanImageToVideoPipeline
+    def _pipeline_settings(self) -> dict[str, Any]:
         index = self.configs["pipeline"]
-        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(self.model, subfolder="scheduler")
-        pipeline: DiffusionPipeline = kind(
-            tokenizer=None,
-            text_encoder=None,
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
-            expand_timesteps=bool(index.get("expand_timesteps")),
-        )
-        return pipeline
+        return {key: index[key] for key in ("expand_timesteps", "boundary_ratio") if index.get(key) is not None}
 
-    def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
-        from diffusers import WanPipeline
-        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-        from peft.utils import get_peft_model_state_dict
+    def image_argument(self, image: Tensor) -> Any:
+        # The image encoder's processor takes numbers from 0 to 255.
+        return _picture((image * 255).round().byte()) if self.image_parts else super().image_argument(image)
 
-        WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer))
-        return folder / LORA_WEIGHT_NAME_SAFE
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        without = None if negative is None else negative["text"][None]
+        return {"prompt_embeds": text["text"][None], "negative_prompt_embeds": without}
+
+
+def _picture(pixels: Tensor) -> Image:
+    """(3, H, W) uint8 as pipelines are given an image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

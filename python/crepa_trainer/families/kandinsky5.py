@@ -1,0 +1,169 @@
+"""Kandinsky 5: Kandinsky5Transformer3DModel with HunyuanVideo's VAE, Qwen2.5-VL and CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..loop import NoisyLatents, add_noise
+from .base import Text, TrainingFamily
+from .sizes import ClipSize
+
+if TYPE_CHECKING:
+    from ..settings import RunSettings
+
+TEXT_TOKENS = 512  # the pipelines' default max_sequence_length
+PIXEL_MULTIPLE = 16  # which the pipelines ask of height and width
+SPARSE_TOKENS = 8  # side of the squares of tokens that sparse attention takes
+# The image-to-video pipeline moves the statistics of its first latent frames to those of the ones after them.
+REPAIRED_FRAMES = 4
+
+
+class Kandinsky5Family(TrainingFamily):
+    """Latents (B, T, H, W, C), with the given frame and a mask beside them where the transformer has `visual_cond`."""
+
+    name = "kandinsky5_video"
+    transformer_class = "Kandinsky5Transformer3DModel"
+    pipelines: ClassVar = {"text2video": "Kandinsky5T2VPipeline", "image2video": "Kandinsky5I2VPipeline"}
+    text_parts: ClassVar = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    depth: ClassVar = ("num_visual_blocks",)
+    # The whole names, as feed-forwards and the model itself have an out_layer too.
+    lora_targets: ClassVar = (
+        "to_query",
+        "to_key",
+        "to_value",
+        "self_attention.out_layer",
+        "cross_attention.out_layer",
+    )
+
+    def _check_task(self) -> None:
+        super()._check_task()
+        if self.task == "image2video" and not self.configs["transformer"]["visual_cond"]:
+            raise ValueError(
+                f"task = image2video: the transformer of {self.model} has no channels that say which frame is given "
+                "(visual_cond)"
+            )
+
+    @property
+    def _sparse(self) -> bool:
+        return bool(self.configs["transformer"]["attention_type"] == "nabla")
+
+    def check_run(self, settings: RunSettings, device_type: str) -> None:
+        if settings.batch_size > 1:
+            raise ValueError(
+                f"batch_size = {settings.batch_size}: {self.name} has no mask for texts of different lengths, so a "
+                "forward takes one clip: set batch_size to 1 and gradient_accumulation_steps to as many"
+            )
+        if self._sparse and device_type == "cpu":
+            raise ValueError(
+                f"{self.model} attends sparsely (attention_type = nabla), which has no backward on a CPU: train it on "
+                "a GPU"
+            )
+
+    def check_bucket(self, bucket: ClipSize) -> None:
+        multiple = self._spatial * self.configs["transformer"]["patch_size"][1] * (SPARSE_TOKENS if self._sparse else 1)
+        multiple = max(multiple, PIXEL_MULTIPLE)
+        if min(bucket.height, bucket.width) < multiple or bucket.height % multiple or bucket.width % multiple:
+            why = "VAE, patches and squares of sparse attention" if self._sparse else "VAE and patches"
+            raise ValueError(
+                f"resolution {bucket.height}x{bucket.width}: height and width must be multiples of {multiple} ({why})"
+            )
+        factor = self._temporal
+        if bucket.frames < 1 or (bucket.frames - 1) % factor:
+            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
+        least = 1 + factor * REPAIRED_FRAMES
+        if self.task == "image2video" and bucket.frames < least:
+            raise ValueError(
+                f"frame count {bucket.frames}: the image-to-video pipeline makes clips of {least} frames or more"
+            )
+
+    @property
+    def _spatial(self) -> int:
+        return int(self.configs["vae"]["spatial_compression_ratio"])
+
+    @property
+    def _temporal(self) -> int:
+        return int(self.configs["vae"]["temporal_compression_ratio"])
+
+    @torch.no_grad()
+    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
+        """`text` (L, d) of Qwen, L as long as the prompt is, and `pooled` (d,) of CLIP."""
+        # One by one: a shorter prompt beside a longer one would be filled up with tokens that are attended to.
+        encoded = [parts.encode_prompt([prompt], max_sequence_length=TEXT_TOKENS) for prompt in prompts]
+        return [{"text": text[0].clone(), "pooled": pooled[0].clone()} for text, pooled, _ in encoded]
+
+    def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
+        """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,
+        which this VAE makes others of than of the frame with those after it.
+        """
+        encoded = super().encode_clip(vae, pixels)
+        if self.task == "image2video":
+            encoded["image_latents"] = self.encode_latents(vae, pixels[None, :1])[0]
+        return encoded
+
+    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
+        latents = batch["latents"].float()
+        noisy = add_noise(latents, noise, time)
+        if self.task == "text2video":
+            return noisy
+        given = torch.cat([batch["image_latents"].to(latents), noisy.latents[:, :, 1:]], dim=2)
+        predicted = torch.ones(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
+        predicted[:, 0] = False
+        return replace(noisy, latents=given, frame_mask=predicted)
+
+    def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
+        states = noisy.latents.permute(0, 2, 3, 4, 1)  # (B, T, h, w, C)
+        device = states.device
+        if self.configs["transformer"]["visual_cond"]:
+            mask = states.new_zeros(*states.shape[:-1], 1)
+            if self.task == "image2video":
+                mask[:, 0] = 1
+            states = torch.cat([states, torch.zeros_like(states), mask], dim=-1)
+        _, tall, wide = self.configs["transformer"]["patch_size"]
+        _, frames, height, width, _ = states.shape
+        prediction: Tensor = transformer(
+            hidden_states=states,
+            encoder_hidden_states=batch["text"],
+            pooled_projections=batch["pooled"],
+            timestep=noisy.timestep,
+            visual_rope_pos=[torch.arange(n, device=device) for n in (frames, height // tall, width // wide)],
+            text_rope_pos=torch.arange(batch["text"].shape[1], device=device),
+            scale_factor=self._scale_factor(height * self._spatial, width * self._spatial),
+            sparse_params=self._sparse_parameters(states),
+            return_dict=False,
+        )
+        return prediction.permute(0, 4, 1, 2, 3)
+
+    def _scale_factor(self, height: int, width: int) -> tuple[float, float, float]:
+        """Of the positions, by the pipeline's own rule."""
+        from diffusers import Kandinsky5T2VPipeline
+
+        rule: Any = Kandinsky5T2VPipeline._get_scale_factor
+        factors: tuple[float, float, float] = rule(None, height, width)
+        return factors
+
+    def _sparse_parameters(self, states: Tensor) -> dict[str, Any] | None:
+        """By the pipeline's own rule; None for dense attention."""
+        from diffusers import Kandinsky5T2VPipeline
+
+        config = SimpleNamespace(**self.configs["transformer"])
+        known = SimpleNamespace(
+            transformer=SimpleNamespace(config=config), fast_sta_nabla=Kandinsky5T2VPipeline.fast_sta_nabla
+        )
+        rule: Any = Kandinsky5T2VPipeline.get_sparse_params
+        parameters: dict[str, Any] | None = rule(known, states, states.device)
+        return parameters
+
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        arguments = {}
+        for prefix, each in (("", text), ("negative_", negative)):
+            if each is not None:
+                arguments[f"{prefix}prompt_embeds_qwen"] = each["text"][None]
+                arguments[f"{prefix}prompt_embeds_clip"] = each["pooled"][None]
+                arguments[f"{prefix}prompt_cu_seqlens"] = torch.tensor([0, len(each["text"])], dtype=torch.int32)
+        return arguments

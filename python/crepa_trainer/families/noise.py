@@ -1,0 +1,37 @@
+"""Noise levels as schedulers move them, and clips whose first frame is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crepa_kernels.layouts import TokenLayout
+
+from ..loop import NoisyLatents
+
+
+def scheduler_shift(config: Mapping[str, Any]) -> float:
+    """By how much a scheduler moves its noise levels, from its config."""
+    return float(config.get("flow_shift", config.get("shift", 1.0)))
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Noise levels in [0, 1] moved towards noise as `FlowMatchEulerDiscreteScheduler` does with `shift` > 1."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def with_clean_first_frame(noisy: NoisyLatents, latents: Tensor, layout: TokenLayout) -> NoisyLatents:
+    """`noisy` with the first frame of the clean `latents` (B, C, T, h, w), at time 0 and not predicted.
+
+    Its timesteps are then those of each token, (B, tokens).
+    """
+    given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
+    predicted = torch.ones(len(latents), layout.frames, dtype=torch.bool, device=latents.device)
+    predicted[:, 0] = False
+    tokens = layout.grid[0] * layout.grid[1]
+    timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)
+    return replace(noisy, latents=given, timestep=timestep, frame_mask=predicted)

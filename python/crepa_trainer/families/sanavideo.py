@@ -1,0 +1,67 @@
+"""SANA-Video: SanaVideoTransformer3DModel with AutoencoderKLWan or AutoencoderKLLTX2Video, and Gemma 2."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..loop import NoisyLatents
+from .base import Text, TrainingFamily
+from .sizes import ClipSize
+
+
+class SanaVideoFamily(TrainingFamily):
+    """Text to video, and image to video where the first latent frame is given clean."""
+
+    name = "sanavideo"
+    transformer_class = "SanaVideoTransformer3DModel"
+    pixel_multiple = 32
+    pipelines: ClassVar = {"text2video": "SanaVideoPipeline", "image2video": "SanaImageToVideoPipeline"}
+
+    @torch.no_grad()
+    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
+        """As the pipeline's call: under its instruction for the text encoder, but the empty prompt alone."""
+        instruction = inspect.signature(parts.__call__).parameters["complex_human_instruction"].default
+        texts: list[Text] = []
+        for prompt in prompts:
+            text, mask, _, _ = parts.encode_prompt(
+                [prompt],
+                do_classifier_free_guidance=False,
+                complex_human_instruction=instruction if prompt else None,
+            )
+            texts.append({"text": text[0].clone(), "text_mask": mask[0].clone()})
+        return texts
+
+    def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
+        timestep = noisy.timestep
+        if timestep.dim() == 2:
+            _, *sides = self.config("transformer").patch_size
+            frames, *latent = noisy.latents.shape[2:]
+            grid = [size // side for size, side in zip(latent, sides, strict=True)]
+            timestep = timestep.view(-1, 1, frames, *grid)
+        prediction: Tensor = transformer(
+            noisy.latents,
+            encoder_hidden_states=batch["text"],
+            encoder_attention_mask=batch["text_mask"],
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+        # Of a model that learned the variance too, as its pipelines do.
+        return prediction[:, : noisy.latents.shape[1]]
+
+    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
+        arguments = {"prompt_embeds": text["text"][None], "prompt_attention_mask": text["text_mask"][None]}
+        if negative is not None:
+            arguments["negative_prompt_embeds"] = negative["text"][None]
+            arguments["negative_prompt_attention_mask"] = negative["text_mask"][None]
+        # Its default is "", which it refuses beside embeddings.
+        return {**arguments, "negative_prompt": None}
+
+    def size_arguments(self, size: ClipSize) -> dict[str, Any]:
+        sizes = super().size_arguments(size)
+        # A clip is sampled in the size that is trained, not in the nearest of the pipeline's own.
+        return {"frames": sizes.pop("num_frames"), **sizes, "use_resolution_binning": False}
