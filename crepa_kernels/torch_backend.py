@@ -15,6 +15,7 @@ What makes it cheap, with x the normalised token (no affine part), W' = W diag(g
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,9 @@ class _FrameSimilarity(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
         q = hidden_states.new_empty((rows, weight.shape[0]))
-        kept = _Kept(*hidden_states.new_empty((5, rows), dtype=student.wide))
+        statistics = rows if problem.plan.student == "keep" else 0
+        numbers = (hidden_states.new_empty(sizes, dtype=student.wide) for sizes in ((2, rows), (3, statistics)))
+        kept = _Kept(*itertools.chain.from_iterable(numbers))
         for chunk in chunks:
             projected = student.project(chunk)
             span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
@@ -106,8 +109,8 @@ class _FrameSimilarity(torch.autograd.Function):
             total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
             if keep:
                 kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
-                for numbers, into in zip(projected.statistics or (), kept[2:], strict=False):
-                    into[out] = numbers
+                for values, into in zip(projected.statistics or (), kept[2:], strict=False):
+                    into[out] = values
         if keep:
             ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept)
             ctx.settings, ctx.chunks = settings, chunks

@@ -155,16 +155,17 @@ def kept_bytes(
 ) -> int:
     """Bytes that `crepa_loss` keeps between forward and backward, beside its inputs and what has a number a frame.
 
-    The `torch` backend keeps one row of the projection's gradient a token that is compared, and two numbers of it:
-    `rows (E s + 8)`. The `triton` backend keeps that row, the teacher's row on the same grid, three statistics of
-    each of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. The hidden
-    states themselves are the next block's input, which is there in any case.
+    The `torch` backend keeps one row of the projection's gradient a token that is compared, and two numbers of it, or
+    five where each of the student's tokens is: `rows (E s + 8)` or `rows (E s + 20)`. The `triton` backend keeps that
+    row, the teacher's row on the same grid, three statistics of each of the student's tokens, and the folded projector:
+    `rows 2 E s + 12 student_rows + E (D s + 12)`. The hidden states themselves are the next block's input, which is
+    there in any case.
 
     rows: B T M, compared tokens; student_rows: B T P, the student's; type_bytes: s, of the hidden states' type.
     """
     kept = rows * feature_size * type_bytes
     if not triton:
-        return kept + 8 * rows
+        return kept + (20 if rows == student_rows else 8) * rows
     return 2 * kept + 12 * student_rows + feature_size * (hidden_size * type_bytes + 12)
 
 
