@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.families import TrainingFamily
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hub_cases import CASES, HubCase
 from tiny import CHANNELS, clip_pixels
@@ -194,3 +194,27 @@ def test_kandinskys_text_is_read_without_the_image_side_of_its_processor(tmp_pat
     assert found.shape == expected.shape == (6, QWEN_DIM)  # three words, three marks of the instruction after them
     # Weights lie otherwise in memory after loading, so products round otherwise in the last bit.
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_cogvideox_is_trained_at_each_timestep_as_often(tmp_path: Path) -> None:
+    family = CASES["cogvideox"].family(CASES["cogvideox"].save(tmp_path / "model"))
+    far = torch.tensor([-40.0, 40.0])
+    draws = torch.cat([torch.randn(100_000, generator=torch.Generator().manual_seed(0)), far])
+    batch = {"latents": torch.zeros(len(draws), 1, 1, 1, 1)}
+    timesteps = family.noisy(batch, batch["latents"], family.noise_level(draws, (1, 1, 1, 1))).timestep
+    assert timesteps.dtype == torch.int64
+    assert timesteps[-2:].tolist() == [0, 999]
+    counts = timesteps.bincount(minlength=1000).view(20, 50).sum(1)
+    assert len(counts) == 20
+    # 5000 are expected in each twentieth, with a standard deviation of 69.
+    assert (counts - 5000).abs().max() < 350
+
+
+def test_kandinskys_noise_levels_are_moved_by_its_schedulers_shift(tmp_path: Path) -> None:
+    family = CASES["kandinsky5"].family(CASES["kandinsky5"].save(tmp_path / "model"))
+    levels = family.noise_level(torch.tensor([-1.0, 0.0, 1.0]), (4, 3, 4, 6))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "model" / "scheduler")
+    unshifted = torch.tensor([-1.0, 0.0, 1.0]).sigmoid()
+    scheduler.set_timesteps(sigmas=unshifted.tolist())
+    torch.testing.assert_close(levels, scheduler.sigmas[:3])
+    assert levels[1] > 0.8  # 5/6 of what was 1/2
