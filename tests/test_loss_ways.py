@@ -10,7 +10,7 @@ from cases import draw, simple
 from oracle import truth
 from test_loss import FP64_TOLERANCE, IN_CI, eager_results, errors, results, yardstick
 
-from crepa_kernels import chunks, teacher_rows, torch_backend
+from crepa_kernels import chunks, teacher_rows, torch_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device whose memory the host does not read, and of clips that do not fit into one chunk."""
     if request.param != "few-tokens-at-a-time":
-        for module in (chunks, teacher_rows, torch_backend):
+        for module in (chunks, teacher_rows, torch_student):
             monkeypatch.setattr(module, "is_readable", lambda tensor: False)
     if request.param != "without-host-reads":
         monkeypatch.setitem(chunks._CHUNK_TOKENS, "cpu", 20)  # 1 to 20 frames of the drawn cases
