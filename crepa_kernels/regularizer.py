@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .aligning import aligned, matrix
 from .attach import attach_projector, check_attachable, check_attached, check_reach
 from .capture import Capture, CapturedStates
 from .config import CrepaConfig
 from .families import family_of
-from .loss import CrepaOutput, crepa_loss, similarity_matrix
+from .loss import CrepaOutput
 from .monitor import NonFiniteMonitor
 from .problem import check_mask
 from .projector import CrepaProjector
@@ -137,6 +138,11 @@ class CrepaRegularizer:
         return cast(int, self.config.crepa_teacher_block_index)  # required in backbone mode
 
     @property
+    def ended(self) -> bool:
+        """Whether CREPA is off, or over for good: ``loss`` then needs nothing of the teacher's side."""
+        return self.projector is None or self._schedule.ended
+
+    @property
     def frames_encoded(self) -> int:
         """Frames that the teacher has encoded so far."""
         return 0 if self.projector is None else self._source.teacher.frames_encoded
@@ -225,29 +231,41 @@ class CrepaRegularizer:
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
     ) -> CrepaOutput:
+        teacher, frame_mask, teacher_mask = self._teacher(student, inputs, frame_mask, teacher_mask)
+        projector = cast(CrepaProjector, self.projector)
+        output = aligned(self.config, projector, student, teacher, frame_mask, teacher_mask)
+        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
+        self._observe(step, output, frame_mask, teacher_mask)
+        return output
+
+    def _teacher(
+        self,
+        student: CapturedStates,
+        inputs: ClipInputs,
+        frame_mask: torch.Tensor | None,
+        teacher_mask: torch.Tensor | None,
+    ) -> tuple[TeacherFeatures, torch.Tensor | None, torch.Tensor | None]:
+        """The teacher's features, and both masks on the device without the frames that are not in their clip."""
         device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
         frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
         teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
         teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
         if lengths is not None:
             frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
-        output = self._aligned(student, teacher, frame_mask, teacher_mask)
-        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
-        self._observe(step, output, frame_mask, teacher_mask)
-        return output
+        return teacher, frame_mask, teacher_mask
 
     @torch.no_grad()
-    def similarity_matrix(self, **given: Any) -> torch.Tensor:
-        """``similarity_matrix`` (B, T, T) of the last forward, from what ``loss`` takes; call it before ``release``.
+    def similarity_matrix(
+        self, *, frame_mask: torch.Tensor | None = None, teacher_mask: torch.Tensor | None = None, **given: Any
+    ) -> torch.Tensor:
+        """``similarity_matrix`` (B, T, T) of the last forward, from what ``loss`` takes but ``step``.
 
-        ValueError where nothing was captured, as in a step whose weight is 0.
+        Call it before ``release``. ValueError where nothing was captured, as in a step whose weight is 0.
         """
-        student, deeper = self._capture.states(self._block_index), self._teacher_block_index
-        teacher, _ = self._source.teach(ClipInputs(**given), student, lambda: self._capture.states(deeper))
-        return similarity_matrix(
-            student.hidden_states, teacher.features, cast(CrepaProjector, self.projector),
-            student_grid=student.layout.grid, teacher_grid=teacher.grid, spatial_align=self.config.spatial_align,
-        )  # fmt: skip
+        given["num_frames"] = as_counts(given.get("num_frames"))
+        student = self._capture.states(self._block_index)
+        teacher, frame_mask, teacher_mask = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
+        return matrix(self.config, cast(CrepaProjector, self.projector), student, teacher, frame_mask, teacher_mask)
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
@@ -257,36 +275,6 @@ class CrepaRegularizer:
                 check_reach(self.transformer, self._family, self._block_index, student.hidden_states)
                 self._looked_at_adapters = True
         return student
-
-    def _aligned(
-        self,
-        student: CapturedStates,
-        teacher: TeacherFeatures,
-        frame_mask: torch.Tensor | None,
-        teacher_mask: torch.Tensor | None,
-    ) -> CrepaOutput:
-        projector = cast(CrepaProjector, self.projector)
-        width = teacher.features.shape[-1]
-        if width != projector.feature_size:
-            raise ValueError(
-                f"teacher features have width {width}, the projector was made for {projector.feature_size}: "
-                f"pass CrepaRegularizer(feature_size={width})"
-            )
-        return crepa_loss(
-            student.hidden_states,
-            teacher.features,
-            projector,
-            student_grid=student.layout.grid,
-            teacher_grid=teacher.grid,
-            distance=self.config.crepa_adjacent_distance,
-            tau=self.config.crepa_adjacent_tau,
-            cumulative=self.config.crepa_cumulative_neighbors,
-            normalize_neighbour_sum=self.config.crepa_normalize_neighbour_sum,
-            normalize_by_frames=self.config.crepa_normalize_by_frames,
-            spatial_align=self.config.spatial_align,
-            frame_mask=frame_mask,
-            teacher_mask=teacher_mask,
-        )
 
     def _observe(
         self, step: int, output: CrepaOutput, frame_mask: torch.Tensor | None, teacher_mask: torch.Tensor | None

@@ -155,7 +155,9 @@ class CrepaSchedule:
         if step_cutoff(config, step) or (self._similar and config.crepa_threshold_mode == "permanent"):
             return True
         # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
-        return step >= config.crepa_warmup_steps and self.weight(step) == 0 and self.weight(2**53) == 0
+        # A cutoff step that is to come says nothing of the steps before it.
+        last = config.crepa_cutoff_step - 1 if config.crepa_cutoff_step else 2**53
+        return step >= config.crepa_warmup_steps and self.weight(step) == 0 and self.weight(last) == 0
 
     def decide(self, step: int, device: torch.device = _CPU) -> Decision:
         """What the optimiser step `step` (from 0) does; the same answer for each of its micro-batches.

@@ -227,6 +227,11 @@ def test_once_ended_nothing_runs_any_more(config: dict[str, Any], steps: list[li
         ({}, [0.9] * 5, False),
         ({"crepa_lambda": 0.0}, [0.9] * 5, True),
         ({"crepa_lambda": 0.0, "crepa_lambda_end": 1.0, "crepa_scheduler": "linear"}, [0.9], False),
+        (
+            {"crepa_lambda": 0.0, "crepa_lambda_end": 1.0, "crepa_scheduler": "linear", "crepa_cutoff_step": 8},
+            [0.9],
+            False,
+        ),
         ({"crepa_warmup_steps": 3}, [0.9], False),
         ({"crepa_cutoff_step": 4}, [0.9] * 4, False),
         ({"crepa_cutoff_step": 4}, [0.9] * 5, True),

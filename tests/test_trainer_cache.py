@@ -113,7 +113,7 @@ def test_an_item_is_what_the_encoders_make_of_the_clip(models: Path, data: Path)
 
 
 def test_the_validation_prompts_and_the_empty_one_are_encoded(models: Path, data: Path) -> None:
-    run = settings(models, data, validation_prompts=("a red square", "a wide square moves"))
+    run = settings(models, data, validation_prompts=("a red square", "a wide square moves"), validation_every=1)
     clips = prepare(run, CrepaConfig())
     family = TrainingFamily.of(run.model)
     empty, *others = family.encode_text(family.load_text(torch.float32), ["", *run.validation_prompts])
@@ -127,7 +127,7 @@ def test_the_validation_prompts_and_the_empty_one_are_encoded(models: Path, data
 @pytest.mark.parametrize("teacher", ["frames", "features"])
 def test_a_second_run_loads_no_encoder(models: Path, data: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = Loads(monkeypatch)
-    run = settings(models, data, cache_teacher=teacher, validation_prompts=("a red square",))
+    run = settings(models, data, cache_teacher=teacher, validation_prompts=("a red square",), validation_every=1)
     first = prepare(run, crepa(models))
     assert loads.made() == {"vae", "text"} | ({"_load"} if teacher == "features" else set())
     second = prepare(run, crepa(models))
@@ -271,6 +271,29 @@ def test_damage_inside_a_file_stops_the_run_and_is_made_good_by_the_next(models:
         clips[0]
     prepare(run, crepa(models))
     assert bad.read_bytes() == whole
+
+
+def test_damage_inside_a_validation_prompts_text_is_made_good_by_the_next(models: Path, data: Path) -> None:
+    run = settings(models, data, validation_prompts=("a red square",), validation_every=1)
+    of_clips = {files.text for files in prepare(run, crepa(models)).files}
+    bad = next(path for path in (run.cache_folder / "text").iterdir() if path not in of_clips)
+    whole = bad.read_bytes()
+    damage(bad, "one bit")
+    with pytest.raises(ValueError, match=rf"{bad.name} is damaged: its checksum.*--resume latest"):
+        prepare(run, crepa(models))
+    prepare(run, crepa(models))
+    assert bad.read_bytes() == whole
+
+
+def test_the_teachers_side_is_not_read_when_nothing_needs_it(models: Path, data: Path) -> None:
+    clips = prepare(settings(models, data), crepa(models))
+    assert "pixels" in clips[0]
+    teacher = clips.files[0].teacher
+    assert teacher is not None
+    teacher.unlink()
+    clips.without_teacher = True
+    assert {"latents", "text"} <= clips[0].keys()
+    assert "pixels" not in clips[0]
 
 
 def test_a_damaged_file_whose_video_has_gone_bad_is_not_used(models: Path, data: Path) -> None:

@@ -70,7 +70,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
     settings = {
         "model": str(tmp_path / "wan"), "data": str(tmp_path / "data"), "output": str(tmp_path / "out"),
         "max_train_steps": 1, "resolutions": [[32, 48]], "frame_counts": [9], "cache_teacher": "features",
-        "clips_per_video": 2, "validation_prompts": ["a video"],
+        "clips_per_video": 2, "validation_prompts": ["a video"], "validation_every": 1,
     }  # fmt: skip
     config = {
         "crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(tmp_path / "dinov2"),

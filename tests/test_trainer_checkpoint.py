@@ -67,6 +67,11 @@ def test_the_newest_are_kept_and_the_newest_of_them_is_taken(models: Path, outpu
     assert found(models, output, resume=older).step == 4
 
 
+def test_a_copy_under_a_name_of_its_own_is_no_checkpoint_of_the_run(models: Path, output: Path) -> None:
+    shutil.copytree(output / FOLDER / "step-00000005", output / FOLDER / "step-00000005-good")
+    assert found(models, output).folder.name == "step-00000005"
+
+
 def test_only_trained_weights_are_in_a_checkpoint(output: Path) -> None:
     checkpoint = output / FOLDER / "step-00000005"
     assert all("lora" in name for name in load_file(checkpoint / WEIGHTS_FILE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def test_sizes_from_the_configs_are_those_of_the_models(folders: dict[str, Path]
     assert family.hidden_size == row.hidden_size(transformer.config)
     assert family.blocks == len(row.blocks(transformer))
     assert not any(p.requires_grad for p in (*vae.parameters(), *transformer.parameters()))
+
+
+@pytest.mark.parametrize("name", [name for name, task in CASES if task == "image2video"])
+def test_image_to_video_of_one_frame_leaves_nothing_to_predict(folders: dict[str, Path], name: str) -> None:
+    size = replace(bucket_of(name), frames=1)
+    TrainingFamily.of(str(folders[name])).check_bucket(size)
+    with pytest.raises(ValueError, match=r"frame count 1: .*none is left to predict"):
+        TrainingFamily.of(str(folders[name]), "image2video").check_bucket(size)
 
 
 @pytest.mark.parametrize("name", NAMES)

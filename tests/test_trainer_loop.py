@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from crepa_trainer.loop import Student, add_noise, draw_noise, parameter_groups, train
+from crepa_trainer.loop import Student, add_noise, check_finite, draw_noise, parameter_groups, train
 from crepa_trainer.models import add_lora
 from crepa_trainer.trackers import CSVTracker, read_csv
 from tiny import CHANNELS, TEXT_DIM, tiny_wan
@@ -90,6 +90,28 @@ def test_micro_batches_of_one_step_share_its_number(transformer: torch.nn.Module
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     # A warm-up of 10 steps to 0.5 tells which step CREPA was told; counting micro-batches would give 0.05, 0.15, 0.25.
     assert [float(row["crepa_weight"]) for row in rows] == pytest.approx([0.0, 0.05, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "skipped", "message"),
+    [
+        ({"loss": 1.0, "grad_norm": 2.0}, False, None),
+        ({"loss": 1.0}, False, None),
+        ({"loss": 1.0, "grad_norm": float("inf")}, True, None),
+        ({"loss": 1.0, "grad_norm": float("nan")}, False, "step 3: the grad_norm is nan"),
+        ({"loss": float("nan"), "grad_norm": float("inf")}, False, "step 3: the loss is nan and grad_norm is inf"),
+        ({"loss": float("inf"), "grad_norm": float("inf")}, True, "step 3: the loss is inf; lower the learning rate"),
+    ],
+)
+def test_what_is_not_finite_is_named_before_it_is_in_a_checkpoint(
+    transformer: torch.nn.Module, values: dict[str, float], skipped: bool, message: str | None
+) -> None:
+    student = Student(transformer, None, torch.optim.SGD(transformer.parameters()))
+    if message is None:
+        check_finite(student, 3, values, skipped=skipped)
+    else:
+        with pytest.raises(FloatingPointError, match=message):
+            check_finite(student, 3, values, skipped=skipped)
 
 
 def test_a_value_first_logged_later_gets_a_column(tmp_path: Path) -> None:

@@ -88,11 +88,10 @@ def _(
         for offset_ in offsets:
             if 0 <= frame + offset_ < weights.shape[0]:
                 rows.addcmul_(unit[frame + offset_ - base], weights[frame, frame + offset_])
-    inside = None
     if (start, stop) != (0, len(p)):
         row = torch.arange(len(p), device=p.device)
-        inside = ((row >= start) & (row < stop)).to(wide)[:, None]
-        y, z = y * inside, z * inside
+        inside = ((row >= start) & (row < stop))[:, None]
+        y, z = y.where(inside, 0), z.where(inside, 0)
     norm = torch.linalg.vector_norm(p, dim=-1)
     inverse = norm.clamp_min(NORM_FLOOR).reciprocal_()
     scratch = torch.mul(p, z)

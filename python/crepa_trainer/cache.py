@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 PROMPTS_AT_A_TIME = 16
 NEGATIVE_PROMPT = ""
 
+# Of an item, the teacher's side.
+TEACHER_NAMES = ("pixels", "features", "feature_grid")
+
 
 class CachedClips(Dataset[dict[str, Tensor]]):
     """The clips of a run, each read from disk when it is asked for.
@@ -48,6 +51,8 @@ class CachedClips(Dataset[dict[str, Tensor]]):
 
     Attributes:
         keys: what each item is a clip of.
+        without_teacher: leave the teacher's side out of items, once nothing needs it. Worker processes that read
+            already do not see it change.
         negative_text: embedding of the empty prompt; None without validation prompts.
         validation_text: embeddings of the validation prompts.
     """
@@ -60,6 +65,7 @@ class CachedClips(Dataset[dict[str, Tensor]]):
         validation_text: Sequence[Text] = (),
     ) -> None:
         self.keys, self.files = tuple(keys), tuple(files)
+        self.without_teacher = False
         self.negative_text, self.validation_text = negative_text, tuple(validation_text)
 
     def __len__(self) -> int:
@@ -68,9 +74,10 @@ class CachedClips(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises ValueError naming a file that was damaged since; it is removed, and the next start makes it again."""
         item = {"index": torch.tensor(index)}
-        for path in self.files[index].of_pixels:
+        files = self.files[index]
+        for path in [files.latents] if self.without_teacher else files.of_pixels:
             item |= _read_or_remove(path)
-        return item | _in_fp32(_read_or_remove(self.files[index].text))
+        return item | _in_fp32(_read_or_remove(files.text))
 
 
 def _in_fp32(text: Text) -> dict[str, Tensor]:
@@ -128,7 +135,7 @@ def prepare_cache(
     _check_shared(clips, settings.cache_folder)
     if not clips:
         raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
-    embeddings = [_in_fp32(read_tensors(texts[prompt])) for prompt in prompts]
+    embeddings = [_in_fp32(_read_or_remove(texts[prompt])) for prompt in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
 
 

@@ -114,7 +114,9 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed to their place, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
+    found = (path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
+    # A copy that somebody keeps under a name of its own is theirs.
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -153,7 +153,7 @@ def train(
             if accelerator.sync_gradients:
                 break
         read = values.read(accelerator)
-        check_finite(student, step, read)
+        check_finite(student, step, read, skipped=accelerator.optimizer_step_was_skipped)
         accelerator.log(read, step=step)
         on_step(step, read)
 
@@ -197,10 +197,17 @@ class StepValues:
         return values
 
 
-def check_finite(student: Student, step: int, values: Mapping[str, float]) -> None:
-    """FloatingPointError where the loss is not a number; the same on every rank, whichever it came from."""
-    if math.isfinite(values["loss"]):
+def check_finite(student: Student, step: int, values: Mapping[str, float], *, skipped: bool = False) -> None:
+    """FloatingPointError where the loss or the gradients' norm is not finite; the same on every rank.
+
+    skipped: whether a gradient scaler left the step out, as it does with the gradients of fp16 that overflow.
+    """
+    wrong = [name for name in ("loss",) if not math.isfinite(values[name])]
+    if not skipped and not math.isfinite(values.get("grad_norm", 0.0)):
+        wrong.append("grad_norm")
+    if not wrong:
         return
     if student.crepa is not None:
         student.crepa.flush()  # says which side it came from
-    raise FloatingPointError(f"step {step}: the loss is {values['loss']}; lower the learning rate")
+    found = " and ".join(f"{name} is {values[name]}" for name in wrong)
+    raise FloatingPointError(f"step {step}: the {found}; lower the learning rate")

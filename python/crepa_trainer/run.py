@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import export
-from .cache import prepare_cache
+from .cache import TEACHER_NAMES, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
@@ -235,16 +235,18 @@ class TrainingRun:
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.step(trained_parameters(self.transformer).values())
         read = values.read(self.accelerator)
-        check_finite(self.student, step, read)
+        check_finite(self.student, step, read, skipped=self.accelerator.optimizer_step_was_skipped)
         return {"epoch": self.order.epoch(Position(step, 0, 0)), **read}
 
     def _micro_batch(self, position: Position, batch: dict[str, Tensor], look: bool) -> dict[str, Any]:
         device = self.accelerator.device
         teacher: dict[str, Any] = {}
+        if self.student.crepa is None or self.student.crepa.ended:
+            # From the next batch that is asked for, it is not even read.
+            self.clips.without_teacher = True
+            batch = {name: tensor for name, tensor in batch.items() if name not in TEACHER_NAMES}
         if "feature_grid" in batch:
             teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
-        if "num_frames" in batch:
-            teacher["num_frames"] = batch.pop("num_frames").tolist()
         noise, draw = draw_noise(batch["latents"].shape, self.order.generators(position))
         time = self.family.noise_level(draw, batch["latents"].shape[1:])
         batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
@@ -255,7 +257,7 @@ class TrainingRun:
             return self.family.predict(transformer, noisy, batch)
 
         def show_matrix() -> None:
-            self._show_matrix(position.step, teacher)
+            self._show_matrix(position.step, {**teacher, "frame_mask": noisy.frame_mask})
 
         return micro_batch(
             self.accelerator, self.student, noisy, predict, teacher, position.step, show_matrix if look else None

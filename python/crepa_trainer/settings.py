@@ -175,6 +175,9 @@ def _contradictions(settings: RunSettings) -> list[str]:
     if settings.validation_every and not settings.validation_prompts:
         rule = "validation_prompts is empty: give what to sample, or 0"
         found.append(describe("validation_every", settings.validation_every, rule))
+    if settings.validation_prompts and not settings.validation_every:
+        rule = "validation_every is 0: give the steps between validations, or no prompts"
+        found.append(describe("validation_prompts", list(settings.validation_prompts), rule))
     if settings.output.resolve() == settings.data.resolve():
         rule = "must be another folder than data, whose videos are trained on"
         found.append(describe("output", str(settings.output), rule))

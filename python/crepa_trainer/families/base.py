@@ -118,6 +118,14 @@ class TrainingFamily(ModelSizes, ABC):
         if self.task not in self.pipelines:
             raise ValueError(f"task = {self.task}: {self.name} can be trained for {', '.join(self.pipelines)} alone")
 
+    def check_bucket(self, bucket: ClipSize) -> None:
+        """ValueError for a size that VAE and patches cannot make, or a frame count that leaves nothing to train."""
+        super().check_bucket(bucket)
+        if self.task == "image2video" and self.latent_shape(bucket)[1] < 2:
+            raise ValueError(
+                f"frame count {bucket.frames}: the first latent frame is the given image's, and none is left to predict"
+            )
+
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
         return self._load(self.transformer_part, dtype).train()
