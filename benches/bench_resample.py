@@ -141,6 +141,13 @@ def keep_heap_warm() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def processor() -> str:
+    """The CPU's name, from what pytest-benchmark uses."""
+    import cpuinfo
+
+    return str(cpuinfo.get_cpu_info()["brand_raw"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Token resampling against F.interpolate")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -166,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
     if options.out:
-        name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
+        name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
         found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "cases": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
