@@ -3,7 +3,8 @@
     make bench
 
 Each shape keeps its tokens, widths and grids; a CPU takes fewer frames of it (``Shape.cpu_frames``). pytest-benchmark
-stores each call's own times; the ratios in ``extra_info`` come from interleaved rounds of all calls of the shape.
+stores each call's own times; the ratios in ``extra_info`` come from interleaved rounds of all calls of the shape,
+on a warm heap.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benches.measure import interleaved_medians, kept_bytes, peak_bytes
+from benches.measure import interleaved_medians, keep_heap_warm, kept_bytes, peak_bytes
 from benches.peers import eager_transposed
 from benches.shapes import RESAMPLED, SAME_GRID, TARGETS, Shape
 from crepa_kernels import CrepaProjector, crepa_loss
@@ -74,6 +75,11 @@ class Case:
             self.projector.zero_grad()
 
         return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm_heap() -> None:
+    keep_heap_warm()
 
 
 @pytest.fixture(scope="module", params=TARGETS + SAME_GRID + RESAMPLED, ids=lambda shape: shape.id)

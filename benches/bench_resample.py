@@ -15,10 +15,7 @@ written. The floor is these bytes at the rate at which the device copies a tenso
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benches.measure import interleaved_medians
+from benches.measure import interleaved_medians, keep_heap_warm
 from crepa_kernels import resample_tokens
 from crepa_kernels.grid import Grid, count
 from crepa_kernels.ops import has_extension
@@ -131,14 +128,6 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
         "times_faster_than_view": seconds["view both"] / seconds["ours both"],
         "times_faster_than_transposed": seconds["transposed both"] / seconds["ours both"],
     }
-
-
-def keep_heap_warm() -> None:
-    """Freed memory stays mapped, as in a training loop that reuses it: otherwise page faults are what is timed."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def processor() -> str:

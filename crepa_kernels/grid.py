@@ -28,6 +28,14 @@ def count(grid: Grid) -> int:
     return grid[0] * grid[1]
 
 
+def few_enough_to_keep(aligned: int, tokens: int) -> bool:
+    """Whether ``aligned`` tokens made of ``tokens`` are kept for the backward pass.
+
+    Making them again reads every token, which costs more than so few are worth.
+    """
+    return 4 * aligned <= tokens
+
+
 @dataclass(frozen=True)
 class SpatialPlan:
     """What happens to each side so that both lie on one grid of ``tokens`` tokens a frame."""

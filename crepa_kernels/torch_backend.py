@@ -26,7 +26,7 @@ from .ops.row_alignment import align_rows_backward_op, align_rows_op, normalise_
 from .problem import CrepaOutput, Problem
 from .reduction import plan_reduction, reduce_frames
 from .teacher_rows import TeacherRows
-from .torch_student import Settings, Student
+from .torch_student import Aligned, Settings, Student
 
 
 def crepa_torch(problem: Problem) -> CrepaOutput:
@@ -98,6 +98,7 @@ class _FrameSimilarity(torch.autograd.Function):
         statistics = rows if problem.plan.student == "keep" else 0
         numbers = (hidden_states.new_empty(sizes, dtype=student.wide) for sizes in ((2, rows), (3, statistics)))
         kept = _Kept(*itertools.chain.from_iterable(numbers))
+        aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
         for chunk in chunks:
             projected = student.project(chunk)
             span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
@@ -111,8 +112,10 @@ class _FrameSimilarity(torch.autograd.Function):
                 kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
                 for values, into in zip(projected.statistics or (), kept[2:], strict=False):
                     into[out] = values
+                if projected.aligned is not None and student.keeps_aligned:
+                    aligned += projected.aligned
         if keep:
-            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept)
+            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept, *aligned)
             ctx.settings, ctx.chunks = settings, chunks
         ctx.mark_non_differentiable(own)
         return own, total
@@ -122,7 +125,8 @@ class _FrameSimilarity(torch.autograd.Function):
     def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A backward pass inside autocast would cast the fp32 products below.
         with torch.autocast(grad_total.device.type, enabled=False):
-            hidden_states, gamma, beta, weight, bias, offset, q, *kept = ctx.saved_tensors
+            hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
+            kept, aligned = rest[: len(_Kept._fields)], iter(rest[len(_Kept._fields) :])
             need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
             student = Student(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
             gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
@@ -130,7 +134,8 @@ class _FrameSimilarity(torch.autograd.Function):
             for chunk in ctx.chunks:
                 rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
                 grad = grad_total[chunk.clip, chunk.start : chunk.stop].contiguous()
-                gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)))
+                of_chunk = Aligned(*itertools.islice(aligned, 3)) if student.keeps_aligned else None
+                gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)), of_chunk)
             gradients.release()
             # W' = W diag(gamma) and c = W beta + b, taken apart again.
             d_weight, d_offset = gradients.folded, gradients.offset
@@ -169,8 +174,11 @@ class _Gradients:
             self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
         self.centred = student.centred if need_h and student.plan.student == "keep" else None
 
-    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept) -> None:
-        """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E) and ``kept`` of its rows."""
+    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept, aligned: Aligned | None) -> None:
+        """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E), and what was kept of its rows.
+
+        Rows whose ``aligned`` was not kept are aligned again.
+        """
         student, same_grid = self.student, self.centred is not None
         # fp32 rows are scaled in their place later; half types would be rounded twice.
         both = same_grid and (not self.need_folded or student.narrow != student.wide)
@@ -190,10 +198,10 @@ class _Gradients:
         if student.plan.student == "keep":
             self._same_grid(student.tokens(chunk), g, scaled, along, kept, out)
         else:
-            aligned = student.align(chunk)
+            aligned = aligned or student.align(chunk)
             self._fold(g, aligned.rows)
             if out is not None:
-                student.align_backward(g @ student.operand, aligned, out)
+                student.align_backward(g @ student.operand, aligned, chunk, out)
 
     def release(self) -> None:
         """Lets go of all but the sums: what comes after them takes as much memory as the weights."""

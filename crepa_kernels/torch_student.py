@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .chunks import Chunk, is_readable
 from .compiling import constant_when_compiled
-from .grid import SpatialPlan
+from .grid import SpatialPlan, count, few_enough_to_keep
 from .ops.layer_norm_resample import (
     layer_norm_resample_backward_op,
     layer_norm_resample_backward_out_op,
@@ -26,15 +27,10 @@ class Settings:
     frame_mask: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Aligned:
-    """A chunk of the student's side: normalised rows (frames x M, D), and what they were made of.
-
-    tokens (frames, P, D) with the mean and 1/std of each.
-    """
+class Aligned(NamedTuple):
+    """A chunk of the student's side: normalised rows (frames x M, D), and the mean and 1/std of its tokens."""
 
     rows: torch.Tensor
-    tokens: torch.Tensor
     mean: torch.Tensor
     inverse_std: torch.Tensor
 
@@ -45,11 +41,13 @@ class Projected:
 
     fold: mean, 1/std, row sums of the weights and offset, as ``align_rows`` makes p of the rows with them.
     statistics: mean, its low part and 1/std of the tokens, each (frames x M,), on equal grids.
+    aligned: what was projected, on other grids.
     """
 
     rows: torch.Tensor
     fold: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
     statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    aligned: Aligned | None = None
 
 
 class Student:
@@ -131,11 +129,16 @@ class Student:
         else:
             x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
             x = x.mean(dim=1)
-        return Aligned(x.view(-1, width), tokens, mean, inverse_std)
+        return Aligned(x.view(-1, width), mean, inverse_std)
 
-    def align_backward(self, grad: torch.Tensor, aligned: Aligned, out: torch.Tensor) -> None:
+    @property
+    def keeps_aligned(self) -> bool:
+        """Whether the forward pass keeps what ``align`` makes."""
+        return self.plan.student != "keep" and few_enough_to_keep(self.plan.tokens, count(self.plan.student_grid))
+
+    def align_backward(self, grad: torch.Tensor, aligned: Aligned, chunk: Chunk, out: torch.Tensor) -> None:
         """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
-        tokens, mean, inverse_std, plan = aligned.tokens, aligned.mean, aligned.inverse_std, self.plan
+        tokens, mean, inverse_std, plan = self.tokens(chunk), aligned.mean, aligned.inverse_std, self.plan
         shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
         if plan.student == "resample":
             geometry = (plan.student_grid, plan.grid, plan.antialias)
@@ -157,7 +160,7 @@ class Student:
         bf16 tokens on equal grids are projected as they are, by weights whose row means are taken off: products of
         bf16 are exact in fp32, and what is left of the tokens' mean is small where the sum is rounded.
         """
-        half, statistics = self.narrow != self.wide, None
+        half, statistics, aligned = self.narrow != self.wide, None, None
         if self.plan.student == "keep":
             tokens = self.tokens(chunk)
             x, mean, low, inverse_std = layer_norm_rows_op(tokens, self.eps, not half)
@@ -167,11 +170,12 @@ class Student:
                 rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
                 return Projected(rows, (mean, inverse_std, sums, self.offset), statistics)
         else:
-            x = self.align(chunk).rows
+            aligned = self.align(chunk)
+            x = aligned.rows
         # The offset would be rounded in half types.
         if self.offset is None or half:
-            return Projected(torch.mm(x, self.operand.t()), (None, None, None, self.offset), statistics)
-        return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics)
+            return Projected(torch.mm(x, self.operand.t()), (None, None, None, self.offset), statistics, aligned)
+        return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics, aligned)
 
 
 @constant_when_compiled

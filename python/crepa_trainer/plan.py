@@ -11,7 +11,7 @@ from torch import nn
 
 from crepa_kernels import CrepaProjector
 from crepa_kernels.config_rules import DINOV2_HUB_IDS
-from crepa_kernels.grid import Grid, count, plan_alignment
+from crepa_kernels.grid import Grid, count, few_enough_to_keep, plan_alignment
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 from crepa_kernels.triton_backend import why_not_triton_for
 
@@ -151,22 +151,28 @@ def projector_bytes(hidden_size: int, feature_size: int) -> int:
 
 
 def kept_bytes(
-    rows: int, student_rows: int, hidden_size: int, feature_size: int, type_bytes: int, *, triton: bool = False
+    rows: int, student_rows: int, hidden_size: int, feature_size: int, dtype: torch.dtype, *, triton: bool = False
 ) -> int:
     """Bytes that `crepa_loss` keeps between forward and backward, beside its inputs and what has a number a frame.
 
-    The `torch` backend keeps one row of the projection's gradient a token that is compared, and two numbers of it, or
-    five where each of the student's tokens is: `rows (E s + 8)` or `rows (E s + 20)`. The `triton` backend keeps that
-    row, the teacher's row on the same grid, three statistics of each of the student's tokens, and the folded projector:
-    `rows 2 E s + 12 student_rows + E (D s + 12)`. The hidden states themselves are the next block's input, which is
-    there in any case.
+    With s the bytes of the hidden states' type, the `torch` backend keeps one row of the projection's gradient a token
+    that is compared, and two numbers of it, or five where each of the student's tokens is: `rows (E s + 8)` or
+    `rows (E s + 20)`. The `triton` backend keeps that row, the teacher's row on the same grid, three statistics of each
+    of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. Where it resamples
+    the student to a quarter of its tokens or fewer, the `torch` backend keeps those, and two statistics of each of the
+    student's: `rows D s + 8 student_rows` more. What multiplies is fp32 for fp16, whose range is too small: then s is 4
+    for resampled tokens, and for all that the `triton` backend keeps. The hidden states themselves are the next block's
+    input, which is there in any case.
 
-    rows: B T M, compared tokens; student_rows: B T P, the student's; type_bytes: s, of the hidden states' type.
+    rows: B T M, compared tokens; student_rows: B T P, the student's; dtype: of the hidden states.
     """
-    kept = rows * feature_size * type_bytes
-    if not triton:
-        return kept + (20 if rows == student_rows else 8) * rows
-    return 2 * kept + 12 * student_rows + feature_size * (hidden_size * type_bytes + 12)
+    product = FP32 if dtype is torch.float16 else dtype.itemsize
+    if triton:
+        return 2 * rows * feature_size * product + 12 * student_rows + feature_size * (hidden_size * product + 12)
+    kept = rows * (feature_size * dtype.itemsize + (20 if rows == student_rows else 8))
+    if few_enough_to_keep(rows, student_rows):
+        kept += rows * hidden_size * product + 8 * student_rows
+    return kept
 
 
 def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
@@ -234,13 +240,13 @@ def _memory(
     encoder = teacher_is_encoder(config)
     features = _encoder_sizes(config)[0] if encoder else hidden
     triton = device_type == "cuda" and why_not_triton_for(device_type, dtype) is None
-    # That backend's rows are in fp32 where fp16 cannot hold their gradient.
-    size = FP32 if triton and dtype is torch.float16 else dtype.itemsize
     kept = []
     for each in buckets:
         aligned = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid).tokens
         frames = min(settings.batch_size, each.clips) * each.frames
-        kept.append(kept_bytes(frames * aligned, frames * each.tokens_per_frame, hidden, features, size, triton=triton))
+        kept.append(
+            kept_bytes(frames * aligned, frames * each.tokens_per_frame, hidden, features, dtype, triton=triton)
+        )
     weights = 0
     if encoder and settings.cache_teacher == "frames":
         weights = _encoder_parameters(config) * encoder_type(torch.device(device_type)).itemsize
