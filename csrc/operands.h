@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -88,6 +89,27 @@ inline void check_backward(const Tensor& grad, const Tensor& tokens, const Tenso
                     torch::headeronly::toString(statistics_type(tokens)), ", got ",
                     torch::headeronly::toString(statistic->scalar_type()));
   }
+}
+
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+// One bool for each frame: where it is false the frame is neither read nor has a gradient.
+inline void check_in_loss(const std::optional<Tensor>& in_loss, const Tensor& tokens) {
+  if (!in_loss) return;
+  const Grid frames(tokens.sizes().begin(), tokens.sizes().end() - 2);
+  bool same = static_cast<size_t>(in_loss->dim()) == frames.size();
+  for (size_t i = 0; same && i < frames.size(); ++i) same = in_loss->size(i) == frames[i];
+  STD_TORCH_CHECK(same, "in_loss must have shape ", numbers(frames), ", got ", numbers(in_loss->sizes()));
+  STD_TORCH_CHECK(in_loss->scalar_type() == ScalarType::Bool && in_loss->device() == tokens.device(),
+                  "in_loss must be bool, on the tokens' device, got ",
+                  torch::headeronly::toString(in_loss->scalar_type()));
+}
+
+inline void check_scale(const std::optional<Tensor>& scale, const Tensor& tokens) {
+  STD_TORCH_CHECK(!scale || (scale->numel() == 1 && scale->scalar_type() == statistics_type(tokens) &&
+                             scale->device() == tokens.device()),
+                  "scale must be one number, on the tokens' device, in ",
+                  torch::headeronly::toString(statistics_type(tokens)));
 }
 
 inline void check_out(const Tensor& out, const Tensor& tokens) {

@@ -81,8 +81,8 @@ def frame_alignment(
     cumulative: bool,
     normalize_sum: bool,
     by_frames: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), metrics (3,), frame_similarity (B, T), and six tensors for the backward pass (``pipeline.Kept``)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
     from ..triton.pipeline import forward
 
     call = _call(
@@ -112,6 +112,7 @@ def _(tokens: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (
         new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=narrow), new(3, batch * length),
         new(features), new(features, width, dtype=narrow), new(features), new(features),
+        new(rows if call.spatial.keeps_aligned else 0, width, dtype=narrow),
     )  # fmt: skip
 
 

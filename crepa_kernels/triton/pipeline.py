@@ -52,6 +52,7 @@ class Kept(NamedTuple):
         statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope; the last 0 where the backward makes it.
         offset_grad: (E,) fp32, the sum of dp; 0 where the backward makes it.
         weight: the folded projector's, (E, D), with ``shift`` (E,) and ``offset`` (E,).
+        aligned: (rows, D), the student's normalised rows on the common grid; (0, D) where the backward makes them.
     """
 
     grad_rows: torch.Tensor
@@ -60,6 +61,7 @@ class Kept(NamedTuple):
     weight: torch.Tensor
     shift: torch.Tensor
     offset: torch.Tensor
+    aligned: torch.Tensor
 
 
 class Needs(NamedTuple):
@@ -89,7 +91,10 @@ def _student(call: Call, keep: bool, choice: Choice) -> Student:
 
 
 def _chunks(student: Student, limited: bool) -> list[RowChunk]:
-    per_frame = max(student.clip.tokens, student.spatial.student_tokens)
+    # Where the extension normalises and resamples at once, nothing is made of the student's own tokens.
+    per_frame = student.clip.tokens
+    if not student.fused:
+        per_frame = max(per_frame, student.spatial.student_tokens)
     return plan_chunks(student.clip, limited, student.joined, per_frame)
 
 
@@ -124,9 +129,11 @@ def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torc
     columns = -(-features // choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((clip.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
-    offset_grads = []
+    offset_grads, aligned = [], []
     for chunk in _chunks(student, limited=not student.raw or (makes_rows and not stored)):
         operand = student.operand(chunk, tables, statistics)
+        if stored and call.spatial.keeps_aligned:
+            aligned.append(operand)
         inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
         if one_pass:
             assert norms is not None  # for the type checker
@@ -138,7 +145,8 @@ def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torc
         offset_grads.append(compare_rows(projected, chunk, inputs, choice.rows, parts, slope, gradient=stored))
     loss, metrics, frame_similarity = finish(parts, clip, tables)
     offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_zeros(features)
-    return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded)
+    operands = aligned[0] if len(aligned) == 1 else torch.cat([*aligned, grad_rows.new_empty(0, call.tokens.shape[2])])
+    return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded, operands)
 
 
 def backward(
@@ -163,7 +171,9 @@ def backward(
     for chunk in _chunks(student, limited=not student.raw or not stored or tables.mask is not None):
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None
-        if not stored or need_folded:
+        if kept.aligned.shape[0] > 0:
+            operand = kept.aligned[rows]
+        elif not stored or need_folded:
             operand = student.operand(chunk, tables, scratch, measured=True)
         if stored or operand is None:
             grad_rows = kept.grad_rows[rows]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..grid import few_enough_to_keep
+from ..ops import has_extension
+from ..ops.layer_norm_resample import layer_norm_resample_backward_out_op, layer_norm_resample_op
 from ..ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 from .chunks import RowChunk
 from .frames import Clip, FrameTables
@@ -26,6 +29,11 @@ class Spatial:
     @property
     def student_tokens(self) -> int:
         return self.student_grid[0] * self.student_grid[1]
+
+    @property
+    def keeps_aligned(self) -> bool:
+        """Whether the backward pass finds the student's rows on the common grid as the forward pass made them."""
+        return self.change != "keep" and few_enough_to_keep(self.grid[0] * self.grid[1], self.student_tokens)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,12 @@ class Student:
         """Whether the rows of all clips are rows of one matrix."""
         tokens = self.tokens
         return tokens.shape[0] == 1 or tokens.stride(0) == tokens.shape[1] * tokens.stride(1)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the extension normalises and resamples in one pass over the tokens, each way."""
+        same_type = self.tokens.dtype == self.narrow
+        return self.spatial.change == "resample" and same_type and has_extension(self.tokens.device.type)
 
     @property
     def row_count(self) -> int:
@@ -88,6 +102,13 @@ class Student:
         Writes mean and 1/std of the chunk's tokens to ``statistics`` (3, rows of the call), unless ``measured``.
         """
         span, tokens = self.span(chunk), self.rows(chunk)
+        if self.fused:
+            rows, mean, inverse_std = layer_norm_resample_op(
+                self._framed(tokens), *self._geometry, self.eps, _in_loss(chunk, tables)
+            )
+            if not measured:
+                statistics[0, span], statistics[1, span] = mean.view(-1), inverse_std.view(-1)
+            return rows.view(-1, tokens.shape[1])
         normalised = None if self.raw else tokens.new_empty(tokens.shape, dtype=self.narrow)
         if not (self.raw and measured):
             where = self.frames_of(span, tables.mask)
@@ -95,14 +116,22 @@ class Student:
             token_statistics(tokens, mean, inverse_std, self.eps, self.tile, where, normalised)
         return tokens if normalised is None else self._align(normalised)
 
+    @property
+    def _geometry(self) -> tuple[Sequence[int], Sequence[int], bool]:
+        return self.spatial.student_grid, self.spatial.grid, self.spatial.antialias
+
+    def _framed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the hidden states, or a number for each, by frames."""
+        return rows.unflatten(0, (-1, self.spatial.student_tokens))
+
     def _align(self, normalised: torch.Tensor) -> torch.Tensor:
         spatial, width = self.spatial, normalised.shape[1]
         if spatial.change == "keep":
             return normalised
-        framed = normalised.view(-1, spatial.student_tokens, width)
+        framed = self._framed(normalised)
         if spatial.change == "pool":
             return framed.mean(dim=1)
-        return resample_tokens_op(framed, spatial.student_grid, spatial.grid, spatial.antialias).view(-1, width)
+        return resample_tokens_op(framed, *self._geometry).view(-1, width)
 
     def normalised_gradient(
         self,
@@ -117,8 +146,14 @@ class Student:
         span, spatial, repeat = self.span(chunk), self.spatial, 1
         if spatial.change == "resample":
             framed = grad.view(-1, self.clip.tokens, grad.shape[1])
-            grad = resample_tokens_adjoint_op(framed, spatial.student_grid, spatial.grid, spatial.antialias)
-            grad = grad.view(-1, framed.shape[2])
+            if self.fused:
+                mean, inverse_std = (self._framed(statistics[i, span]) for i in (0, 1))
+                layer_norm_resample_backward_out_op(
+                    framed, self._framed(self.rows(chunk)), mean, inverse_std, *self._geometry,
+                    self._framed(out[span]), _in_loss(chunk, tables), scale,
+                )  # fmt: skip
+                return
+            grad = resample_tokens_adjoint_op(framed, *self._geometry).view(-1, framed.shape[2])
         elif spatial.change == "pool":
             repeat = spatial.student_tokens
         layer_norm_backward(
@@ -133,6 +168,14 @@ class Student:
         clip = self.clip
         keep = tables.mask.bool().repeat_interleave(clip.tokens, dim=1)[:, clip.start : clip.start + clip.rows]
         return operand.where(keep.reshape(-1)[chunk.first_row : chunk.stop_row, None], 0)
+
+
+def _in_loss(chunk: RowChunk, tables: FrameTables) -> torch.Tensor | None:
+    """Which of the chunk's frames are in the loss, (frames,) bool; None if all are."""
+    if tables.mask is None:
+        return None
+    clips = slice(chunk.first_clip, chunk.first_clip + chunk.clips)
+    return tables.mask[clips, chunk.first_frame : chunk.last_frame].flatten().bool()
 
 
 def folds(tokens: torch.Tensor, spatial: Spatial, keep: bool) -> tuple[bool, torch.dtype]:

@@ -55,7 +55,9 @@ struct Task {
   Accumulate<T>* mean;
   Accumulate<T>* inverse_std;
   double eps;
+  const bool* in_loss;   // one a frame: what is outside is neither read nor has a gradient; null: all are inside
   Rows<const T> tokens;  // what was normalised; backward pass only
+  Accumulate<T> scale;   // of the result; backward pass only
 };
 
 // Each works on lines [begin, end) of all frames' lines of the result.

@@ -59,6 +59,8 @@ struct Statistics {
   const Tensor* mean = nullptr;
   const Tensor* inverse_std = nullptr;
   double eps = 0;
+  const Tensor* in_loss = nullptr;
+  const Tensor* scale = nullptr;
 };
 
 // out = R rows or R' rows, with the statistics' part where there are some.
@@ -83,6 +85,10 @@ void run(const Tensor& from_tensor, const Tensor& out, const Tensor* tokens_tens
     task.inverse_std = static_cast<A*>(statistics.inverse_std->mutable_data_ptr());
     task.eps = statistics.eps;
   }
+  std::optional<Tensor> in_loss;
+  if (statistics.in_loss) in_loss = torch::stable::contiguous(*statistics.in_loss);
+  task.in_loss = in_loss ? static_cast<const bool*>(in_loss->const_data_ptr()) : nullptr;
+  task.scale = statistics.scale ? *static_cast<const A*>(statistics.scale->const_data_ptr()) : A(1);
   const Frames tokens(tokens_tensor ? *tokens_tensor : from_tensor);
   const std::vector<int64_t> tokens_offset = tokens_tensor ? offsets(tokens) : std::vector<int64_t>();
   task.tokens = {static_cast<const T*>(tokens.tensor.const_data_ptr()), tokens_offset.data(), tokens.row_stride};
@@ -111,10 +117,11 @@ Tensor resample_tokens_adjoint(const Tensor& grad, Grid source, Grid target, boo
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Grid source, Grid target, bool antialias,
-                                                       double eps) {
+                                                       double eps, std::optional<Tensor> in_loss) {
   check_grid(source, "source_grid");
   check_grid(target, "target_grid");
   check_tokens(tokens, source, "tokens");
+  check_in_loss(in_loss, tokens);
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, target));
   const Grid row_shape(tokens.sizes().begin(), tokens.sizes().end() - 1);
   // Tokens that no row of the result reads keep the zeros.
@@ -123,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Gri
   dispatch(tokens, [&](auto zero) {
     using T = decltype(zero);
     if (out.numel() == 0) return;
-    run<T>(tokens, out, nullptr, source, target, antialias, false, {&mean, &inverse_std, eps},
+    run<T>(tokens, out, nullptr, source, target, antialias, false, {&mean, &inverse_std, eps, pointer(in_loss)},
            kernels<T>().layer_norm_resample);
   });
   return {out, mean, inverse_std};
@@ -131,23 +138,26 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Gri
 
 void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
                                     const Tensor& inverse_std, Grid source, Grid target, bool antialias,
-                                      Tensor out) {
+                                      Tensor out, std::optional<Tensor> in_loss, std::optional<Tensor> scale) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
   check_out(out, tokens);
+  check_in_loss(in_loss, tokens);
+  check_scale(scale, tokens);
   const Tensor means = torch::stable::contiguous(mean), inverses = torch::stable::contiguous(inverse_std);
   dispatch(tokens, [&](auto zero) {
     using T = decltype(zero);
     if (out.numel() == 0) return;
-    run<T>(grad, out, &tokens, source, target, antialias, true, {&means, &inverses, 0},
+    run<T>(grad, out, &tokens, source, target, antialias, true, {&means, &inverses, 0, pointer(in_loss), pointer(scale)},
            kernels<T>().layer_norm_resample_backward);
   });
 }
 
 Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
-                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias,
+                                    std::optional<Tensor> in_loss, std::optional<Tensor> scale) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
-  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out);
+  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out, in_loss, scale);
   return out;
 }
 

@@ -90,20 +90,21 @@ void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* low, A* i
   *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps);
 }
 
-// dh = r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalised row and g its gradient.
+// dh = scale r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalised row and g its gradient.
 template <typename T, typename A>
-void normalisation_backward(const A* gradient, const T* row, A mean, A r, int64_t channels, T* out) {
+void normalisation_backward(const A* gradient, const T* row, A mean, A r, A scale, int64_t channels, T* out) {
   A sum = 0, along = 0;
 #pragma omp simd reduction(+ : sum, along)
   for (int64_t c = 0; c < channels; ++c) {
     sum += gradient[c];
     along += gradient[c] * (load(row + c) - mean);
   }
-  const A shift = r * sum / static_cast<A>(channels);
-  const A slope = r * r * r * along / static_cast<A>(channels);
+  const A outer = scale * r;
+  const A shift = outer * sum / static_cast<A>(channels);
+  const A slope = outer * r * r * along / static_cast<A>(channels);
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c)
-    store(out + c, r * gradient[c] - shift - slope * (load(row + c) - mean));
+    store(out + c, outer * gradient[c] - shift - slope * (load(row + c) - mean));
 }
 
 #if defined(__SSE2__)

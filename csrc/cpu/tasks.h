@@ -101,6 +101,13 @@ void layer_norm_resample(const Task<T>& task, int64_t begin, int64_t end) {
     const T* rows = task.from.data + task.from.frame_offset[frame];
     const int64_t others = y == 0 ? 0 : last(v, y - 1);  // earlier lines' to write
     if (y == 0) known = 0;
+    if (task.in_loss && !task.in_loss[frame]) {
+      for (int64_t row = item * h.to; row < (item + 1) * h.to; ++row) {
+        combine_all<true>(0, taps.data, partial.data, out.at(row), task.channels);
+        out.done(row);
+      }
+      continue;
+    }
     for (int64_t line = known > v.begin[y] ? known : v.begin[y]; line < last(v, y); ++line) {
       for (int64_t i = 0; i < columns; ++i) {
         const int64_t token = line * h.from + read.data[i];
@@ -137,7 +144,8 @@ void layer_norm_resample_backward(const Task<T>& task, int64_t begin, int64_t en
     for (int64_t x = 0; x < columns; ++x) {
       const int64_t row = item * columns + x;
       const A* none = nullptr;
-      const int64_t count = collect(task, gradients, y, x, none, none, taps.data);
+      const bool inside = !task.in_loss || task.in_loss[frame];
+      const int64_t count = inside ? collect(task, gradients, y, x, none, none, taps.data) : 0;
       if (count == 0) {
         combine_all<false>(0, taps.data, partial.data, out.at(row), task.channels);
       } else {
@@ -145,7 +153,7 @@ void layer_norm_resample_backward(const Task<T>& task, int64_t begin, int64_t en
         if (x + 2 < columns && task.horizontal.first[x + 3] > task.horizontal.first[x + 2])
           prefetch_row(tokens + (y * columns + x + 2) * task.tokens.row_stride, task.channels);
         normalisation_backward(gradient.data, tokens + (y * columns + x) * task.tokens.row_stride, task.mean[row],
-                               task.inverse_std[row], task.channels, out.at(row));
+                               task.inverse_std[row], task.scale, task.channels, out.at(row));
       }
       out.done(row);
     }

@@ -41,7 +41,9 @@ struct Task {
   void* mean;
   void* inverse_std;
   double eps;
-  Rows tokens;  // what was normalised; backward pass only
+  const bool* in_loss;  // one a frame: what is outside is neither read nor has a gradient; null: all are inside
+  Rows tokens;          // what was normalised; backward pass only
+  const void* scale;    // of the result, one number; null: 1; backward pass only
 };
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };

@@ -69,6 +69,14 @@ __global__ void __launch_bounds__(kThreads, 3) layer_norm_resample_kernel(const 
   const int64_t first = (static_cast<int64_t>(place.frame) * task.height_to + place.y) * task.width_to + place.x;
   T* out = static_cast<T*>(task.out) + first * task.channels;
   const int packs = task.channels / kWidth;
+  if (task.in_loss && !task.in_loss[place.frame]) {
+    for (int y = 0; y < place.lines; ++y, out += static_cast<int64_t>(task.width_to) * task.channels)
+      for (int i = threadIdx.x; i < place.columns * packs; i += kThreads) {
+        const A none[kWidth] = {};
+        write<kWidth>(out + static_cast<int64_t>(i) * kWidth, none);
+      }
+    return;
+  }
   int known = 0;
   for (int y = 0; y < place.lines; ++y, out += static_cast<int64_t>(task.width_to) * task.channels) {
     const int2 lines = v.window[y];
@@ -147,13 +155,15 @@ __global__ void __launch_bounds__(512, 1) layer_norm_resample_backward_kernel(co
   const T* tokens = static_cast<const T*>(task.tokens.data) + frame_offset(task.tokens.frames, place.frame);
   const int packs = task.channels / kWidth, rounds = (packs + blockDim.x - 1) / blockDim.x;
   const int2 lines = v.window[0];
+  const bool outside = task.in_loss && !task.in_loss[place.frame];
+  const A scale = task.scale ? *static_cast<const A*>(task.scale) : A(1);
   for (int x = 0; x < place.columns; ++x) {
     const int2 columns = h.window[x];
     const int64_t token = static_cast<int64_t>(place.y) * task.width_to + place.x + x;
     const int64_t row = static_cast<int64_t>(place.frame) * task.height_to * task.width_to + token;
     const T* source = tokens + token * task.tokens.row_stride;
     T* out = static_cast<T*>(task.out) + row * task.channels;
-    const bool read_by_none = lines.x >= lines.y || columns.x >= columns.y;
+    const bool read_by_none = outside || lines.x >= lines.y || columns.x >= columns.y;
     const A mean = static_cast<const A*>(task.mean)[row], inverse = static_cast<const A*>(task.inverse_std)[row];
     Pack<T, kWidth> held[kSlots];
     A dx[kSlots][kWidth];
@@ -181,13 +191,14 @@ __global__ void __launch_bounds__(512, 1) layer_norm_resample_backward_kernel(co
       }
     }
     block_sum(sum, along, scratch[x % 2]);
-    const A shift = inverse * sum / static_cast<A>(task.channels);
-    const A slope = inverse * inverse * inverse * along / static_cast<A>(task.channels);
+    const A outer = scale * inverse;
+    const A shift = outer * sum / static_cast<A>(task.channels);
+    const A slope = outer * inverse * inverse * along / static_cast<A>(task.channels);
     const auto finish = [&](int slot, int channel) {
       A gradient[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        gradient[i] = read_by_none ? A(0) : inverse * dx[slot][i] - shift - slope * (widen(held[slot].value[i]) - mean);
+        gradient[i] = read_by_none ? A(0) : outer * dx[slot][i] - shift - slope * (widen(held[slot].value[i]) - mean);
       write<kWidth>(out + channel, gradient);
     };
     if constexpr (kHeld > 0) {

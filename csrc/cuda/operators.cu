@@ -137,10 +137,11 @@ Tensor resample_tokens_adjoint(const Tensor& grad, Grid source, Grid target, boo
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& input, Grid source, Grid target, bool antialias,
-                                                       double eps) {
+                                                       double eps, std::optional<Tensor> in_loss) {
   check_grid(source, "source_grid");
   check_grid(target, "target_grid");
   check_tokens(input, source, "tokens");
+  check_in_loss(in_loss, input);
   const Storage storage = storage_of(input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor tokens = input, out = torch::stable::new_empty(tokens, shape_on(tokens, target));
@@ -153,6 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& input, Grid
   task.mean = mean.mutable_data_ptr();
   task.inverse_std = inverse_std.mutable_data_ptr();
   task.eps = eps;
+  if (in_loss) in_loss = torch::stable::contiguous(*in_loss);
+  task.in_loss = in_loss ? static_cast<const bool*>(in_loss->const_data_ptr()) : nullptr;
   choose_tile(task, task.height_to, 8, weight_size(tokens), true);
   launch_layer_norm_resample(task, storage, current_stream(tokens));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -161,8 +164,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& input, Grid
 
 void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
                                     const Tensor& inverse_std, Grid source, Grid target, bool antialias,
-                                      Tensor out) {
+                                      Tensor out, std::optional<Tensor> in_loss, std::optional<Tensor> scale) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
+  check_in_loss(in_loss, tokens);
+  check_scale(scale, tokens);
   const Storage storage = storage_of(tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_out(out, tokens);
@@ -173,16 +178,20 @@ void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, 
   task.tokens = lay_out(normalised, task.aligned);
   task.mean = means.mutable_data_ptr();
   task.inverse_std = inverses.mutable_data_ptr();
+  if (in_loss) in_loss = torch::stable::contiguous(*in_loss);
+  task.in_loss = in_loss ? static_cast<const bool*>(in_loss->const_data_ptr()) : nullptr;
+  task.scale = scale ? scale->const_data_ptr() : nullptr;
   choose_tile(task, 1, 4, weight_size(tokens), false);
   launch_layer_norm_resample_backward(task, storage, current_stream(tokens));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
-                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias) {
+                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias,
+                                    std::optional<Tensor> in_loss, std::optional<Tensor> scale) {
   check_backward(grad, tokens, mean, inverse_std, source, target);
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
-  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out);
+  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out, in_loss, scale);
   return out;
 }
 
