@@ -31,13 +31,13 @@ class Size:
 
 @dataclass(frozen=True)
 class HubCase:
-    """A folder's maker, what is trained of it, the size of its clips, and how many frames its pipeline cuts off them."""
+    """A folder's maker, what is trained of it, the size of its clips, and how many first frames its pipeline hides."""
 
     save: Callable[[Path], Path]
     size: Size
     task: str = "text2video"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    cut: int = 0
+    hidden: int = 0
 
     def family(self, folder: Path) -> TrainingFamily:
         return TrainingFamily.of(str(folder), self.task, expert=self.settings.get("expert"))
@@ -45,7 +45,7 @@ class HubCase:
     @property
     def shown(self) -> tuple[int, int, int, int]:
         """Shape (P, H, W, 3) of a clip that is sampled."""
-        return self.size.frames - self.cut, self.size.height, self.size.width, 3
+        return self.size.frames - self.hidden, self.size.height, self.size.width, 3
 
 
 def encoded_clip(family: TrainingFamily, vae: Any, pixels: Tensor, prompt: str) -> dict[str, Tensor]:
@@ -71,6 +71,6 @@ CASES = {
     "cogvideox 1.5 image": HubCase(partial(save_tiny_cogvideox, version="1.5", image=True), Size(17), _IMAGE),
     "hunyuan token_replace": HubCase(partial(save_tiny_hunyuan_image, condition="token_replace"), Size(9), _IMAGE),
     "hunyuan latent_concat": HubCase(
-        partial(save_tiny_hunyuan_image, condition="latent_concat"), Size(13), _IMAGE, cut=4
+        partial(save_tiny_hunyuan_image, condition="latent_concat"), Size(13), _IMAGE, hidden=4
     ),
 }

@@ -1,5 +1,5 @@
-"""Complete tiny pipelines in the hub's layout: Wan with experts or an image encoder, Kandinsky 5, CogVideoX, HunyuanVideo
-with an image.
+"""Complete tiny pipelines in the hub's layout: Wan with experts or an image encoder, Kandinsky 5, CogVideoX, and
+HunyuanVideo with an image.
 """
 
 from __future__ import annotations
