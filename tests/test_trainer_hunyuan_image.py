@@ -163,3 +163,13 @@ def test_a_validation_clip_begins_with_the_very_frame_that_the_text_has_seen(
 def test_guidance_is_the_embedded_scale_or_that_of_the_negative_prompt(condition: str, family: TrainingFamily) -> None:
     key = "guidance_scale" if condition == "token_replace" else "true_cfg_scale"
     assert family.guidance_arguments(3.0) == {key: 3.0}
+
+
+def test_texts_are_encoded_in_bf16_too_as_on_a_gpu(family: TrainingFamily, pixels: torch.Tensor) -> None:
+    full, half = (
+        family.encode_text_of_clip(family.load_text(dtype), PROMPT, pixels[0])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half["text"].dtype == half["text_pooled"].dtype == torch.bfloat16
+    # Hidden states of up to 1, with 8 bits each, through two layers.
+    torch.testing.assert_close(half["text"].float(), full["text"], atol=0.05, rtol=0.05)
