@@ -171,5 +171,5 @@ def test_texts_are_encoded_in_bf16_too_as_on_a_gpu(family: TrainingFamily, pixel
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert half["text"].dtype == half["text_pooled"].dtype == torch.bfloat16
-    # Hidden states of up to 1, with 8 bits each, through two layers.
-    torch.testing.assert_close(half["text"].float(), full["text"], atol=0.05, rtol=0.05)
+    # Rounding to 8 bits, which two layers average over.
+    assert (half["text"].float() - full["text"]).norm() < 0.01 * full["text"].norm()
