@@ -8,8 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from crepa_trainer.families import TrainingFamily
-from tiny_hub_folders import save_tiny_cogvideox, save_tiny_kandinsky, save_tiny_wan_experts, save_tiny_wan_image
+from tiny_hub_folders import (
+    save_tiny_cogvideox,
+    save_tiny_hunyuan_image,
+    save_tiny_kandinsky,
+    save_tiny_wan_experts,
+    save_tiny_wan_image,
+)
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,15 +31,27 @@ class Size:
 
 @dataclass(frozen=True)
 class HubCase:
-    """A folder's maker, what is trained of it, and the size of its clips."""
+    """A folder's maker, what is trained of it, the size of its clips, and how many first frames its pipeline hides."""
 
     save: Callable[[Path], Path]
     size: Size
     task: str = "text2video"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    hidden: int = 0
 
     def family(self, folder: Path) -> TrainingFamily:
         return TrainingFamily.of(str(folder), self.task, expert=self.settings.get("expert"))
+
+    @property
+    def shown(self) -> tuple[int, int, int, int]:
+        """Shape (P, H, W, 3) of a clip that is sampled."""
+        return self.size.frames - self.hidden, self.size.height, self.size.width, 3
+
+
+def encoded_clip(family: TrainingFamily, vae: Any, pixels: Tensor, prompt: str) -> dict[str, Tensor]:
+    """What the cache holds of a clip (P, 3, H, W) uint8 with this caption."""
+    text = family.encode_text_of_clip(family.load_text(torch.float32), prompt, pixels[0])
+    return {**family.encode_clip(vae, pixels, family.load_image_encoder()), **text}
 
 
 _EXPERTS = partial(save_tiny_wan_experts)
@@ -49,4 +69,8 @@ CASES = {
     "cogvideox image": HubCase(partial(save_tiny_cogvideox, image=True), Size(9), _IMAGE),
     "cogvideox 1.5": HubCase(partial(save_tiny_cogvideox, version="1.5"), Size(17)),
     "cogvideox 1.5 image": HubCase(partial(save_tiny_cogvideox, version="1.5", image=True), Size(17), _IMAGE),
+    "hunyuan token_replace": HubCase(partial(save_tiny_hunyuan_image, condition="token_replace"), Size(9), _IMAGE),
+    "hunyuan latent_concat": HubCase(
+        partial(save_tiny_hunyuan_image, condition="latent_concat"), Size(13), _IMAGE, hidden=4
+    ),
 }

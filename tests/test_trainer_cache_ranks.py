@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from crepa_trainer.trackers import read_csv
+from hub_cases import CASES
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
@@ -134,3 +135,20 @@ def test_an_error_of_one_process_ends_all(given: dict[str, Any], tmp_path: Path)
     assert done.returncode != 0
     assert done.stderr.count("crepa-train: error: ") == 1
     assert "3.mp4: damaged or cut off" in done.stderr
+
+
+@pytest.mark.slow
+def test_one_process_encodes_texts_with_first_frames_of_clips_that_the_other_encoded(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    model = CASES["hunyuan token_replace"].save(tmp_path / "hunyuan")
+    settings = {**given["settings"], "model": str(model), "task": "image2video", "validation_every": 2}
+    small = {"validation_steps": 1, "max_train_steps": 2, "mixed_precision": "no", "lora_rank": 2}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**settings, **small, **given["config"]}))
+    done = torchrun("-m", "crepa_trainer", "run", "--config", str(file))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_csv(tmp_path / "out" / "metrics.csv")) == 2
+    # Of five clips, the validation prompt and the negative one.
+    assert " ".join(done.stdout.split()).count("encoded 7 captions into") == 1
+    assert len(list((tmp_path / "out" / "cache" / "text").iterdir())) == 7

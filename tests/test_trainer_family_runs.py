@@ -190,11 +190,13 @@ def test_models_that_cannot_be_trained_say_why(models: Path, tmp_path: Path) -> 
     folders = {name: pipeline_folder(models, name) for name in ("ltxvideo", "sanavideo", "hunyuan_video")}
     with pytest.raises(ValueError, match=r"family = sanavideo, but .* has a LTXVideoTransformer3DModel \(ltxvideo\)"):
         TrainingFamily.of(str(folders["ltxvideo"]), family="sanavideo")
-    with pytest.raises(ValueError, match="its text encoder reads the first frame with the caption"):
+    with pytest.raises(
+        ValueError, match=r"task = image2video: .* is a text-to-video model \(image_condition_type = None"
+    ):
         TrainingFamily.of(str(folders["hunyuan_video"]), "image2video")
     image = save_tiny_hunyuan_pipeline(tmp_path / "token_replace", image_condition_type="token_replace")
-    with pytest.raises(ValueError, match="image2video is not supported for hunyuan_video"):
-        TrainingFamily.of(str(image))
+    with pytest.raises(ValueError, match="lacks image_processor, which makes the text encoder's image"):
+        TrainingFamily.of(str(image), "image2video")
     dc = _with(folders["sanavideo"], tmp_path / "dc", "model_index.json", vae=["diffusers", "AutoencoderDC"])
     with pytest.raises(ValueError, match="AutoencoderDC; sanavideo needs an AutoencoderKLWan or AutoencoderKLLTX2"):
         TrainingFamily.of(dc)

@@ -46,6 +46,9 @@ def changed(folder: Path, target: Path, part: str, **changes: Any) -> str:
         ("kandinsky5", Size(9, 32, 40), "32x40: height and width must be multiples of 16"),
         ("kandinsky5 image", Size(13), "frame count 13: the image-to-video pipeline makes clips of 17 frames or more"),
         ("wan image encoder", Size(8), r"frame count 8: the VAE makes 1 \+ 4n frames"),
+        ("hunyuan token_replace", Size(1), "frame count 1: .*none is left to predict"),
+        ("hunyuan latent_concat", Size(1), "frame count 1: .*none is left to predict"),
+        ("hunyuan latent_concat", Size(9, 32, 40), "32x40: height must be a multiple of 16"),
     ],
 )
 def test_a_size_that_the_model_cannot_make(saved: Callable[[str], Path], name: str, size: Size, message: str) -> None:
@@ -100,6 +103,8 @@ def test_learned_positions_are_of_one_size(tmp_path: Path) -> None:
         ("cogvideox image", "text2video", "task = text2video: .* takes 8 channels, text2video needs 4"),
         ("kandinsky5 without conditions", IMAGE, r"no channels that say which frame is given \(visual_cond\)"),
         ("wan image encoder", "text2video", r"is an image-to-video model \(12 channels\)"),
+        ("hunyuan token_replace", "text2video", r"an image-to-video model \(image_condition_type = token_replace\)"),
+        ("hunyuan latent_concat", "text2video", r"an image-to-video model \(image_condition_type = latent_concat\)"),
     ],
 )
 def test_a_task_that_the_model_is_not_made_for(
@@ -126,6 +131,9 @@ def test_another_familys_folder_and_parts_that_are_missing(saved: Callable[[str]
     (tmp_path / "b" / "image_encoder" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks image_encoder, whose image embeddings"):
         TrainingFamily.of(str(tmp_path / "b"), IMAGE)
+    without = changed(saved("hunyuan token_replace"), tmp_path / "d", "model_index.json", image_processor=[None, None])
+    with pytest.raises(ValueError, match="lacks image_processor, which makes the text encoder's image"):
+        TrainingFamily.of(without, IMAGE)
     other = changed(saved("cogvideox"), tmp_path / "c", "model_index.json", vae=["diffusers", "AutoencoderKLWan"])
     with pytest.raises(ValueError, match="its VAE is an AutoencoderKLWan; cogvideox needs an AutoencoderKLCogVideoX"):
         TrainingFamily.of(other)
@@ -141,6 +149,9 @@ def test_models_of_other_conventions(saved: Callable[[str], Path], tmp_path: Pat
     odd = changed(saved("wan image encoder"), tmp_path / "c", "transformer/config.json", in_channels=9)
     with pytest.raises(ValueError, match=r"takes 9 channels and the VAE makes 4: supported are 4 and, .*, 12"):
         TrainingFamily.of(odd, IMAGE)
+    noisy = changed(saved("hunyuan latent_concat"), tmp_path / "d", "transformer/config.json", in_channels=4)
+    with pytest.raises(ValueError, match=r"takes 4 channels, image2video with .* = latent_concat needs 9"):
+        TrainingFamily.of(noisy, IMAGE)
 
 
 def test_kandinskys_sparse_attention_and_batches(tmp_path: Path) -> None:

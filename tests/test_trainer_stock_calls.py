@@ -12,7 +12,8 @@ import torch
 from crepa_trainer.families import TrainingFamily
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from hub_cases import CASES, HubCase
+from hub_cases import CASES, HubCase, encoded_clip
+from PIL import Image
 from tiny import CHANNELS, clip_pixels
 from tiny_hub_folders import QWEN_DIM
 
@@ -103,21 +104,23 @@ def test_a_call_is_the_stock_pipelines_at_every_noise_level(
     case: HubCase, family: TrainingFamily, stock: Any, folder: Path
 ) -> None:
     pixels = clip_pixels(1, case.size.frames, case.size.height, case.size.width)
-    images = family.load_image_encoder()
-    (text,) = family.encode_text(family.load_text(torch.float32), ["a red square moves"])
-    encoded = {**family.encode_clip(stock.vae, pixels[0], images), **text}
+    encoded = encoded_clip(family, stock.vae, pixels[0], "a red square moves")
     batch = {name: tensor[None] for name, tensor in encoded.items()}
     clean = batch["latents"]
     # As Kandinsky's pipelines draw it, which take no latents.
     drawn = torch.randn(clean.permute(0, 2, 3, 4, 1).shape, generator=torch.Generator().manual_seed(0))
     noise = drawn.permute(0, 4, 1, 2, 3)
+    arguments = {**family.text_arguments(encoded, None), **family.size_arguments(case.size)}
+    if family.name != "kandinsky5_video":
+        arguments["latents"] = noise.transpose(1, 2) if family.name == "cogvideox" else noise
+    if family.name == "hunyuan_video":
+        # The pipeline mixes a thousandth of the image into the noise that it is given.
+        share = torch.tensor([0.999])
+        noise = noise * share + batch["image_latents"] * (1 - share)
     calls = Calls(clean, noise, getattr(stock.scheduler, "alphas_cumprod", None))
     for part in ("transformer", "transformer_2"):
         if getattr(stock, part, None) is not None:
             calls.watch(getattr(stock, part))
-    arguments = {**family.text_arguments(text, None), **family.size_arguments(case.size)}
-    if family.name != "kandinsky5_video":
-        arguments["latents"] = noise.transpose(1, 2) if family.name == "cogvideox" else noise
     if family.task == "image2video":
         arguments["image"] = family.image_argument(pixels[0, 0] / 255)
     seeded = torch.Generator().manual_seed(0)
@@ -167,6 +170,10 @@ def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFam
             text, pooled, lengths = stock.encode_prompt(prompt)
             assert text.shape[1] == lengths[-1]
             expected = {"text": text[0], "pooled": pooled[0]}
+        elif family.name == "hunyuan_video":
+            # Without a clip: as the pipeline encodes a negative prompt.
+            text, pooled, mask = stock.encode_prompt(Image.new("RGB", (48, 32), 0), prompt)
+            expected = {"text": text[0], "text_pooled": pooled[0], "text_mask": mask[0]}
         else:
             options = {"max_sequence_length": 512} if family.name == "wan" else {}
             if family.name == "wan":

@@ -1,4 +1,4 @@
-"""`crepa-train run` on real videos for experts, images, Kandinsky 5 and CogVideoX; the LoRA in the stock pipeline."""
+"""`crepa-train run` on real videos of every case of a pipeline folder; the LoRA in the stock pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ TEACHERS: dict[str, dict[str, Any]] = {
     # Beside it the trainer's default of frozen weights and arithmetic in bf16.
     "backbone": {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2, "mixed_precision": "bf16"},
 }
-QUICK = ("wan low", "wan image encoder", "kandinsky5", "cogvideox 1.5 image")
+QUICK = (
+    "wan low",
+    "wan image encoder",
+    "kandinsky5",
+    "cogvideox 1.5 image",
+    "hunyuan token_replace",
+    "hunyuan latent_concat",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +75,12 @@ def crepa_train(case: HubCase, folder: Path, model: Path, output: Path, **change
 def stock_clip(case: HubCase, model: Path, pipeline: Any) -> np.ndarray:
     """What the stock pipeline shows of a prompt and, for image to video, a grey image."""
     family = case.family(model)
-    text, empty = family.encode_text(family.load_text(torch.float32), ["a red square moves", ""])
+    grey, parts = torch.full((3, case.size.height, case.size.width), 0.5), family.load_text(torch.float32)
+    text = family.encode_text_of_clip(parts, "a red square moves", (grey * 255).byte())
+    (empty,) = family.encode_text(parts, [""])
     arguments = {**family.text_arguments(text, empty), **family.size_arguments(case.size)}
     if case.task == "image2video":
-        arguments["image"] = family.image_argument(torch.full((3, case.size.height, case.size.width), 0.5))
+        arguments["image"] = family.image_argument(grey)
     seeded = torch.Generator().manual_seed(0)
     clip: np.ndarray = pipeline(**arguments, num_inference_steps=3, generator=seeded, output_type="np").frames[0]
     return clip
@@ -104,7 +113,7 @@ def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path)
     blocks = {key.split(".lora_B")[0] for key in adapters}
     assert len(blocks) >= 3 * 4  # each block's projections
     after = stock_clip(case, model, pipeline)
-    assert after.shape == (case.size.frames, case.size.height, case.size.width, 3)
+    assert after.shape == case.shown
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 1e-4
 

@@ -1,4 +1,6 @@
-"""Complete tiny pipelines in the hub's layout: Wan with experts or an image encoder, Kandinsky 5, CogVideoX."""
+"""Complete tiny pipelines in the hub's layout: Wan with experts or an image encoder, Kandinsky 5, CogVideoX, and
+HunyuanVideo with an image.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,19 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
     WanImageToVideoPipeline,
     WanPipeline,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
 from tiny import CHANNELS, TEMPORAL, TEXT_DIM, tiny_vae, tiny_wan
 from tiny_families import COGVIDEOX, FAMILIES, SPARSE, tiny_vaes
 from tiny_pipelines import WORDS, tiny_tokenizer, tiny_umt5
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Split, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPImageProcessor,
@@ -30,6 +34,9 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -154,5 +161,56 @@ def save_tiny_cogvideox(folder: Path, *, image: bool = False, version: str = "1.
             timestep_spacing="trailing",
             snr_shift_scale=3.0,
         ),
+    ).save_pretrained(folder)
+    return folder
+
+
+LLAMA_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+
+
+def llava_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes as many tokens of the image-to-video pipeline's instruction, 103, as Llama 3's own."""
+    template = str(DEFAULT_PROMPT_TEMPLATE["template"])
+    # Words of more than twelve letters are two.
+    splitter = Split(Regex(r"\w{1,12}|[^\w\s]|\n\n"), "removed", invert=True)
+    for mark in LLAMA_MARKS:
+        template = template.replace(mark, " ")
+    words = dict.fromkeys(word for word, _ in splitter.pre_tokenize_str(f"{template} {' '.join(WORDS)}"))
+    vocabulary = {word: n for n, word in enumerate(("<pad>", "<s>", "<unk>", *LLAMA_MARKS, *words))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        additional_special_tokens=list(LLAMA_MARKS),
+    )
+
+
+def save_tiny_hunyuan_image(folder: Path, condition: str, **transformer: Any) -> Path:
+    """HunyuanVideo image to video; its image processor makes 576 patches, as many as the pipeline's instruction has."""
+    tokenizer, clip, side = llava_tokenizer(), tiny_tokenizer(), 24 * 2
+    sizes = {"hidden_size": TEXT_DIM, "intermediate_size": 16, "num_attention_heads": 2}
+    llava = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=side, patch_size=2, num_hidden_layers=2, **sizes),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, num_key_value_heads=1, **sizes),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ends = {"eos_token_id": clip.eos_token_id, "pad_token_id": 0, "bos_token_id": 2}
+    pooled = CLIPTextConfig(vocab_size=len(clip), **ends, **CLIP_TEXT)
+    channels = {"in_channels": 2 * CHANNELS + 1, "guidance_embeds": False} if condition == "latent_concat" else {}
+    settings = {"guidance_embeds": True, "image_condition_type": condition, **channels, **transformer}
+    HunyuanVideoImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_seeded(lambda: LlavaForConditionalGeneration(llava), 5),
+        tokenizer_2=clip,
+        text_encoder_2=_seeded(lambda: CLIPTextModel(pooled), 6),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        transformer=FAMILIES["hunyuan_video"].make(**settings),
+        vae=tiny_vaes("hunyuan_video"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     ).save_pretrained(folder)
     return folder

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -34,6 +34,8 @@ __all__ = ["Bucket", "CachedClips", "ClipKey", "prepare_cache"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PROMPTS_AT_A_TIME = 16
 NEGATIVE_PROMPT = ""
 
@@ -54,7 +56,8 @@ class CachedClips(Dataset[dict[str, Tensor]]):
         without_teacher: leave the teacher's side out of items, once nothing needs it. Worker processes that read
             already do not see it change.
         negative_text: embedding of the empty prompt; None without validation prompts.
-        validation_text: embeddings of the validation prompts.
+        validation_text: embeddings of the validation prompts, each for the clip of `clip_of_prompt` where the text
+            encoder reads first frames.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ def prepare_cache(
 ) -> CachedClips:
     """Encodes what is not yet in `settings.cache_folder` and lets go of the encoders; called by every process.
 
-    Each process takes its share of the videos, the first one the captions. An encoder is loaded when something is
+    Each process takes its share of the videos, then the first one the captions. An encoder is loaded when something is
     missing that it makes, in fp32 on a CPU; on other devices the text encoder and the teacher in bf16. A damaged or
     half-written file is named and made again. A video that cannot be decoded is named, skipped and counted.
 
@@ -117,17 +120,13 @@ def prepare_cache(
     found = find_clips(settings, family) if found is None else found
     names = CacheNames(settings, config, family, device, found.folder)
     files = dict(zip(found.keys, map(names.files, found.keys), strict=True))
-    prompts = [NEGATIVE_PROMPT, *settings.validation_prompts] if settings.validation_prompts else []
-    texts = {caption: names.text(caption) for caption in [*(key.caption for key in found.keys), *prompts]}
-    wanted = {*(path for each in files.values() for path in each.of_pixels), *texts.values()}
-    missing = {path for path in sorted(wanted) if _is_missing(path)}
+    missing = _missing(path for each in files.values() for path in each.of_pixels)
     state = PartialState()
     # Nobody may write before everybody has looked, or their shares would not be of one whole.
     state.wait_for_everyone()
     if state.is_main_process:
         remove_abandoned(settings.cache_folder)
     filler = _Filler(state, config, family, device, console, names)
-    filler.encode_texts({caption: path for caption, path in texts.items() if path in missing})
     incomplete = {key: each for key, each in files.items() if missing.intersection(each.of_pixels)}
     skipped = filler.encode_videos(incomplete, missing, settings.strict)
     tell_skipped(skipped, found.videos)
@@ -135,8 +134,40 @@ def prepare_cache(
     _check_shared(clips, settings.cache_folder)
     if not clips:
         raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
-    embeddings = [_in_fp32(_read_or_remove(texts[prompt])) for prompt in prompts]
+    prompts = _validation_texts(settings.validation_prompts, clips, names)
+    filler.encode_texts([*(_Text(key.caption, each.text, each.latents) for key, each in clips.items()), *prompts])
+    embeddings = [_in_fp32(_read_or_remove(text.file)) for text in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt, the file of its embedding, and the latents' file of the clip that it is for; None: of no clip."""
+
+    prompt: str
+    file: Path
+    clip: Path | None
+
+
+def clip_of_prompt(number: int, clips: int) -> int:
+    """Which of a run's clips, `clips` many, gives the first frame of a validation prompt in image to video."""
+    return number % clips
+
+
+def _validation_texts(prompts: Sequence[str], clips: dict[ClipKey, ClipFiles], names: CacheNames) -> list[_Text]:
+    """The negative prompt and the validation prompts, or nothing where there are none."""
+    if not prompts:
+        return []
+    keys = list(clips)
+    texts = [_Text(NEGATIVE_PROMPT, names.text(NEGATIVE_PROMPT), None)]
+    for number, prompt in enumerate(prompts):
+        key = keys[clip_of_prompt(number, len(keys))]
+        texts.append(_Text(prompt, names.text(prompt, key), clips[key].latents))
+    return texts
+
+
+def _missing(paths: Iterable[Path]) -> set[Path]:
+    return {path for path in sorted(set(paths)) if _is_missing(path)}
 
 
 def _is_missing(path: Path) -> bool:
@@ -207,20 +238,37 @@ class _Filler:
         self.state, self.config, self.family, self.device = state, config, family, device
         self.console, self.names = console, names
 
-    def encode_texts(self, missing: dict[str, Path]) -> None:
-        """Text encoders are large, and captions few: the first process alone loads one."""
-        prompts = list(missing)
+    def encode_texts(self, texts: Sequence[_Text]) -> None:
+        """Makes those that are missing, of clips whose latents are there.
+
+        Text encoders are large, and captions few: the first process alone loads one.
+        """
+        wanted = {text.file: text for text in texts}
+        missing = _missing(wanted)
+        # As for the videos.
+        self.state.wait_for_everyone()
+        texts = [text for path, text in wanted.items() if path in missing]
         parts: Any = None
-        for chunk in self._in_step("captions", _chunks(prompts, PROMPTS_AT_A_TIME)):
+        for chunk in self._in_step("captions", _chunks(texts, PROMPTS_AT_A_TIME)):
             if not self.state.is_main_process:
                 continue
             if parts is None:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
-            for prompt, embedding in zip(chunk, self.family.encode_text(parts, chunk), strict=True):
-                write_tensors(missing[prompt], embedding)
+            for text, embedding in zip(chunk, self._embeddings(parts, chunk), strict=True):
+                write_tensors(text.file, embedding)
         if parts is not None:
             del parts
             release_memory()
+
+    def _embeddings(self, parts: Any, texts: Sequence[_Text]) -> Iterable[Text]:
+        if not self.family.text_image_parts:
+            return self.family.encode_text(parts, [text.prompt for text in texts])
+        return (self._of_clip(parts, text) for text in texts)
+
+    def _of_clip(self, parts: Any, text: _Text) -> Text:
+        if text.clip is None:
+            return self.family.encode_text(parts, [text.prompt])[0]
+        return self.family.encode_text_of_clip(parts, text.prompt, _read_or_remove(text.clip)["first_frame"])
 
     def encode_videos(self, clips: dict[ClipKey, ClipFiles], missing: set[Path], strict: bool) -> dict[str, str]:
         """Videos that could not be decoded, of all processes, with the reason; their intact clips are there."""
@@ -262,7 +310,7 @@ class _Filler:
             return encoders.features(pixels, bucket)
         return {"pixels": pixels[teacher_frames(self.config, self.family, bucket)]}
 
-    def _in_step(self, what: str, rounds: list[list[str]]) -> Iterator[list[str]]:
+    def _in_step(self, what: str, rounds: list[list[T]]) -> Iterator[list[T]]:
         """Each round, waited for by all: a barrier at the end alone would run into the time limit of one."""
         if not rounds:
             return
@@ -279,7 +327,7 @@ class _Filler:
         logger.info("encoded %d %s into %s", total, what, self.names.folder)
 
 
-def _chunks(items: list[str], size: int) -> list[list[str]]:
+def _chunks(items: list[T], size: int) -> list[list[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

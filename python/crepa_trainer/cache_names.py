@@ -66,21 +66,32 @@ class CacheNames:
         self._videos: dict[str, list[Any]] = {}
 
     def files(self, key: ClipKey) -> ClipFiles:
-        if key.video not in self._videos:
-            self._videos[key.video] = [key.video, *file_identity(self.data / key.video)]
         bucket = key.bucket
         clip = {
             "format": FORMAT,
-            "video": self._videos[key.video],
+            "video": self._video(key.video),
             "clip": [key.start, bucket.height, bucket.width, bucket.frames],
         }
         latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
         teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
-        return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption))
+        return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption, key))
 
-    def text(self, prompt: str) -> Path:
+    def text(self, prompt: str, key: ClipKey | None = None) -> Path:
+        """The file of a prompt's embedding for a clip; the same for all clips where their first frames are not read.
+
+        Without a clip: of the negative prompt.
+        """
         content = {"format": FORMAT, "family": self.family.name, "text": prompt, "encoder": self._text_encoder}
+        if key is not None and self.family.text_image_parts:
+            content["video"] = self._video(key.video)
+            content["first_frame"] = [key.start, key.bucket.height, key.bucket.width]
+            content["options"] = dict(self.family.text_image_options)
         return self.folder / "text" / file_name(content)
+
+    def _video(self, name: str) -> list[Any]:
+        if name not in self._videos:
+            self._videos[name] = [name, *file_identity(self.data / name)]
+        return self._videos[name]
 
     @cached_property
     def _encoders_of_clips(self) -> dict[str, Any]:
@@ -95,6 +106,7 @@ class CacheNames:
         dtype = str(encoder_type(self.device))
         # First one that has a config.json.
         parts = sorted(self.family.text_parts, key=lambda part: part.startswith("tokenizer"))
+        parts += self.family.text_image_parts
         return [*model_identity(self.family.model, *parts), dtype]
 
     @cached_property

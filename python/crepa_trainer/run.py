@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import export
-from .cache import TEACHER_NAMES, prepare_cache
+from .cache import TEACHER_NAMES, clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
@@ -282,9 +282,10 @@ class TrainingRun:
 
     def _sampling(self) -> Sampling:
         settings, keys = self.settings, self.clips.keys
-        given: list[Tensor] = []
+        given: list[dict[str, Tensor]] = []
         if self.family.task == "image2video":
-            given = [self.clips[number % len(keys)]["latents"] for number in range(len(settings.validation_prompts))]
+            numbers = range(len(settings.validation_prompts))
+            given = [self.clips[clip_of_prompt(number, len(keys))] for number in numbers]
         return Sampling(
             texts=self.clips.validation_text,
             negative=self.clips.negative_text,
@@ -293,7 +294,7 @@ class TrainingRun:
             guidance=settings.validation_guidance,
             seed=settings.validation_seed,
             tiling=settings.vae_tiling,
-            first_frames=given,
+            clips=given,
         )
 
     def _tensorboard(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ class Sampling:
     guidance: float
     seed: int
     tiling: bool = False  # of the VAE
-    first_frames: Sequence[Tensor] = ()  # image to video: clean latents (C, T, h, w), one for each prompt
+    # Image to video: as `TrainingFamily.encode_clip` gives them, one for each prompt, whose first frames are given.
+    clips: Sequence[Mapping[str, Tensor]] = ()
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def sample_clips(
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     generator=torch.Generator().manual_seed(sampling.seed),
-                    image=_first_frame(family, vae, sampling, number, device),
+                    image=_first_frame(family, vae, sampling, number),
                 )
                 for number, text in enumerate(sampling.texts)
             ]
@@ -70,14 +71,10 @@ def sample_clips(
     return [(clip * 255).round().astype(np.uint8) for clip in clips]
 
 
-def _first_frame(
-    family: TrainingFamily, vae: nn.Module, sampling: Sampling, number: int, device: torch.device
-) -> Tensor | None:
-    if not sampling.first_frames:
+def _first_frame(family: TrainingFamily, vae: nn.Module, sampling: Sampling, number: int) -> Tensor | None:
+    if not sampling.clips:
         return None
-    latents = sampling.first_frames[number % len(sampling.first_frames)]
-    # The first latent frame of a causal VAE is the first pixel frame.
-    return family.decode(vae, latents[None, :, :1].to(device, torch.float32))[0, 0]
+    return family.first_frame(vae, sampling.clips[number % len(sampling.clips)])
 
 
 def _moved(text: Text, device: torch.device) -> Text:

@@ -24,6 +24,7 @@ from .vaes import encode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
     from ..settings import RunSettings
 
@@ -176,6 +177,23 @@ class TrainingFamily(ModelSizes, ABC):
         return encode(vae, pixels, generator)
 
     @property
+    def text_image_parts(self) -> tuple[str, ...]:
+        """Further parts that encode text, where the text encoder reads a clip's first frame together with the caption;
+        empty where a text is that of its prompt alone.
+        """
+        return ()
+
+    @property
+    def text_image_options(self) -> Mapping[str, Any]:
+        """Options (JSON values) with which a text is encoded together with a first frame."""
+        return {}
+
+    def encode_text_of_clip(self, parts: DiffusionPipeline, prompt: str, first_frame: Tensor) -> Text:
+        """The pipeline's own embedding of a prompt for a clip that begins with `first_frame` (3, H, W) uint8."""
+        (text,) = self.encode_text(parts, [prompt])
+        return text
+
+    @property
     def image_parts(self) -> tuple[str, ...]:
         """Parts of the pipeline that encode the given image, beside the VAE."""
         return ()
@@ -186,7 +204,8 @@ class TrainingFamily(ModelSizes, ABC):
 
     def encode_clip(self, vae: torch.nn.Module, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
-        what else the family asks for, such as those of the first frame alone.
+        what else the family asks for, such as those of the first frame alone. With `text_image_parts` there is also
+        `first_frame` (3, H, W) uint8.
 
         image_encoder: of `load_image_encoder`.
         """
@@ -286,6 +305,12 @@ class TrainingFamily(ModelSizes, ABC):
         ).frames[0]
         return clip
 
+    def first_frame(self, vae: torch.nn.Module, clip: Mapping[str, Tensor]) -> Tensor:
+        """The first pixel frame (3, H, W) in [0, 1] of a clip as `encode_clip` gave it."""
+        latents = clip["latents"][None, :, :1]
+        # The first latent frame of a causal VAE is the first pixel frame.
+        return self.decode(vae, latents.to(next(vae.parameters()).device, torch.float32))[0, 0]
+
     def image_argument(self, image: Tensor) -> Any:
         """An image (3, H, W) in [0, 1] as the pipeline's call takes it."""
         return image[None]
@@ -299,6 +324,13 @@ class TrainingFamily(ModelSizes, ABC):
             folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
         )
         return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def picture(pixels: Tensor) -> Image:
+    """(3, H, W) uint8 as pipelines are given an image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def _diffusers(name: str | None) -> Any:

@@ -1,54 +1,141 @@
-"""HunyuanVideo: HunyuanVideoTransformer3DModel with AutoencoderKLHunyuanVideo, Llama and CLIP."""
+"""HunyuanVideo: HunyuanVideoTransformer3DModel with AutoencoderKLHunyuanVideo, Llama or LLaVA, and CLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents
-from .base import Text, TrainingFamily
+from ..loop import NoisyLatents, add_noise
+from .base import Text, TrainingFamily, picture
+from .folder import has_part
+from .noise import with_given_first_frame
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # At which a guidance-distilled model is trained: 1 asks for the data's own distribution, and larger scales of the
 # samples go on meaning what they meant.
 TRAINED_GUIDANCE = 1.0
+# Every how manieth of the image's tokens the image-to-video pipeline's call keeps of the text encoder's, by
+# `image_condition_type`; of a negative prompt it keeps every second one with both.
+KEPT_IMAGE_TOKENS = {"latent_concat": 2, "token_replace": 4}
 
 
 class HunyuanVideoFamily(TrainingFamily):
-    """Text to video."""
+    """Text to video; image to video by channels ("latent_concat") or a clean first frame ("token_replace").
+
+    For image to video the text encoder reads the clip's first frame together with the caption.
+    """
 
     name = "hunyuan_video"
     transformer_class = "HunyuanVideoTransformer3DModel"
     text_parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     depth = ("num_layers", "num_single_layers")
     pixel_multiple = 16
-    pipelines: ClassVar = {"text2video": "HunyuanVideoPipeline"}
+    pipelines: ClassVar = {"text2video": "HunyuanVideoPipeline", "image2video": "HunyuanVideoImageToVideoPipeline"}
 
     def _check_task(self) -> None:
-        if self.task == "image2video" or self.config("transformer").image_condition_type is not None:
+        super()._check_task()
+        condition = self._condition
+        if self.task == "text2video" and condition is not None:
             raise ValueError(
-                f"{self.model}: image2video is not supported for {self.name}: its text encoder reads the first frame "
-                "with the caption, so that captions cannot be encoded before the clips"
+                f"task = text2video: {self.model} is an image-to-video model (image_condition_type = {condition})"
             )
+        if self.task == "image2video" and condition not in KEPT_IMAGE_TOKENS:
+            raise ValueError(
+                f"task = image2video: {self.model} is a text-to-video model (image_condition_type = {condition}, not "
+                f"{' or '.join(KEPT_IMAGE_TOKENS)})"
+            )
+        given, made = self.configs["transformer"]["in_channels"], self.configs["vae"]["latent_channels"]
+        # Beside the noisy latents the image's and a mask of its frames.
+        needed = 2 * made + 1 if condition == "latent_concat" else made
+        if given != needed:
+            raise ValueError(
+                f"{self.model}: the transformer takes {given} channels, {self.task} with image_condition_type = "
+                f"{condition} needs {needed} (the VAE makes {made})"
+            )
+        lacking = [part for part in self.text_image_parts if not has_part(self.model, self.configs["pipeline"], part)]
+        if lacking:
+            raise ValueError(
+                f"{self.model} lacks {', '.join(lacking)}, which makes the text encoder's image of the first frame"
+            )
+
+    @property
+    def _condition(self) -> str | None:
+        condition: str | None = self.configs["transformer"]["image_condition_type"]
+        return condition
+
+    @property
+    def text_image_parts(self) -> tuple[str, ...]:
+        return () if self.task == "text2video" else ("image_processor",)
+
+    @property
+    def text_image_options(self) -> dict[str, Any]:
+        kept = KEPT_IMAGE_TOKENS.get(str(self._condition))
+        return {} if kept is None else {"image_embed_interleave": kept}
+
+    def load_text(self, dtype: torch.dtype) -> DiffusionPipeline:
+        loaded = super().load_text(dtype)
+        if self.task == "text2video":
+            return loaded
+        from transformers import CLIPImageProcessor
+
+        parts = {part: getattr(loaded, part) for part in self.text_parts}
+        parts["image_processor"] = CLIPImageProcessor.from_pretrained(self.model, subfolder="image_processor")
+        return self._bare_pipeline(self.task, parts)
 
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        texts, pooled, masks = parts.encode_prompt(list(prompts))
-        return [
-            {"text": text.clone(), "text_pooled": vector.clone(), "text_mask": mask.clone()}
-            for text, vector, mask in zip(texts, pooled, masks, strict=True)
-        ]
+        """`text` (L, d) with `text_mask` (L,), and `text_pooled` (d,) of CLIP; for image to video as negative prompts,
+        which the pipeline encodes with a black image and without the options of its other prompts.
+        """
+        if self.task == "text2video":
+            return _texts(parts.encode_prompt(list(prompts)))
+        black = picture(torch.zeros(3, 16, 16, dtype=torch.uint8))
+        return [_texts(parts.encode_prompt(black, [prompt]))[0] for prompt in prompts]
+
+    @torch.no_grad()
+    def encode_text_of_clip(self, parts: Any, prompt: str, first_frame: Tensor) -> Text:
+        """As `encode_text`; for image to video `text` begins with what the text encoder makes of the first frame."""
+        if self.task == "text2video":
+            return super().encode_text_of_clip(parts, prompt, first_frame)
+        return _texts(parts.encode_prompt(picture(first_frame), [prompt], **self.text_image_options))[0]
+
+    def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
+        """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,
+        which this VAE makes others of than of the frame with those after it, and `first_frame` (3, H, W) uint8 itself.
+        """
+        encoded = super().encode_clip(vae, pixels)
+        if self.task == "image2video":
+            encoded |= {"image_latents": self.encode_latents(vae, pixels[None, :1])[0], "first_frame": pixels[0]}
+        return encoded
+
+    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
+        noisy = add_noise(batch["latents"], noise, time)
+        if self._condition != "token_replace":
+            return noisy
+        # The transformer itself takes the first frame's tokens at timestep 0.
+        return with_given_first_frame(noisy, batch["image_latents"])
 
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
+        states, guidance = noisy.latents, None
+        if self._condition == "latent_concat":
+            image, mask = torch.zeros_like(states), torch.zeros_like(states[:, :1])
+            image[:, :, :1] = batch["image_latents"]
+            mask[:, :, 0] = 1
+            states = torch.cat([states, image, mask], dim=1)
+        if self.task == "text2video" or self.configs["transformer"]["guidance_embeds"]:
+            guidance = noisy.timestep.new_full((len(states),), 1000 * TRAINED_GUIDANCE)
         prediction: Tensor = transformer(
-            hidden_states=noisy.latents,
+            hidden_states=states,
             timestep=noisy.timestep,
             encoder_hidden_states=batch["text"],
-            encoder_attention_mask=batch["text_mask"].to(noisy.latents.dtype),
+            encoder_attention_mask=batch["text_mask"].to(states.dtype),
             pooled_projections=batch["text_pooled"],
-            guidance=noisy.timestep.new_full((len(noisy.latents),), 1000 * TRAINED_GUIDANCE),
+            guidance=guidance,
             return_dict=False,
         )[0]
         return prediction
@@ -61,6 +148,21 @@ class HunyuanVideoFamily(TrainingFamily):
         # A model that is not distilled ignores the embedded scale.
         key = "guidance_scale" if self.config("transformer").guidance_embeds else "true_cfg_scale"
         return {key: guidance}
+
+    def first_frame(self, vae: torch.nn.Module, clip: Mapping[str, Tensor]) -> Tensor:
+        # With which the text was encoded too.
+        return clip["first_frame"] / 255 if self.task == "image2video" else super().first_frame(vae, clip)
+
+    def image_argument(self, image: Tensor) -> Any:
+        return picture((image * 255).round().byte())
+
+
+def _texts(encoded: tuple[Tensor, Tensor, Tensor]) -> list[Text]:
+    """Of what the pipelines' `encode_prompt` returns."""
+    return [
+        {"text": text.clone(), "text_pooled": pooled.clone(), "text_mask": mask.clone()}
+        for text, pooled, mask in zip(*encoded, strict=True)
+    ]
 
 
 def _arguments(text: Text, prefix: str) -> dict[str, Any]:

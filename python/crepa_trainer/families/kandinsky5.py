@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily
+from .noise import with_given_first_frame
 from .sizes import ClipSize
 
 if TYPE_CHECKING:
@@ -111,10 +111,7 @@ class Kandinsky5Family(TrainingFamily):
         noisy = add_noise(latents, noise, time)
         if self.task == "text2video":
             return noisy
-        given = torch.cat([batch["image_latents"].to(latents), noisy.latents[:, :, 1:]], dim=2)
-        predicted = torch.ones(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
-        predicted[:, 0] = False
-        return replace(noisy, latents=given, frame_mask=predicted)
+        return with_given_first_frame(noisy, batch["image_latents"])
 
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
         states = noisy.latents.permute(0, 2, 3, 4, 1)  # (B, T, h, w, C)

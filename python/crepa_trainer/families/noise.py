@@ -24,14 +24,24 @@ def shifted(time: Tensor, shift: float) -> Tensor:
     return shift * time / (1 + (shift - 1) * time)
 
 
+def with_given_first_frame(noisy: NoisyLatents, given: Tensor) -> NoisyLatents:
+    """`noisy` with the first latent frame `given` (B, C, 1, h, w), which is not predicted; the timestep is the others'.
+
+    For transformers whose token frames are single latent frames.
+    """
+    latents = torch.cat([given.to(noisy.latents), noisy.latents[:, :, 1:]], dim=2)
+    predicted = torch.ones(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
+    predicted[:, 0] = False
+    return replace(noisy, latents=latents, frame_mask=predicted)
+
+
 def with_clean_first_frame(noisy: NoisyLatents, latents: Tensor, layout: TokenLayout) -> NoisyLatents:
     """`noisy` with the first frame of the clean `latents` (B, C, T, h, w), at time 0 and not predicted.
 
     Its timesteps are then those of each token, (B, tokens).
     """
-    given = torch.cat([latents[:, :, :1], noisy.latents[:, :, 1:]], dim=2)
-    predicted = torch.ones(len(latents), layout.frames, dtype=torch.bool, device=latents.device)
-    predicted[:, 0] = False
+    timestep = noisy.timestep[:, None].repeat(1, layout.frames)
+    timestep[:, 0] = 0
     tokens = layout.grid[0] * layout.grid[1]
-    timestep = (noisy.timestep[:, None] * predicted).repeat_interleave(tokens, dim=1)
-    return replace(noisy, latents=given, timestep=timestep, frame_mask=predicted)
+    given = with_given_first_frame(noisy, latents[:, :, :1])
+    return replace(given, timestep=timestep.repeat_interleave(tokens, dim=1))

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ..loop import NoisyLatents
-from .base import Text, TrainingFamily
+from .base import Text, TrainingFamily, picture
 from .folder import has_part
 from .noise import scheduler_shift, shifted
 from .vaes import normalised
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from PIL.Image import Image
 
 TEXT_TOKENS = 512  # WanPipeline's default max_sequence_length
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
@@ -120,7 +119,7 @@ class WanFamily(TrainingFamily):
         mask[:, 0] = 1
         encoded["condition"] = torch.cat([mask, image])
         if image_encoder is not None:
-            encoded["image_embeds"] = image_encoder.encode_image(_picture(pixels[0]))[0]
+            encoded["image_embeds"] = image_encoder.encode_image(picture(pixels[0]))[0]
         return encoded
 
     def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
@@ -166,15 +165,8 @@ class WanFamily(TrainingFamily):
 
     def image_argument(self, image: Tensor) -> Any:
         # The image encoder's processor takes numbers from 0 to 255.
-        return _picture((image * 255).round().byte()) if self.image_parts else super().image_argument(image)
+        return picture((image * 255).round().byte()) if self.image_parts else super().image_argument(image)
 
     def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
         without = None if negative is None else negative["text"][None]
         return {"prompt_embeds": text["text"][None], "negative_prompt_embeds": without}
-
-
-def _picture(pixels: Tensor) -> Image:
-    """(3, H, W) uint8 as pipelines are given an image."""
-    from PIL import Image
-
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
