@@ -34,8 +34,8 @@ _POINTERS = {
 class Request:
     """One shape, one target, one kernel or "all", and tile fields that differ from the target's choice.
 
-    ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student on twice
-    the grid. ``tiles``: for instance {"dx": {"warps": 4}}.
+    ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student of
+    ``students`` tokens a frame, by default twice as many. ``tiles``: for instance {"dx": {"warps": 4}}.
     """
 
     target: str
@@ -50,6 +50,7 @@ class Request:
     recompute: bool = False
     masked: bool = False
     change: str = "keep"
+    students: int | None = None
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def launches_of(request: Request) -> list[Any]:
 
     weights = ProjectorWeights(new(width), new(width), new(features, width), new(features), 1e-5)
     neighbours = Neighbours(request.distance, 1.0, request.cumulative)
-    students = tokens if request.change == "keep" else 2 * tokens
+    students = tokens if request.change == "keep" else request.students or 2 * tokens
     mask = new(1, frames, kind=torch.bool) if request.masked else None
     call = Call(
         tokens=new(1, frames * students, width, kind=dtype),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benches.gpu.bottleneck import parts_of
 from benches.gpu.gate import GateError, check
 from benches.gpu.measure import Step, copy_rate, extra_memory, graphed, kernel_times, machine, matrix_rate, timed
 from benches.gpu.plot import plot
@@ -41,12 +42,16 @@ def measured(step: Step) -> dict[str, Any]:
 
 
 def run_shape(shape: Shape, rates: tuple[float, float], peers: bool) -> dict[str, Any]:
+    from crepa_kernels.triton.launch import recorded
+
     work = Workload(shape)
     floor = work.floor(*rates)
     calls: dict[str, dict[str, Any]] = {"triton": measured(work.triton())}
     calls["triton recompute"] = measured(work.triton(recompute=True))
     calls["triton, 8 cumulative offsets"] = measured(work.triton(cumulative=True, distance=8))
     kernels = kernel_times(work.triton())
+    with recorded() as launches:
+        work.triton()()
     if peers:
         calls["eager fp32"] = measured(work.eager_fp32())
         torch.cuda.empty_cache()
@@ -65,7 +70,7 @@ def run_shape(shape: Shape, rates: tuple[float, float], peers: bool) -> dict[str
         "fraction_of_physical_floor": floor.physical_ms / ours,
         "times_faster": {name: calls[name]["median_ms"] / ours for name in calls if name != "triton"},
         "kernel_ms": kernels,
-        "slowest_kernels": sorted(kernels, key=kernels.__getitem__, reverse=True)[:3],
+        "bottlenecks": [str(part) for part in parts_of(launches, kernels, ours, *rates)],
     }
     if "H200" in torch.cuda.get_device_name() and shape.name in PREDICTED_H200 and shape in SAME_GRID:
         row["predicted_ms"] = PREDICTED_H200[shape.name]
@@ -78,7 +83,7 @@ def report(row: dict[str, Any]) -> str:
     return (
         f"{row['shape']}: {calls['triton']['median_ms']:.3f} ms, {row['fraction_of_honest_floor']:.0%} of the honest "
         f"floor, {row['fraction_of_physical_floor']:.0%} of the physical; time over ours: {peers}; "
-        f"most time in {', '.join(name[:40] for name in row['slowest_kernels'])}"
+        f"bottleneck {row['bottlenecks'][0]}"
     )
 
 

@@ -6,10 +6,10 @@ compile exactly that, from meta tensors, and the accounting adds it up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -20,12 +20,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # The interpreter truncates fp32 to bf16 where devices round to the nearest.
 _TRUNCATES = tl.constexpr(INTERPRETED)
 
+Result = TypeVar("Result")
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a Triton kernel (``kernel`` is None for a vendor product), its arguments and what it moves.
+    """One launch: a Triton kernel (``kernel`` is None for a product or an operator), its arguments and what it moves.
 
     ``operations`` counts those of matrix products only; ``read`` and ``written`` are the bytes that must move, each
     tensor once, whatever the caches do with second reads.
@@ -102,6 +103,13 @@ def product(
     if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def operator(name: str, cost: Cost, call: Callable[[], Result]) -> Result:
+    """``call()`` of an operator that is no kernel of this package's Triton half."""
+    if _recording is not None:
+        _recording.append(Launch(name, cost.operations, _bytes(cost.read), _bytes(cost.written)))
+    return call()
 
 
 @triton.jit

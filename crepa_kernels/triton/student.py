@@ -13,6 +13,7 @@ from ..ops.layer_norm_resample import layer_norm_resample_backward_out_op, layer
 from ..ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 from .chunks import RowChunk
 from .frames import Clip, FrameTables
+from .launch import Cost, operator
 from .statistics import TokenFrames, layer_norm_backward, token_statistics
 from .tiles import RowTile
 
@@ -67,8 +68,10 @@ class Student:
     @property
     def fused(self) -> bool:
         """Whether the extension normalises and resamples in one pass over the tokens, each way."""
+        # Tensors without memory stand for a GPU's, in a call whose launches are recorded.
+        device_type = "cuda" if self.tokens.is_meta else self.tokens.device.type
         same_type = self.tokens.dtype == self.narrow
-        return self.spatial.change == "resample" and same_type and has_extension(self.tokens.device.type)
+        return self.spatial.change == "resample" and same_type and has_extension(device_type)
 
     @property
     def row_count(self) -> int:
@@ -103,9 +106,7 @@ class Student:
         """
         span, tokens = self.span(chunk), self.rows(chunk)
         if self.fused:
-            rows, mean, inverse_std = layer_norm_resample_op(
-                self._framed(tokens), *self._geometry, self.eps, _in_loss(chunk, tables)
-            )
+            rows, mean, inverse_std = self._normalised_and_resampled(tokens, _in_loss(chunk, tables))
             if not measured:
                 statistics[0, span], statistics[1, span] = mean.view(-1), inverse_std.view(-1)
             return rows.view(-1, tokens.shape[1])
@@ -124,6 +125,20 @@ class Student:
         """Rows of the hidden states, or a number for each, by frames."""
         return rows.unflatten(0, (-1, self.spatial.student_tokens))
 
+    def _bytes(self, rows: torch.Tensor, per_frame: int) -> int:
+        """Of rows as wide as ``rows``, (frames, tokens, D), but ``per_frame`` of them in each frame."""
+        return rows.shape[0] * per_frame * rows.shape[2] * rows.element_size()
+
+    def _normalised_and_resampled(
+        self, tokens: torch.Tensor, in_loss: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        framed = self._framed(tokens)
+        statistics = 2 * 4 * tokens.shape[0]
+        cost = Cost((tokens,), (self._bytes(framed, self.clip.tokens), statistics))
+        return operator(
+            "layer_norm_resample", cost, lambda: layer_norm_resample_op(framed, *self._geometry, self.eps, in_loss)
+        )
+
     def _align(self, normalised: torch.Tensor) -> torch.Tensor:
         spatial, width = self.spatial, normalised.shape[1]
         if spatial.change == "keep":
@@ -131,7 +146,8 @@ class Student:
         framed = self._framed(normalised)
         if spatial.change == "pool":
             return framed.mean(dim=1)
-        return resample_tokens_op(framed, *self._geometry).view(-1, width)
+        cost = Cost((framed,), (self._bytes(framed, self.clip.tokens),))
+        return operator("resample", cost, lambda: resample_tokens_op(framed, *self._geometry)).view(-1, width)
 
     def normalised_gradient(
         self,
@@ -143,23 +159,26 @@ class Student:
         out: torch.Tensor,
     ) -> None:
         """dh of the chunk into ``out`` (B x L, D), from ``grad`` (rows, D), that of the normalised, aligned tokens."""
-        span, spatial, repeat = self.span(chunk), self.spatial, 1
+        span, spatial, tokens, repeat = self.span(chunk), self.spatial, self.rows(chunk), 1
+        mean, inverse_std = statistics[0, span], statistics[1, span]
         if spatial.change == "resample":
             framed = grad.view(-1, self.clip.tokens, grad.shape[1])
             if self.fused:
-                mean, inverse_std = (self._framed(statistics[i, span]) for i in (0, 1))
-                layer_norm_resample_backward_out_op(
-                    framed, self._framed(self.rows(chunk)), mean, inverse_std, *self._geometry,
-                    self._framed(out[span]), _in_loss(chunk, tables), scale,
-                )  # fmt: skip
+                arguments = [framed, *(self._framed(each) for each in (tokens, mean, inverse_std))]
+                into, in_loss = self._framed(out[span]), _in_loss(chunk, tables)
+                operator(
+                    "layer_norm_resample_backward",
+                    Cost((*arguments,), (into,)),
+                    lambda: layer_norm_resample_backward_out_op(*arguments, *self._geometry, into, in_loss, scale),
+                )
                 return
-            grad = resample_tokens_adjoint_op(framed, *self._geometry).view(-1, framed.shape[2])
+            cost = Cost((framed,), (self._bytes(framed, spatial.student_tokens),))
+            adjoint = operator("resample", cost, lambda: resample_tokens_adjoint_op(framed, *self._geometry))
+            grad = adjoint.view(-1, grad.shape[1])
         elif spatial.change == "pool":
             repeat = spatial.student_tokens
-        layer_norm_backward(
-            self.rows(chunk), grad, statistics[0, span], statistics[1, span], scale, out[span], self.tile,
-            self.frames_of(span, tables.mask), repeat,
-        )  # fmt: skip
+        where = self.frames_of(span, tables.mask)
+        layer_norm_backward(tokens, grad, mean, inverse_std, scale, out[span], self.tile, where, repeat)
 
     def finite_rows(self, chunk: RowChunk, operand: torch.Tensor, tables: FrameTables) -> torch.Tensor:
         """``operand`` with the rows of frames outside the loss at 0: its product with their zero gradients is 0."""

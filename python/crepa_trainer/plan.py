@@ -158,21 +158,22 @@ def kept_bytes(
     With s the bytes of the hidden states' type, the `torch` backend keeps one row of the projection's gradient a token
     that is compared, and two numbers of it, or five where each of the student's tokens is: `rows (E s + 8)` or
     `rows (E s + 20)`. The `triton` backend keeps that row, the teacher's row on the same grid, three statistics of each
-    of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. Where it resamples
-    the student to a quarter of its tokens or fewer, the `torch` backend keeps those, and two statistics of each of the
-    student's: `rows D s + 8 student_rows` more. What multiplies is fp32 for fp16, whose range is too small: then s is 4
-    for resampled tokens, and for all that the `triton` backend keeps. The hidden states themselves are the next block's
-    input, which is there in any case.
+    of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. Where the student
+    is resampled to a quarter of its tokens or fewer, both keep those, `rows D s`, and the `torch` backend two
+    statistics of each of the student's, `8 student_rows`. What multiplies is fp32 for fp16, whose range is too small:
+    then s is 4 for resampled tokens, and for all that the `triton` backend keeps. The hidden states themselves are the
+    next block's input, which is there in any case.
 
     rows: B T M, compared tokens; student_rows: B T P, the student's; dtype: of the hidden states.
     """
     product = FP32 if dtype is torch.float16 else dtype.itemsize
+    resampled = few_enough_to_keep(rows, student_rows)
+    aligned = rows * hidden_size * product if resampled else 0
     if triton:
-        return 2 * rows * feature_size * product + 12 * student_rows + feature_size * (hidden_size * product + 12)
+        weights = feature_size * (hidden_size * product + 12)
+        return 2 * rows * feature_size * product + 12 * student_rows + weights + aligned
     kept = rows * (feature_size * dtype.itemsize + (20 if rows == student_rows else 8))
-    if few_enough_to_keep(rows, student_rows):
-        kept += rows * hidden_size * product + 8 * student_rows
-    return kept
+    return kept + aligned + (8 * student_rows if resampled else 0)
 
 
 def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
