@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
-TRITON_TESTS := tests/test_triton.py tests/test_triton_operators.py tests/test_ahead_of_time.py
+TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py ahead_of_time.py)
+# Those that need no diffusers.
+GPU_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py extension_cuda.py \
+	layer_norm_resample_options.py host_copy.py schedule_state.py)
 
 .PHONY: gpu demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
 
@@ -34,7 +37,7 @@ gpu:
 # These two run with the GPU machine's own Python and torch, in no virtual environment.
 gpu-check: gpu
 	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_triton.py tests/test_triton_operators.py tests/test_extension_cuda.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu $(GPU_TESTS)
 	@if command -v compute-sanitizer >/dev/null; then \
 		PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benches.gpu --gate; \
 	else echo "compute-sanitizer is not installed: memory was not checked"; fi
