@@ -52,6 +52,17 @@ def normalise_and_resample_backward(
     )[0].contiguous()
 
 
+def _check_backward(
+    tokens: torch.Tensor, source: Sequence[int], target: Sequence[int], *, grad: torch.Tensor, **others: torch.Tensor
+) -> None:
+    """ValueError unless ``tokens`` and ``grad`` lie on their grids, and all are on one device."""
+    check_tokens(tokens, source, target)
+    check_tokens(grad, target, source)
+    for name, tensor in {"grad": grad, **others}.items():
+        if tensor.device != tokens.device:
+            raise ValueError(f"{name} is on {tensor.device}, the tokens on {tokens.device}")
+
+
 def _ones(tokens: torch.Tensor) -> torch.Tensor | None:
     """On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights."""
     half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
@@ -106,8 +117,7 @@ def _(
     antialias: bool,
 ) -> torch.Tensor:
     log_fallback(tokens.device.type)
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    _check_backward(tokens, source_grid, target_grid, grad=grad, mean=mean, inverse_std=inverse_std)
     if tokens.numel() == 0:
         return torch.empty_like(tokens, memory_format=torch.contiguous_format)
     geometry = (source_grid, target_grid, antialias)
@@ -124,8 +134,7 @@ def _(
     target_grid: Sequence[int],
     antialias: bool,
 ) -> torch.Tensor:
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    _check_backward(tokens, source_grid, target_grid, grad=grad, mean=mean, inverse_std=inverse_std)
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
@@ -155,8 +164,7 @@ def _(
     antialias: bool,
     out: torch.Tensor,
 ) -> None:
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    _check_backward(tokens, source_grid, target_grid, grad=grad, mean=mean, inverse_std=inverse_std, out=out)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
