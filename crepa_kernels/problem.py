@@ -134,11 +134,19 @@ def check_tensors(
         raise ValueError(f"hidden_states have width {h.shape[-1]}, the projector takes {hidden_size}")
     if y.shape[3] != feature_size:
         raise ValueError(f"teacher_features have width {y.shape[3]}, the projector makes {feature_size}")
-    devices = {h.device, y.device, weights.weight.device}
-    if len(devices) > 1:
+    projector = {tensor.device for tensor in weights if isinstance(tensor, torch.Tensor)}
+    if len({h.device, y.device, *projector}) > 1:
         raise ValueError(
-            f"hidden_states are on {h.device}, teacher_features on {y.device}, the projector on {weights.weight.device}"
+            f"hidden_states are on {h.device}, teacher_features on {y.device}, "
+            f"the projector on {' and '.join(sorted(map(str, projector)))}"
         )
+
+
+def _on_device(tensor: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+    """``tensor`` moved to the hidden states' ``device``; ValueError for one that has no memory to move."""
+    if tensor.device != device and tensor.is_meta:
+        raise ValueError(f"{name} is on {tensor.device}, the hidden states on {device}")
+    return moved(tensor, device)
 
 
 def check_frame_index(
@@ -174,7 +182,7 @@ def check_frame_index(
                 f"frame_index must lie in [0, {teacher_frames}), the teacher's frames; "
                 f"it reaches from {min(values)} to {max(values)}"
             )
-    return moved(index.to(torch.int64), device).expand(batch, student_frames)
+    return _on_device(index.to(torch.int64), "frame_index", device).expand(batch, student_frames)
 
 
 def check_mask(
@@ -187,7 +195,7 @@ def check_mask(
         raise ValueError(f"{name} must be a bool tensor of shape (B, T) = {shape}, got {type(mask).__name__}")
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(f"{name} must be bool of shape (B, T) = {shape}, got {mask.dtype} of {tuple(mask.shape)}")
-    return moved(mask, device)
+    return _on_device(mask, name, device)
 
 
 def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:

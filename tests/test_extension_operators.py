@@ -244,6 +244,24 @@ def test_a_backward_whose_tensors_do_not_match_is_an_error() -> None:
             layer_norm_resample_backward_op(*wrong, *GEOMETRY, True)
 
 
+@pytest.mark.parametrize("elsewhere", ["grad", "tokens", "mean", "inverse_std", "out", "in_loss", "scale"])
+def test_a_backward_on_two_devices_is_an_error_that_names_both(elsewhere: str) -> None:
+    tokens = tokens_of(torch.float32)
+    _, mean, inverse_std = layer_norm_resample_op(tokens, *GEOMETRY, True, 1e-5)
+    given = {"grad": torch.zeros(2, 18, 3), "tokens": tokens, "mean": mean, "inverse_std": inverse_std}
+    given |= {"in_loss": torch.ones(2, dtype=torch.bool), "scale": torch.ones(())}
+    out = {"out": torch.empty_like(tokens)}
+    message = "on cpu, the tokens on meta" if elsewhere == "tokens" else f"{elsewhere} is on meta, the tokens on cpu"
+    geometry = dict(zip(("source_grid", "target_grid", "antialias"), (*GEOMETRY, True), strict=True))
+    for operator, tensors in (
+        (layer_norm_resample_backward_op, given),
+        (layer_norm_resample_backward_out_op, given | out),
+    ):
+        if elsewhere in tensors:
+            with pytest.raises(ValueError, match=message):
+                operator(**{**tensors, elsewhere: tensors[elsewhere].to("meta")}, **geometry)
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

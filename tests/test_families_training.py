@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from crepa_trainer.student import compile_blocks
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels.attach import PROJECTOR_NAME
-from crepa_kernels.families import family_of
 
 STUDENT, TEACHER = 1, 2
 BACKBONE: dict[str, Any] = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": TEACHER}
@@ -121,17 +121,6 @@ def test_checkpointing_gives_the_same_gradients(name: str, settings: dict[str, A
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
 
 
-def compile_blocks(transformer: Any) -> None:
-    """By ``compile_repeated_blocks()``, or block by block where diffusers does not list their class."""
-    blocks = family_of(transformer).blocks(transformer)
-    if type(blocks[0]).__name__ in (transformer._repeated_blocks or ()):
-        transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    else:
-        for block in blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
-    assert all(block._compiled_call_impl is not None for block in blocks)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @every_family
@@ -142,7 +131,7 @@ def test_compiled_blocks_give_the_same_gradients_and_are_not_recompiled(name: st
     def compiled(transformer: Any) -> None:
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        compile_blocks(transformer)
+        compile_blocks(transformer, backend="aot_eager", fullgraph=True)
         made.append(transformer)
 
     torch._dynamo.reset()

@@ -131,6 +131,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "norm of another size": ({"projector": nn.Sequential(nn.LayerNorm(E), nn.Linear(D, E))}, r"\(8,\).* 16"),
     "meta projector": ({"projector": CrepaProjector(D, E).to("meta")}, r"cpu.*meta"),
     "meta features": ({"teacher_features": torch.zeros(B, T, 6, E, device="meta")}, r"cpu.*meta"),
+    "meta hidden states": ({"hidden_states": torch.zeros(B, T, 12, D, device="meta")}, r"states are on meta.*on cpu"),
+    "meta norm": (
+        {"projector": nn.Sequential(nn.LayerNorm(D, device="meta"), nn.Linear(D, E))},
+        r"states are on cpu.*the projector on cpu and meta",
+    ),
+    "meta linear": (
+        {"projector": nn.Sequential(nn.LayerNorm(D), nn.Linear(D, E, device="meta"))},
+        r"states are on cpu.*the projector on cpu and meta",
+    ),
+    "meta index": ({"frame_index": long(T).to("meta")}, r"frame_index is on meta, the hidden states on cpu"),
+    "meta frame mask": ({"frame_mask": bools(B, T).to("meta")}, r"frame_mask is on meta, the hidden states on cpu"),
+    "meta teacher mask": (
+        {"teacher_mask": bools(B, T).to("meta")},
+        r"teacher_mask is on meta, the hidden states on cpu",
+    ),
 }
 # Built in the test: they need peft, or log at construction.
 BAD_PROJECTORS: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -14,8 +14,10 @@ import pytest
 import torch
 from crepa_trainer.cache_files import (
     ABANDONED,
+    SAMPLE,
     DamagedFile,
     check_whole,
+    content_identity,
     file_name,
     model_identity,
     read_tensors,
@@ -145,6 +147,23 @@ def test_a_name_depends_on_every_part_of_the_content() -> None:
     assert len({file_name(content) for content in contents}) == len(contents)
     assert file_name({"a": 1, "b": "x"}) == file_name({"b": "x", "a": 1})
     assert file_name({"text": "naïve \ud800 日本"}).endswith(".safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 1, SAMPLE - 1, SAMPLE, 2 * SAMPLE + 3, 10 * SAMPLE])
+def test_a_video_is_known_by_its_size_and_three_places_of_it(tmp_path: Path, size: int) -> None:
+    path, content = tmp_path / "a.mp4", bytearray(os.urandom(size))
+    path.write_bytes(content)
+    known = content_identity(path)
+    (tmp_path / "moved.mp4").write_bytes(content)
+    os.utime(tmp_path / "moved.mp4", (1, 1))
+    assert content_identity(tmp_path / "moved.mp4") == known
+    path.write_bytes(content + b"\0")
+    assert content_identity(path) != known
+    for place in {0, size // 2, size - 1} if size else ():
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert content_identity(path) != known
+        content[place] ^= 1
 
 
 def test_a_hub_model_is_known_by_its_commit(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +97,44 @@ def test_an_option_of_the_command_line_resumes_and_goes_before_the_file(
     assert "learning_rate = 0.5 (checkpoint: 0.0001)" in error
     assert crepa_train(file, "--resume", "latest", "--max_train_steps", "3") == 0
     assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1", "2"]
+
+
+def replaced(videos: Path) -> None:
+    """By another one of its name, length and time."""
+    times = (videos / "1.mp4").stat()
+    write_video(videos / "1.mp4", moving_square(9, 48, 80, 7))
+    os.utime(videos / "1.mp4", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def added(videos: Path) -> None:
+    for suffix in (".mp4", ".txt"):
+        shutil.copyfile(videos / f"1{suffix}", videos / f"9{suffix}")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "replaced": (replaced, "1.mp4 is another file"),
+    "caption": (lambda videos: (videos / "2.txt").write_text("a blue square"), "2.mp4 has another caption"),
+    "removed": (lambda videos: (videos / "0.mp4").unlink(), "0.mp4 is not there"),
+    "added": (added, "9.mp4 is new"),
+}
+
+
+def test_a_run_does_not_go_on_with_other_videos_or_captions_and_says_so_before_it_encodes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "videos", tmp_path / "as it was")
+    videos = shutil.copytree(folder / "videos", tmp_path / "videos")
+    file = config_file(folder, tmp_path / "run", data=str(videos), crepa_scheduler="constant")
+    assert crepa_train(file, "--max_train_steps", "1") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("crepa_trainer.run.make_accelerator", lambda *_: pytest.fail("too late"))
+        for change, message in CHANGES.values():
+            change(videos)
+            assert crepa_train(file, "--resume", "latest", "--max_train_steps", "2") == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert error.endswith(f"is of a run on other clips than {videos} gives: {message}")
+            shutil.rmtree(videos)
+            shutil.copytree(tmp_path / "as it was", videos, copy_function=shutil.copyfile)  # with times of their own
+    assert crepa_train(file, "--resume", "latest", "--max_train_steps", "2") == 0
+    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1"]

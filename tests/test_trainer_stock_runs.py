@@ -17,7 +17,7 @@ from hub_cases import CASES, HubCase
 from PIL import Image
 from said import everything_said
 from tiny import tiny_dinov2
-from videos import moving_square, write_video
+from videos import captioned_films, moving_square, write_video
 
 TEACHERS: dict[str, dict[str, Any]] = {
     "dinov2": {"crepa_encoder": "dinov2"},
@@ -86,11 +86,12 @@ def stock_clip(case: HubCase, model: Path, pipeline: Any) -> np.ndarray:
     return clip
 
 
-def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path) -> None:
+def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path, **changes: Any) -> None:
     case, model, output = CASES[name], tmp_path / "model", tmp_path / "run"
     case.save(model)
     sampled = {"validation_prompts": ["a blue square"], "validation_every": steps, "validation_steps": 2}
-    assert crepa_train(case, folder, model, output, max_train_steps=steps, **sampled, **TEACHERS[teacher]) == 0
+    given = {"max_train_steps": steps, **sampled, **TEACHERS[teacher], **changes}
+    assert crepa_train(case, folder, model, output, **given) == 0
     rows = read_csv(output / "metrics.csv")
     assert len(rows) == steps
     for row in rows:
@@ -129,7 +130,7 @@ def test_a_few_steps_give_a_lora_that_the_stock_pipeline_samples_with(
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("name", CASES)
-def test_twenty_steps_give_a_lora_that_the_stock_pipeline_samples_with(
+def test_twenty_steps_on_films_give_a_lora_that_the_stock_pipeline_samples_with(
     name: str, teacher: str, folder: Path, tmp_path: Path
 ) -> None:
-    check_run(name, teacher, 20, folder, tmp_path)
+    check_run(name, teacher, 20, folder, tmp_path, data=str(captioned_films(tmp_path / "films")))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from crepa_trainer.data import sample_videos
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = False, rotation: int = 0) -> Path:
@@ -42,3 +43,21 @@ def moving_square(frames: int, height: int = 48, width: int = 80, seed: int = 0)
         picture[top : top + 16, left : left + 16] = 255
         pictures.append(picture)
     return pictures
+
+
+def captioned_squares(folder: Path, count: int, height: int = 128, width: int = 144) -> Path:
+    """A folder of videos of 18 frames, each with its caption beside it."""
+    folder.mkdir()
+    for seed in range(count):
+        write_video(folder / f"{seed}.mp4", moving_square(18, height, width, seed))
+        (folder / f"{seed}.txt").write_text("a red square moves over a blue pattern")
+    return folder
+
+
+def captioned_films(folder: Path) -> Path:
+    """The sample videos, which were filmed and drawn, each with a caption beside it."""
+    folder.mkdir()
+    for video in sample_videos():
+        (folder / video.name).symlink_to(video)
+        (folder / video.name).with_suffix(".txt").write_text(f"a video of {video.stem}")
+    return folder

@@ -71,6 +71,22 @@ def _readable(tokens: torch.Tensor, in_loss: torch.Tensor | None) -> torch.Tenso
     return tokens if in_loss is None else tokens.where(in_loss[..., None, None], 0)
 
 
+def _check(
+    tokens: torch.Tensor,
+    source: Sequence[int],
+    target: Sequence[int],
+    grad: torch.Tensor | None = None,
+    **others: torch.Tensor | None,
+) -> None:
+    """ValueError unless ``tokens`` and ``grad`` lie on their grids, and all are on one device."""
+    check_tokens(tokens, source, target)
+    if grad is not None:
+        check_tokens(grad, target, source)
+    for name, tensor in {"grad": grad, **others}.items():
+        if tensor is not None and tensor.device != tokens.device:
+            raise ValueError(f"{name} is on {tensor.device}, the tokens on {tokens.device}")
+
+
 def _ones(tokens: torch.Tensor) -> torch.Tensor | None:
     """On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights."""
     half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
@@ -106,7 +122,7 @@ def _empty(
     eps: float,
     in_loss: torch.Tensor | None = None,
 ) -> Statistics:
-    check_tokens(tokens, source_grid, target_grid)
+    _check(tokens, source_grid, target_grid, in_loss=in_loss)
     mean = tokens.new_empty(tokens.shape[:-1], dtype=torch.promote_types(tokens.dtype, torch.float32))
     return on_grid(tokens, target_grid), mean, torch.empty_like(mean)
 
@@ -121,7 +137,7 @@ def _(
     in_loss: torch.Tensor | None = None,
 ) -> Statistics:
     log_fallback(tokens.device.type)
-    check_tokens(tokens, source_grid, target_grid)
+    _check(tokens, source_grid, target_grid, in_loss=in_loss)
     if tokens.numel() == 0:
         return _empty(tokens, source_grid, target_grid, antialias, eps)
     return normalise_and_resample(tokens, source_grid, target_grid, antialias, eps, in_loss)
@@ -140,8 +156,7 @@ def _(
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     log_fallback(tokens.device.type)
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    _check(tokens, source_grid, target_grid, grad, mean=mean, inverse_std=inverse_std, in_loss=in_loss, scale=scale)
     if tokens.numel() == 0:
         return torch.empty_like(tokens, memory_format=torch.contiguous_format)
     geometry = (source_grid, target_grid, antialias)
@@ -160,8 +175,7 @@ def _(
     in_loss: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    _check(tokens, source_grid, target_grid, grad, mean=mean, inverse_std=inverse_std, in_loss=in_loss, scale=scale)
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
@@ -195,8 +209,8 @@ def _(
     in_loss: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> None:
-    check_tokens(tokens, source_grid, target_grid)
-    check_tokens(grad, target_grid, source_grid)
+    others = {"mean": mean, "inverse_std": inverse_std, "out": out, "in_loss": in_loss, "scale": scale}
+    _check(tokens, source_grid, target_grid, grad, **others)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:

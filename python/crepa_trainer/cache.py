@@ -118,7 +118,7 @@ def prepare_cache(
         OSError: the folder cannot be written.
     """
     found = find_clips(settings, family) if found is None else found
-    names = CacheNames(settings, config, family, device, found.folder)
+    names = CacheNames(settings, config, family, device, found)
     files = dict(zip(found.keys, map(names.files, found.keys), strict=True))
     missing = _missing(path for each in files.values() for path in each.of_pixels)
     state = PartialState()
@@ -285,7 +285,7 @@ class _Filler:
             try:
                 self._encode_video(encoders, {key: clips[key] for key in videos[video]}, missing)
             except VideoError as error:
-                skip_video(skipped, self.names.data / video, error, strict=strict)
+                skip_video(skipped, self.names.found.folder / video, error, strict=strict)
         if encoders.loaded:
             encoders.loaded.clear()
             release_memory()
@@ -294,7 +294,7 @@ class _Filler:
     def _encode_video(self, encoders: _Encoders, clips: dict[ClipKey, ClipFiles], missing: set[Path]) -> None:
         first = next(iter(clips))
         keys, bucket = {key.start: key for key in clips}, first.bucket
-        path = self.names.data / first.video
+        path = self.names.found.folder / first.video
         for start, pixels in read_clips(path, bucket.height, bucket.width, list(keys), bucket.frames):
             files = clips[keys[start]]
             if files.latents in missing:

@@ -12,8 +12,8 @@ import torch
 from crepa_kernels import frame_indices
 from crepa_kernels.config_rules import DINOV2_HUB_IDS
 
-from .cache_files import file_identity, file_name, model_identity
-from .dataset import Bucket, ClipKey
+from .cache_files import file_name, model_identity
+from .dataset import Bucket, ClipKey, FoundClips
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -58,12 +58,16 @@ class CacheNames:
     """Names of a run's files: each from all that its content depends on."""
 
     def __init__(
-        self, settings: RunSettings, config: CrepaConfig, family: TrainingFamily, device: torch.device, data: Path
+        self,
+        settings: RunSettings,
+        config: CrepaConfig,
+        family: TrainingFamily,
+        device: torch.device,
+        found: FoundClips,
     ) -> None:
-        self.settings, self.config, self.family, self.device, self.data = settings, config, family, device, data
+        self.settings, self.config, self.family, self.device, self.found = settings, config, family, device, found
         self.folder = settings.cache_folder
         self.encoder_teaches = teacher_is_encoder(config)
-        self._videos: dict[str, list[Any]] = {}
 
     def files(self, key: ClipKey) -> ClipFiles:
         bucket = key.bucket
@@ -88,10 +92,8 @@ class CacheNames:
             content["options"] = dict(self.family.text_image_options)
         return self.folder / "text" / file_name(content)
 
-    def _video(self, name: str) -> list[Any]:
-        if name not in self._videos:
-            self._videos[name] = [name, *file_identity(self.data / name)]
-        return self._videos[name]
+    def _video(self, name: str) -> list[str]:
+        return [name, self.found.contents[name]]
 
     @cached_property
     def _encoders_of_clips(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .dataset import listed
 from .student import trained_parameters
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from crepa_kernels import CrepaConfig, CrepaRegularizer
 
+    from .dataset import FoundClips
     from .loop import Student
     from .settings import RunSettings
 
@@ -110,6 +113,28 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             "to it, or go on from the newest with resume = latest"
         )
     return found
+
+
+def videos_identity(found: FoundClips) -> dict[str, list[str]]:
+    """By what each video and its caption are known, by the video's name: part of a run's identity as "videos"."""
+    captions = {key.video: hashlib.sha256(key.caption.encode()).hexdigest()[:32] for key in found.keys}
+    return {name: [found.contents[name], caption] for name, caption in captions.items()}
+
+
+def check_videos(checkpoint: Checkpoint, found: FoundClips) -> None:
+    """ValueError naming the videos that are not those of the checkpoint's run, or have other captions."""
+    now = videos_identity(found)
+    # One of an earlier version has none: then only `train_on` compares the clips.
+    before = checkpoint.identity.get("videos", now)
+    both = [name for name in now if name in before]
+    changed = [
+        *(f"{name} is new" for name in now if name not in before),
+        *(f"{name} is not there" for name in before if name not in now),
+        *(f"{name} is another file" for name in both if now[name][0] != before[name][0]),
+        *(f"{name} has another caption" for name in both if now[name][1] != before[name][1]),
+    ]
+    if changed:
+        raise ValueError(f"{checkpoint.folder} is of a run on other clips than {found.folder} gives: {listed(changed)}")
 
 
 def _complete(folder: Path) -> list[Path]:

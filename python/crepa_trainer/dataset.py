@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from crepa_kernels.config import ConfigError
 
+from .cache_files import content_identity
 from .data import DataError, VideoError, VideoInfo, list_videos, probe_video
 
 if TYPE_CHECKING:
@@ -50,11 +51,15 @@ class ClipKey:
 
 @dataclass(frozen=True)
 class FoundClips:
-    """The clips of a run, in the order of their videos' names, and the videos that gave none with the reason."""
+    """The clips of a run, in the order of their videos' names, and the videos that gave none with the reason.
+
+    `contents`: by what the content of each video that clips are cut from is known.
+    """
 
     folder: Path
     keys: tuple[ClipKey, ...]
     skipped: Mapping[str, str]
+    contents: Mapping[str, str]
 
     @property
     def videos(self) -> int:
@@ -82,6 +87,7 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
     captions = read_captions(videos)
     keys: list[ClipKey] = []
     skipped: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for path in videos:
         try:
             info = probe_video(path)
@@ -90,13 +96,14 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
             skip_video(skipped, path, error, strict=settings.strict)
             continue
         name = path.relative_to(settings.data).as_posix()
+        contents[name] = content_identity(path)
         starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
         keys += [ClipKey(name, start, bucket, captions[path]) for start in starts]
     tell_skipped(skipped, len(videos))
     if not keys:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
-    return FoundClips(settings.data, tuple(keys), skipped)
+    return FoundClips(settings.data, tuple(keys), skipped, contents)
 
 
 def skip_video(skipped: dict[str, str], path: Path, error: VideoError, *, strict: bool) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from . import export
 from .cache import TEACHER_NAMES, clip_of_prompt, prepare_cache
-from .checkpoint import Checkpoint, Checkpoints, find_checkpoint, run_identity
+from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
 from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
@@ -61,6 +61,9 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
+    if checkpoint is not None:
+        check_videos(checkpoint, found)
+    identity["videos"] = videos_identity(found)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     clips = prepare_cache(settings, config, family, accelerator.device, console, found)
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
@@ -164,7 +167,7 @@ def train_on(
 
 
 def _fingerprint(clips: CachedClips) -> str:
-    """Of the clips and their order."""
+    """Of the clips and their order: those that could be decoded, which `check_videos` cannot know."""
     return hashlib.sha256(repr([astuple(key) for key in clips.keys]).encode()).hexdigest()
 
 
