@@ -98,10 +98,13 @@ def heuristic(hidden_size: int, feature_size: int, element_size: int, shared_mem
         dx, one_pass = ProductTile(128, 128, 32, 8, 3), ProductTile(128, 128, 32, 8, 3, split=True)
     dx, one_pass = fit(dx, element_size, shared_memory), fit(one_pass, element_size, shared_memory)
     inference: PathName = "one_pass" if element_size == 2 else "split"
-    return Choice("split", inference, _rows_of(hidden_size, 512), _rows_of(feature_size, 768), dx, one_pass)
+    lanes = 64 if hip else 32
+    tokens, rows = _rows_of(hidden_size, 16 * lanes), _rows_of(feature_size, 24 * lanes)
+    return Choice("split", inference, tokens, rows, dx, one_pass)
 
 
 def _rows_of(width: int, per_warp: int) -> RowTile:
+    """With so many numbers a warp at least, of which each lane loads 16 bytes at a time."""
     return RowTile(1, min(8, max(1, 1 << max(0, math.ceil(math.log2(width / per_warp))))))
 
 
