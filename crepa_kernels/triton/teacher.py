@@ -34,11 +34,12 @@ def inverse_norms(teacher: torch.Tensor) -> torch.Tensor:
     """1 / max(norm, 1e-12) of every row of ``teacher`` (B, S, M, E): (B, S, M) fp32."""
     batch, frames, tokens, features = teacher.shape
     out = teacher.new_empty((batch, frames, tokens), dtype=torch.float32)
-    rows = 16 if INTERPRETED else 1
     low, high = split_width(features)
+    # So that each lane, of up to 64 a warp, has 16 bytes to load at a time.
+    warps, rows = (2 if low >= 1024 else 1), (16 if INTERPRETED else max(1, 512 // low))
     launch(
-        "teacher_norms", _inverse_norms_kernel, (triton.cdiv(out.numel(), rows),), Cost((teacher,), (out,)), warps=2,
-        teacher=teacher, out=out, rows=out.numel(), tokens=tokens, frames=frames, features=features,
+        "teacher_norms", _inverse_norms_kernel, (triton.cdiv(out.numel(), rows),), Cost((teacher,), (out,)),
+        warps=warps, teacher=teacher, out=out, rows=out.numel(), tokens=tokens, frames=frames, features=features,
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
         ROWS=rows, LO=low, HI=high,
     )  # fmt: skip
