@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crepa_trainer.cli import main
+from crepa_trainer.plan import CrepaMemory, kept_bytes, projector_bytes
+from crepa_trainer.plan_table import _bytes
 
 from crepa_kernels import supported_families
 from crepa_kernels.families import FAMILIES
@@ -28,6 +31,9 @@ MODELS = {
     "THUDM/CogVideoX-5b": "cogvideox",
     "THUDM/CogVideoX-5b-I2V": "cogvideox",
 }
+# D of each row of the table of memory; E and the parameters of DINOv2 giant.
+WIDTHS = (2048, 2240, 3072, 1536, 5120, 5120, 3072, 1792, 4096, 1920, 3072, 3072)
+GIANT, GIANT_PARAMETERS = 1536, 1_136_480_768
 
 
 def commands(page: str) -> list[list[str]]:
@@ -78,3 +84,21 @@ def test_the_table_of_families_is_that_of_the_package() -> None:
     table = (ROOT / "docs/families.md").read_text().split("\n\n")[2].splitlines()[2:]
     rows = [[re.findall(r"`(\w+)`", cell) or [cell.strip()] for cell in line.strip("|").split("|")] for line in table]
     assert rows == [[[row.name], [row.transformer], list(row.block_lists), [str(row.block_index)]] for row in FAMILIES]
+
+
+def test_the_documented_memory_is_what_the_plan_predicts() -> None:
+    text = (ROOT / "docs/families.md").read_text()
+    (table,) = re.findall(r"\| family \| parameters \|.*\n\|[-|]*\n((?:\|.*\n)+)", text)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(rows) == len(WIDTHS)
+    for (name, _, _, tokens, projector, kept, teacher, total), width in zip(rows, WIDTHS, strict=True):
+        sizes = re.findall(r"[\d,]+", tokens)
+        count, frames, height, width_of_grid = (int(size.replace(",", "")) for size in sizes)
+        assert count == frames * height * width_of_grid, name
+        memory = CrepaMemory(
+            projector=projector_bytes(width, GIANT),
+            kept=kept_bytes(count, count, width, GIANT, torch.bfloat16),
+            teacher=GIANT_PARAMETERS * 2,
+        )
+        said = [memory.projector, memory.kept, memory.teacher, memory.total]
+        assert [projector, kept, teacher, total] == [_bytes(size) for size in said], name
