@@ -207,7 +207,7 @@ def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
         yield {"crepa_enabled", "crepa_block_index"}, describe("crepa_block_index", None, rule)
     keys = {"crepa_teacher_block_index", "crepa_feature_source", "crepa_use_backbone_features"}
     if enabled and backbone and teacher is None:
-        rule = 'required when crepa_feature_source is "backbone"'
+        rule = 'required when crepa_feature_source is "backbone": a block deeper than crepa_block_index'
         yield keys | {"crepa_enabled"}, describe("crepa_teacher_block_index", None, rule)
     if backbone and None not in (block, teacher) and teacher <= block:
         rule = f"must be deeper than the student's block, crepa_block_index = {block}"

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from crepa_trainer.families import TrainingFamily
 from tiny_hub_folders import (
@@ -17,6 +18,7 @@ from tiny_hub_folders import (
     save_tiny_wan_experts,
     save_tiny_wan_image,
 )
+from tiny_pipelines import save_tiny_wan_pipeline
 from torch import Tensor
 
 
@@ -42,6 +44,12 @@ class HubCase:
     def family(self, folder: Path) -> TrainingFamily:
         return TrainingFamily.of(str(folder), self.task, expert=self.settings.get("expert"))
 
+    def stock(self, folder: Path) -> Any:
+        """The whole stock pipeline of the task: of Wan 2.2 5B the folder names that of text to video."""
+        pipeline = getattr(diffusers, self.family(folder).pipelines[self.task]).from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     @property
     def shown(self) -> tuple[int, int, int, int]:
         """Shape (P, H, W, 3) of a clip that is sampled."""
@@ -57,6 +65,8 @@ def encoded_clip(family: TrainingFamily, vae: Any, pixels: Tensor, prompt: str) 
 _EXPERTS = partial(save_tiny_wan_experts)
 _IMAGE = "image2video"
 CASES = {
+    "wan": HubCase(save_tiny_wan_pipeline, Size(9)),
+    "wan 2.2 5B": HubCase(partial(save_tiny_wan_pipeline, expand_timesteps=True), Size(9), _IMAGE),
     "wan high": HubCase(_EXPERTS, Size(9), settings={"expert": "high"}),
     "wan low": HubCase(_EXPERTS, Size(9), settings={"expert": "low"}),
     "wan image high": HubCase(partial(_EXPERTS, image=True), Size(9), _IMAGE, {"expert": "high"}),

@@ -26,7 +26,7 @@ from rich.console import Console
 from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 from crepa_trainer.cache import prepare_cache
-from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
 
 torch.set_num_threads(1)
@@ -35,6 +35,7 @@ accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 calls = Counter()
 counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
+counted_calls += [(HunyuanVideoFamily, name) for name in ("load_text", "encode_text", "encode_text_of_clip")]
 for owner, name in (*counted_calls, (DinoV2Teacher, "_load")):
     def counted(*args, original=getattr(owner, name), name=name, **kwargs):
         calls[name] += 1
@@ -45,16 +46,18 @@ config = CrepaConfig(**given["config"])
 rank = accelerator.process_index
 if given.get("apart"):
     settings = settings.model_copy(update={"cache": settings.output / f"cache{rank}"})
-family = TrainingFamily.of(settings.model)
+family = TrainingFamily.of(settings.model, settings.task)
 for time in ("first", "again"):
     calls.clear()
     # The other one comes late, when the first one could have written a part.
     sleep(2 * rank)
     clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
-    sums = [float(clips[n]["latents"].sum()) for n in range(len(clips))]
+    sums = [float(clips[n][name].sum()) for n in range(len(clips)) for name in ("latents", "text")]
     result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
     (settings.output / f"{time}{rank}.json").write_text(json.dumps(result))
 """
+
+TEXT_CALLS = ("load_text", "encode_text_of_clip", "encode_text")
 
 
 @pytest.fixture
@@ -138,9 +141,25 @@ def test_an_error_of_one_process_ends_all(given: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_one_process_encodes_texts_with_first_frames_of_clips_that_the_other_encoded(
-    given: dict[str, Any], tmp_path: Path
-) -> None:
+def test_texts_with_first_frames_are_shared_out_as_the_clips_are(given: dict[str, Any], tmp_path: Path) -> None:
+    model = CASES["hunyuan token_replace"].save(tmp_path / "hunyuan")
+    done = launch({**given, "settings": {**given["settings"], "model": str(model), "task": "image2video"}})
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [tmp_path / "out" / f"{time}{rank}.json" for time in ("first", "again") for rank in (0, 1)]
+    first, second, *again = (json.loads(file.read_text()) for file in files)
+    assert first["sums"] == second["sums"]
+    # Every second one of five clips' captions, the negative prompt, which has no first frame, and one that has.
+    calls = [{name: each["calls"].get(name) for name in TEXT_CALLS} for each in (first, second)]
+    assert calls == [
+        {"load_text": 1, "encode_text_of_clip": 4, "encode_text": None},
+        {"load_text": 1, "encode_text_of_clip": 2, "encode_text": 1},
+    ]
+    assert [each["calls"] for each in again] == [{}, {}]
+    assert len(list((tmp_path / "out" / "cache" / "text").iterdir())) == 7
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_texts_with_first_frames(given: dict[str, Any], tmp_path: Path) -> None:
     model = CASES["hunyuan token_replace"].save(tmp_path / "hunyuan")
     settings = {**given["settings"], "model": str(model), "task": "image2video", "validation_every": 2}
     small = {"validation_steps": 1, "max_train_steps": 2, "mixed_precision": "no", "lora_rank": 2}
@@ -149,6 +168,4 @@ def test_one_process_encodes_texts_with_first_frames_of_clips_that_the_other_enc
     done = torchrun("-m", "crepa_trainer", "run", "--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_csv(tmp_path / "out" / "metrics.csv")) == 2
-    # Of five clips, the validation prompt and the negative one.
     assert " ".join(done.stdout.split()).count("encoded 7 captions into") == 1
-    assert len(list((tmp_path / "out" / "cache" / "text").iterdir())) == 7

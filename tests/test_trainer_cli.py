@@ -27,6 +27,24 @@ def test_the_command_imports_what_it_needs_and_no_more() -> None:
     assert not imported(wrong) & {"diffusers", "transformers", "accelerate", "peft", "av", "matplotlib"}
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_program_that_calls_it_has_its_logging_back(debug: bool) -> None:
+    words = ["run", "--max_train_steps", "0", *(["--debug"] if debug else [])]
+    code = f"""
+import logging
+from crepa_trainer.cli import main
+def state():
+    loggers = [logging.getLogger(name) for name in (None, "crepa_kernels", "crepa_trainer")]
+    return [(logger.level, logger.handlers[:]) for logger in loggers]
+before = state()
+assert main({words}) == 2
+assert state() == before, state()
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert ("Traceback" in done.stdout) == debug
+
+
 def test_it_starts_as_a_module_for_launchers(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"model": "nowhere", "data": "videos", "output": "out", "max_train_steps": 1}))

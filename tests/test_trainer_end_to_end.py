@@ -133,7 +133,10 @@ def test_a_run_does_not_go_on_with_other_videos_or_captions_and_says_so_before_i
             change(videos)
             assert crepa_train(file, "--resume", "latest", "--max_train_steps", "2") == 2
             error = capsys.readouterr().err.strip().splitlines()[-1]
-            assert error.endswith(f"is of a run on other clips than {videos} gives: {message}")
+            assert error.endswith(
+                f"is of a run on other clips than {videos} gives: {message}; go on with what it had, or start anew in "
+                "another output"
+            )
             shutil.rmtree(videos)
             shutil.copytree(tmp_path / "as it was", videos, copy_function=shutil.copyfile)  # with times of their own
     assert crepa_train(file, "--resume", "latest", "--max_train_steps", "2") == 0

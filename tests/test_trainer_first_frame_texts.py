@@ -14,6 +14,7 @@ from crepa_trainer.cache import CachedClips, clip_of_prompt, prepare_cache
 from crepa_trainer.cache_files import file_name
 from crepa_trainer.cache_names import FORMAT, CacheNames
 from crepa_trainer.data import read_clips
+from crepa_trainer.dataset import find_clips
 from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES
@@ -160,7 +161,7 @@ def test_the_files_of_other_families_are_shared_by_caption_and_named_as_ever(mod
     run = settings(models / "wan", data)
     clips = prepare(run)
     family = TrainingFamily.of(run.model)
-    names = CacheNames(run, CrepaConfig(), family, CPU, data)
+    names = CacheNames(run, CrepaConfig(), family, CPU, find_clips(run, family))
     content = {"format": FORMAT, "family": "wan", "text": CAPTION, "encoder": names._text_encoder}
     assert {files.text for files in clips.files} == {run.cache_folder / "text" / file_name(content)}
     assert {file.name for file in (run.cache_folder / "text").iterdir()} == {file_name(content)}
@@ -171,9 +172,8 @@ def test_what_else_a_text_depends_on_is_in_its_name(models: Path, data: Path, tm
     clips = prepare(run)
     CASES["hunyuan latent_concat"].save(tmp_path / "hunyuan")
     other = TrainingFamily.of(str(tmp_path / "hunyuan"), "image2video")
-    names = [
-        CacheNames(run, CrepaConfig(), family, CPU, data) for family in (TrainingFamily.of(run.model, run.task), other)
-    ]
+    family = TrainingFamily.of(run.model, run.task)
+    names = [CacheNames(run, CrepaConfig(), each, CPU, find_clips(run, family)) for each in (family, other)]
     # As of one model that has the same text encoder with both conditions.
     names[1].__dict__["_text_encoder"] = names[0]._text_encoder
     assert names[0].text(CAPTION, clips.keys[0]) == clips.files[0].text

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.families import TrainingFamily
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hub_cases import CASES, HubCase, encoded_clip
 from PIL import Image
 from tiny import CHANNELS, clip_pixels
 from tiny_hub_folders import QWEN_DIM
+
+from crepa_kernels import image_to_video_mask
 
 STEPS = 4
 # Of the pipelines' calls only, or of how the answer is returned.
@@ -38,9 +40,8 @@ def family(case: HubCase, folder: Path) -> TrainingFamily:
 
 
 @pytest.fixture(scope="module")
-def stock(folder: Path) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
+def stock(case: HubCase, folder: Path) -> Any:
+    pipeline = case.stock(folder)
     without_spread(pipeline.vae)
     return pipeline
 
@@ -133,11 +134,17 @@ def test_a_call_is_the_stock_pipelines_at_every_noise_level(
     ours.watch(transformer)
     for made in theirs:
         times = made["timestep"].float()
+        times = times.amax(1) if times.dim() == 2 else times  # of each token, and 0 for the first frame's
         # In the middle of the levels that become this timestep where those are whole numbers.
         time = (times + 0.5) / 1000 if family.name == "cogvideox" else times / 1000
         noisy = family.noisy(batch, noise, time)
         prediction = family.predict(transformer, noisy, batch)
         assert_same_calls(ours.made[-1][1], made)
+        given = family.task == "image2video"
+        mask = image_to_video_mask(transformer, 1, family.layout(case.size).frames) if given else None
+        assert (None if noisy.frame_mask is None else noisy.frame_mask.tolist()) == (
+            mask if mask is None else mask.tolist()
+        )
         predicted = slice(None) if noisy.frame_mask is None else slice(1, None)
         torch.testing.assert_close(prediction[:, :, predicted], noisy.target[:, :, predicted])
 

@@ -12,7 +12,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
 from crepa_trainer.trackers import read_csv
-from diffusers import DiffusionPipeline
 from hub_cases import CASES, HubCase
 from PIL import Image
 from said import everything_said
@@ -102,8 +101,7 @@ def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path,
         assert strip.size == (case.size.width * 8, case.size.height)
         assert np.asarray(strip).std() > 0
 
-    pipeline = DiffusionPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = case.stock(model)
     before = stock_clip(case, model, pipeline)
     low = case.settings.get("expert") == "low"
     with everything_said() as said:

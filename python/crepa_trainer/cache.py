@@ -106,9 +106,10 @@ def prepare_cache(
 ) -> CachedClips:
     """Encodes what is not yet in `settings.cache_folder` and lets go of the encoders; called by every process.
 
-    Each process takes its share of the videos, then the first one the captions. An encoder is loaded when something is
-    missing that it makes, in fp32 on a CPU; on other devices the text encoder and the teacher in bf16. A damaged or
-    half-written file is named and made again. A video that cannot be decoded is named, skipped and counted.
+    Each process takes its share of the videos, then the first one the captions, or each its share of them where every
+    clip has a text of its own. An encoder is loaded when something is missing that it makes, in fp32 on a CPU; on other
+    devices the text encoder and the teacher in bf16. A damaged or half-written file is named and made again. A video
+    that cannot be decoded is named, skipped and counted.
 
     found: the result of `find_clips`, where it is at hand.
 
@@ -241,20 +242,22 @@ class _Filler:
     def encode_texts(self, texts: Sequence[_Text]) -> None:
         """Makes those that are missing, of clips whose latents are there.
 
-        Text encoders are large, and captions few: the first process alone loads one.
+        Text encoders are large, and captions few: the first process alone loads one, unless each clip has a text.
         """
         wanted = {text.file: text for text in texts}
         missing = _missing(wanted)
         # As for the videos.
         self.state.wait_for_everyone()
         texts = [text for path, text in wanted.items() if path in missing]
+        rank, shares = self.state.process_index, self.state.num_processes if self.family.text_image_parts else 1
         parts: Any = None
-        for chunk in self._in_step("captions", _chunks(texts, PROMPTS_AT_A_TIME)):
-            if not self.state.is_main_process:
+        for chunk in self._in_step("captions", _chunks(texts, PROMPTS_AT_A_TIME * shares)):
+            share = chunk[rank::shares] if rank < shares else []
+            if not share:
                 continue
             if parts is None:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
-            for text, embedding in zip(chunk, self._embeddings(parts, chunk), strict=True):
+            for text, embedding in zip(share, self._embeddings(parts, share), strict=True):
                 write_tensors(text.file, embedding)
         if parts is not None:
             del parts

@@ -33,6 +33,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 _WRITING = ".writing-"
+_ADVICE = "go on with what it had, or start anew in another output"
 
 # Settings that change nothing of what is trained; the family is the model's.
 _FREE = {
@@ -103,7 +104,7 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
         if key in identity and identity.get(key) != found.identity.get(key)
     ]
     if differing:
-        raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}")
+        raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}; {_ADVICE}")
     if found.step > settings.max_train_steps:
         raise ValueError(f"{folder} is at step {found.step}, past max_train_steps = {settings.max_train_steps}")
     newer = [path.name for path in complete if int(path.name.removeprefix("step-")) > found.step]
@@ -134,7 +135,9 @@ def check_videos(checkpoint: Checkpoint, found: FoundClips) -> None:
         *(f"{name} has another caption" for name in both if now[name][1] != before[name][1]),
     ]
     if changed:
-        raise ValueError(f"{checkpoint.folder} is of a run on other clips than {found.folder} gives: {listed(changed)}")
+        raise ValueError(
+            f"{checkpoint.folder} is of a run on other clips than {found.folder} gives: {listed(changed)}; {_ADVICE}"
+        )
 
 
 def _complete(folder: Path) -> list[Path]:

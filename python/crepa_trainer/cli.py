@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 USER_ERROR = 2
+PACKAGES = ("crepa_kernels", "crepa_trainer")  # whose log lines are shown
 FILE_WIDTH = 250  # columns of what is printed elsewhere than to a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. An error that the user can put right is one line on stderr and exit code 2."""
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except ModuleNotFoundError as error:
-        _complain(f"{error}: pip install crepa-kernels[trainer]")
-    except (ValueError, OSError, FloatingPointError) as error:
-        # The traceback of a user's error helps nobody but a developer: crepa-train --debug ...
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
-        _complain(str(error))
+    with _logging_left_as_it_was():
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except ModuleNotFoundError as error:
+            _complain(f"{error}: pip install crepa-kernels[trainer]")
+        except (ValueError, OSError, FloatingPointError) as error:
+            # The traceback of a user's error helps nobody but a developer: crepa-train --debug ...
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+            _complain(str(error))
     return USER_ERROR
+
+
+@contextmanager
+def _logging_left_as_it_was() -> Iterator[None]:
+    # `main` may be one call of a larger program.
+    loggers = [logging.getLogger(name) for name in (None, *PACKAGES)]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level, handlers in before:
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
 
 
 def _complain(message: str) -> None:
@@ -163,6 +179,6 @@ def _console(debug: bool) -> Console:
     handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     level = logging.DEBUG if debug else logging.INFO if first else logging.ERROR
-    for name in ("crepa_kernels", "crepa_trainer"):
+    for name in PACKAGES:
         logging.getLogger(name).setLevel(level)
     return console

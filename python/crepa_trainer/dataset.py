@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from crepa_kernels.config import ConfigError
+from crepa_kernels.config_rules import describe
 
 from .cache_files import content_identity
 from .data import DataError, VideoError, VideoInfo, list_videos, probe_video
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAMED = 50  # files in one message
 
@@ -79,12 +82,16 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
     frame count that it has. One that cannot be used is named and skipped, or with `settings.strict` a VideoError.
 
     Raises:
-        ConfigError: (a ValueError) sizes or frame counts that the model cannot make, all in one.
-        DataError: (a ValueError) no video, captions missing or empty (all in one), or nothing left to train on.
+        ConfigError: (a ValueError) sizes or frame counts that the model cannot make, all in one; validation prompts
+            that it cannot read.
+        DataError: (a ValueError) no video, captions missing, empty or such that the model cannot read them (all in
+            one), or nothing left to train on.
     """
     _check_buckets(settings, family)
+    _check_validation_prompts(settings, family)
     videos = [path for path in list_videos(settings.data) if not _is_ours(path, settings)]
     captions = read_captions(videos)
+    _check_captions(captions, family)
     keys: list[ClipKey] = []
     skipped: dict[str, str] = {}
     contents: dict[str, str] = {}
@@ -123,14 +130,27 @@ def tell_skipped(skipped: Mapping[str, str], videos: int) -> None:
 
 def _check_buckets(settings: RunSettings, family: TrainingFamily) -> None:
     sizes = [Bucket(*size, frames) for size in settings.resolutions for frames in settings.frame_counts]
-    problems = [_problem(family, bucket) for bucket in sizes]
+    problems = [_problem(family.check_bucket, bucket) for bucket in sizes]
     if any(problems):
         raise ConfigError(dict.fromkeys(problem for problem in problems if problem))
 
 
-def _problem(family: TrainingFamily, bucket: Bucket) -> str | None:
+def _check_validation_prompts(settings: RunSettings, family: TrainingFamily) -> None:
+    problems = {prompt: _problem(family.check_prompt, prompt) for prompt in settings.validation_prompts}
+    if any(problems.values()):
+        raise ConfigError(describe("validation_prompts", prompt, rule) for prompt, rule in problems.items() if rule)
+
+
+def _check_captions(captions: Mapping[Path, str], family: TrainingFamily) -> None:
+    problems = {path.with_suffix(".txt"): _problem(family.check_prompt, text) for path, text in captions.items()}
+    found = [f"{file}: {problem}" for file, problem in problems.items() if problem]
+    if found:
+        raise DataError(f"{len(found)} of {len(captions)} captions cannot be used: {listed(found)}")
+
+
+def _problem(check: Callable[[T], None], value: T) -> str | None:
     try:
-        family.check_bucket(bucket)
+        check(value)
     except ValueError as error:
         return str(error)
     return None

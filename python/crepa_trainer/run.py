@@ -129,7 +129,10 @@ def train_on(
     """The run on clips that are encoded: from step 0, or on from a checkpoint of the same clips."""
     identity = {**identity, "clips": _fingerprint(clips)}
     if checkpoint is not None and checkpoint.identity["clips"] != identity["clips"]:
-        raise ValueError(f"{checkpoint.folder} is of a run on other clips than {settings.data} gives now")
+        raise ValueError(
+            f"{checkpoint.folder} is of a run on other clips than {settings.data} gives now: start anew "
+            "in another output"
+        )
     set_seed(settings.seed)
     student = make_student(accelerator, family, settings, config)
     transformer = accelerator.unwrap_model(student.transformer)

@@ -123,7 +123,9 @@ class RunSettings(BaseModel):
     checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
     checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
     resume: str | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')
-    validation_prompts: Words = Field((), description="prompts of the clips sampled in between; must be a list of text")
+    validation_prompts: Words = Field(
+        (), description='prompts of the clips sampled in between; must be a list of text such as ["a red square"]'
+    )
     validation_every: Integer = Field(
         0, ge=0, description="steps between validations, 0 for never; must be an integer >= 0"
     )

@@ -17,7 +17,7 @@ from crepa_kernels.layouts import raster_layout
 from crepa_kernels.teachers.decoding import VIDEO_VAES
 
 from ..loop import NoisyLatents, add_noise
-from .folder import constructor_defaults, has_part, read_config
+from .folder import constructor_defaults, has_part, missing_shards, read_config
 from .noise import scheduler_shift, shifted, with_clean_first_frame
 from .sizes import ClipSize, ModelSizes
 from .vaes import encode
@@ -72,9 +72,9 @@ class TrainingFamily(ModelSizes, ABC):
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
 
         Raises:
-            ValueError: not a pipeline, a part that is missing, a transformer or VAE class of no family or of another
-                than `family`, a task that this model cannot be trained for, an expert that it does not have, none
-                named where it has two.
+            ValueError: not a pipeline, a part or a file of weights that is missing, a transformer or VAE class of no
+                family or of another than `family` or model_index.json say, a task that this model cannot be trained
+                for, an expert that it does not have, none named where it has two.
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
@@ -91,6 +91,9 @@ class TrainingFamily(ModelSizes, ABC):
         missing = [part for part in parts if not has_part(model, index, part)]
         if missing:
             raise ValueError(f"{model} lacks {', '.join(missing)}: a {found.name} pipeline has {', '.join(parts)}")
+        shards = [name for part in parts for name in missing_shards(model, part)]
+        if shards:
+            raise ValueError(f"{model} lacks {', '.join(shards)}: download it again")
         vaes, vae = next(row.vaes for row in FAMILIES if row.name == found.name), index["vae"][1]
         if vae not in vaes:
             raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
@@ -98,6 +101,9 @@ class TrainingFamily(ModelSizes, ABC):
         for part, folder, kind in (("transformer", trained, found.transformer_class), ("vae", "vae", vae)):
             # A folder that was saved by an older diffusers lacks what was added since.
             configs[part] = {**constructor_defaults(kind), **read_config(model, folder)}
+            # diffusers would give it random weights where the names differ.
+            if (own := configs[part].get("_class_name", kind)) != kind:
+                raise ValueError(f"{model}: {folder} is an {own}, where its model_index.json has {kind}")
         return found(model, task, configs, expert)
 
     @classmethod
@@ -175,6 +181,9 @@ class TrainingFamily(ModelSizes, ABC):
         A sample of the VAE's distribution with a generator, its mode without.
         """
         return encode(vae, pixels, generator)
+
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError for a caption or validation prompt that the text encoder cannot read."""
 
     @property
     def text_image_parts(self) -> tuple[str, ...]:

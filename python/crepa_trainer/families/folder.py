@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def has_part(model: str, index: Mapping[str, Any], part: str) -> bool:
     if part in ("scheduler", "image_processor") or part.startswith("tokenizer"):
         return bool(names)
     return "config.json" in names and any(name.endswith(_WEIGHTS) for name in names)
+
+
+def missing_shards(model: str, part: str) -> list[str]:
+    """Files of a part's weights that its index names and a local folder lacks, as "part/file"."""
+    missing: set[str] = set()
+    for index in (Path(model) / part).glob("*.safetensors.index.json"):
+        if not index.with_name(index.name.removesuffix(".index.json")).is_file():
+            names = json.loads(index.read_text())["weight_map"].values()
+            missing |= {f"{part}/{name}" for name in names if not (index.parent / name).is_file()}
+    return sorted(missing)
 
 
 def constructor_defaults(name: str) -> dict[str, Any]:

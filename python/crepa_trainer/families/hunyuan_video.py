@@ -22,6 +22,7 @@ TRAINED_GUIDANCE = 1.0
 # Every how manieth of the image's tokens the image-to-video pipeline's call keeps of the text encoder's, by
 # `image_condition_type`; of a negative prompt it keeps every second one with both.
 KEPT_IMAGE_TOKENS = {"latent_concat": 2, "token_replace": 4}
+IMAGE_MARK = "<image>"  # for which LLaVA reads an image, once in the image-to-video pipeline's instruction
 
 
 class HunyuanVideoFamily(TrainingFamily):
@@ -86,6 +87,10 @@ class HunyuanVideoFamily(TrainingFamily):
         parts = {part: getattr(loaded, part) for part in self.text_parts}
         parts["image_processor"] = CLIPImageProcessor.from_pretrained(self.model, subfolder="image_processor")
         return self._bare_pipeline(self.task, parts)
+
+    def check_prompt(self, prompt: str) -> None:
+        if self.text_image_parts and IMAGE_MARK in prompt:
+            raise ValueError(f"the text encoder reads the first frame at {IMAGE_MARK}, which a text must not contain")
 
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:

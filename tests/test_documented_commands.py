@@ -1,0 +1,104 @@
+"""The commands and tables of the documentation are those of the package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.cli import main
+from crepa_trainer.plan import CrepaMemory, kept_bytes, projector_bytes
+from crepa_trainer.plan_table import _bytes
+
+from crepa_kernels import supported_families
+from crepa_kernels.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+# The family of each model that a command names.
+MODELS = {
+    "Lightricks/LTX-Video": "ltxvideo",
+    "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": "sanavideo",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
+    "hunyuanvideo-community/HunyuanVideo-I2V": "hunyuan_video",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan",
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan",
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": "kandinsky5_video",
+    "THUDM/CogVideoX-5b": "cogvideox",
+    "THUDM/CogVideoX-5b-I2V": "cogvideox",
+}
+# D of each row of the table of memory; E and the parameters of DINOv2 giant.
+WIDTHS = (2048, 2240, 3072, 1536, 5120, 5120, 3072, 1792, 4096, 1920, 3072, 3072)
+GIANT, GIANT_PARAMETERS = 1536, 1_136_480_768
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each `crepa-train run` of a page, without what stands before it and comments."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?: {4})?(?:crepa-train|torchrun .* -m crepa_trainer) (run .*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Fills with the settings of CREPA and the run that would be planned or made."""
+    given: list[Any] = []
+    monkeypatch.setattr("crepa_trainer.run.run", lambda *found: given.append(found[:2]))
+    monkeypatch.setattr("crepa_trainer.run.show_plan", lambda *found: given.append(found[:2]))
+    return given
+
+
+def test_each_familys_commands_are_understood(started: list[Any]) -> None:
+    for words in commands("docs/families.md"):
+        assert main(words) == 0, words
+    recommended = {row.name: row.block_index for row in FAMILIES}
+    assert [settings.model for settings, _ in started] == list(MODELS)
+    assert set(MODELS.values()) == set(supported_families())
+    for settings, config in started:
+        assert config.crepa_enabled
+        assert config.crepa_block_index == recommended[MODELS[settings.model]]
+        assert (settings.task == "image2video") == ("I2V" in settings.model)
+        assert (settings.expert is not None) == ("A14B" in settings.model)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_commands_of_the_trainers_pages_are_understood(
+    page: str, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    # What is taken from the model otherwise, which would be downloaded.
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(example), "crepa_block_index": 8}))
+    monkeypatch.chdir(tmp_path)
+    every = commands(page)
+    assert every
+    for words in every:
+        assert main(words) == 0, words
+    assert len(started) == len(every)
+
+
+def test_the_table_of_families_is_that_of_the_package() -> None:
+    table = (ROOT / "docs/families.md").read_text().split("\n\n")[2].splitlines()[2:]
+    rows = [[re.findall(r"`(\w+)`", cell) or [cell.strip()] for cell in line.strip("|").split("|")] for line in table]
+    assert rows == [[[row.name], [row.transformer], list(row.block_lists), [str(row.block_index)]] for row in FAMILIES]
+
+
+def test_the_documented_memory_is_what_the_plan_predicts() -> None:
+    text = (ROOT / "docs/families.md").read_text()
+    (table,) = re.findall(r"\| family \| parameters \|.*\n\|[-|]*\n((?:\|.*\n)+)", text)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(rows) == len(WIDTHS)
+    for (name, _, _, tokens, projector, kept, teacher, total), width in zip(rows, WIDTHS, strict=True):
+        sizes = re.findall(r"[\d,]+", tokens)
+        count, frames, height, width_of_grid = (int(size.replace(",", "")) for size in sizes)
+        assert count == frames * height * width_of_grid, name
+        memory = CrepaMemory(
+            projector=projector_bytes(width, GIANT),
+            kept=kept_bytes(count, count, width, GIANT, torch.bfloat16),
+            teacher=GIANT_PARAMETERS * 2,
+        )
+        said = [memory.projector, memory.kept, memory.teacher, memory.total]
+        assert [projector, kept, teacher, total] == [_bytes(size) for size in said], name
