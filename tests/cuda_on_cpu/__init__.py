@@ -28,7 +28,9 @@ FLAGS += ["-U_FORTIFY_SOURCE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 REWRITTEN = {
     r"(\w+(?:<[^;{}]*>)?)\s*<<<(.*?)>>>\((.*?)\);": r"::cuda_on_cpu::launch(\2, [=] { \1(\3); });",
     r"extern __shared__ (\w+) (\w+)\[\];": r"\1* \2 = static_cast<\1*>(::cuda_on_cpu::dynamic_shared());",
-    r"__shared__ (\w+) (\w+)((?:\[\w+\])+);": r"auto& \2 = *static_cast<\1(*)\3>(::cuda_on_cpu::static_shared(__LINE__, sizeof(\1\3)));",
+    r"__shared__ (\w+) (\w+)((?:\[\w+\])+);": (
+        r"auto& \2 = *static_cast<\1(*)\3>(::cuda_on_cpu::static_shared(__LINE__, sizeof(\1\3)));"
+    ),
     r"(\w+)(?:\.|->)mutable_data_ptr\(\)": r"::cuda_on_cpu::lent(\1, true)",
     r"(\w+)(?:\.|->)const_data_ptr\(\)": r"::cuda_on_cpu::lent(\1, false)",
     r"torch::stable::accelerator::DeviceGuard": "::cuda_on_cpu::DeviceGuard",
@@ -62,7 +64,7 @@ def build(sources: list[Path], folder: Path, name: str) -> Path:
         running.append(
             subprocess.Popen([str(compiler()), *FLAGS, *checked, *places, "-c", str(code), "-o", objects[-1]])
         )
-    if any([each.wait() for each in running]):
+    if sum(each.wait() for each in running):
         raise RuntimeError("the kernels do not compile")
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     library = folder / f"{name}.so"

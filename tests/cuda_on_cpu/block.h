@@ -91,7 +91,8 @@ struct Memory {
   int thread;         // -1: none runs, and nothing is checked
 };
 extern Memory memory;
-constexpr size_t kStackBytes = 64 << 10;
+// No power of two: the tops of the stacks would share a few lines of the cache.
+constexpr size_t kStackBytes = (32 << 10) + 576;
 void new_launch(int64_t shared);
 void new_block();
 void new_epoch();  // all have met at a barrier
