@@ -79,6 +79,7 @@ MISTAKES = {
     "a tile goes past its line": (GATHER, "min(task.columns, task.width_to - x)", "task.columns"),
     "a held pack too few": (NORM, "slot < kHeld;", "slot < (kHeld + 1) / 2;"),
     "more threads than packs": (NORM, "if (pack >= packs) break;", ""),
+    "threads beyond the launch bounds": (NORM, "__launch_bounds__(512, 1)", "__launch_bounds__(256, 1)"),
     "every row passes for aligned": ("cuda/operators.cu", "aligned = aligned && whole;", ""),
 }  # fmt: skip
 

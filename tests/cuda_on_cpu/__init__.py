@@ -22,11 +22,12 @@ OPERATORS = [
     "layer_norm_resample_backward_out",
 ]
 _libraries: list[torch.library.Library] = []
-FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 FLAGS += ["-U_FORTIFY_SOURCE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # What C++ cannot say, and where memory comes from.
 REWRITTEN = {
     r"(\w+(?:<[^;{}]*>)?)\s*<<<(.*?)>>>\((.*?)\);": r"::cuda_on_cpu::launch(\2, [=] { \1(\3); });",
+    r"__launch_bounds__\((\w+), \d+\) (\w+)\(([^)]*)\) \{": r"\2(\3) { ::cuda_on_cpu::at_most(\1);",
     r"extern __shared__ (\w+) (\w+)\[\];": r"\1* \2 = static_cast<\1*>(::cuda_on_cpu::dynamic_shared());",
     r"__shared__ (\w+) (\w+)((?:\[\w+\])+);": (
         r"auto& \2 = *static_cast<\1(*)\3>(::cuda_on_cpu::static_shared(__LINE__, sizeof(\1\3)));"

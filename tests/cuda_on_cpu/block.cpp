@@ -130,6 +130,10 @@ void fail(const std::string& what) {
   _longjmp(scheduler, 1);
 }
 
+void at_most(int threads) {
+  if (now.threads > threads) fail("is in a block of " + std::to_string(now.threads) + " threads, beyond its launch bounds");
+}
+
 void barrier(int line) {
   threads[memory.thread].state = State::kAtBarrier;
   threads[memory.thread].line = line;

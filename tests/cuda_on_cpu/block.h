@@ -43,6 +43,7 @@ void launch(unsigned blocks, int threads, int64_t shared, void* stream, const F&
 // For the kernels. `line` is the place in the source: all must wait at the same one.
 void barrier(int line);
 uint64_t exchange_bits(unsigned mask, uint64_t bits, int offset, int line);
+void at_most(int threads);
 void* dynamic_shared();
 void* static_shared(int line, size_t bytes);
 

@@ -10,7 +10,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
 
 #define threadIdx (::cuda_on_cpu::builtins.thread)
 #define blockIdx (::cuda_on_cpu::builtins.block)
