@@ -3,7 +3,6 @@
 #include <csetjmp>
 #include <stdexcept>
 #include <ucontext.h>
-#include <utility>
 
 namespace cuda_on_cpu {
 
@@ -43,6 +42,12 @@ void live() {
   }
 }
 
+// The fibers are left where they are, and begun anew.
+[[noreturn]] void give_up(const std::string& what) {
+  for (Thread& each : threads) each.begun = false;
+  throw std::runtime_error("block " + std::to_string(builtins.block.x) + ": " + what);
+}
+
 void resume(int thread) {
   memory.thread = thread;
   memory.stack = stacks[thread];
@@ -57,22 +62,15 @@ void resume(int thread) {
     setcontext(&beginning);
   }
   memory.thread = -1;
-  if (error.empty()) return;
-  for (Thread& each : threads) each.begun = false;
-  throw std::runtime_error(std::exchange(error, {}));
-}
-
-[[noreturn]] void stuck(const std::string& what) {
-  for (Thread& each : threads) each.begun = false;
-  throw std::runtime_error("block " + std::to_string(builtins.block.x) + ": " + what);
+  if (!error.empty()) give_up(error);
 }
 
 std::string where(int thread) {
   const Thread& each = threads[thread];
-  const std::string line = " in line " + std::to_string(each.line);
-  return "thread " + std::to_string(thread) +
-         (each.state == State::kLeft ? " has left" : " waits at a " +
-          std::string(each.state == State::kAtBarrier ? "barrier" : "shuffle") + line);
+  const std::string name = "thread " + std::to_string(thread);
+  if (each.state == State::kLeft) return name + " has left";
+  const char* what = each.state == State::kAtBarrier ? "barrier" : "shuffle";
+  return name + " waits at a " + what + " in line " + std::to_string(each.line);
 }
 
 // The lanes of a warp that wait at one shuffle get one another's values; whether there were any.
@@ -111,13 +109,12 @@ void run_block() {
         }
       } while (lanes == kWarp && shuffle(warp));
     }
-    bool all = true;
-    for (int i = 1; i < now.threads && all; ++i) {
-      all = threads[i].state == threads[0].state && (threads[0].state == State::kLeft || threads[i].line == threads[0].line);
-      if (!all) stuck(where(0) + ", " + where(i));
-    }
-    if (threads[0].state == State::kLeft) return;
-    if (threads[0].state == State::kAtShuffle) stuck("a warp is not whole, and " + where(0));
+    const Thread& first = threads[0];
+    for (int i = 1; i < now.threads; ++i)
+      if (threads[i].state != first.state || (first.state != State::kLeft && threads[i].line != first.line))
+        give_up(where(0) + ", " + where(i));
+    if (first.state == State::kLeft) return;
+    if (first.state == State::kAtShuffle) give_up("a warp is not whole, and " + where(0));
     for (int i = 0; i < now.threads; ++i) threads[i].state = State::kRuns;
     new_epoch();
   }
@@ -126,12 +123,13 @@ void run_block() {
 }  // namespace
 
 void fail(const std::string& what) {
-  error = "block " + std::to_string(builtins.block.x) + ", thread " + std::to_string(memory.thread) + " " + what;
+  error = "thread " + std::to_string(memory.thread) + " " + what;
   _longjmp(scheduler, 1);
 }
 
 void at_most(int threads) {
-  if (now.threads > threads) fail("is in a block of " + std::to_string(now.threads) + " threads, beyond its launch bounds");
+  if (now.threads > threads)
+    fail("is in a block of " + std::to_string(now.threads) + " threads, beyond its launch bounds");
 }
 
 void barrier(int line) {
@@ -157,6 +155,7 @@ void run(const Launch& launch) {
                              std::to_string(launch.threads) + " threads with " + std::to_string(launch.shared) +
                              " bytes of shared memory");
   now = launch;
+  error.clear();
   memory.kernel = launch.kernel;
   memory.kernel_bytes = launch.kernel_bytes;
   builtins.threads.x = launch.threads;

@@ -37,7 +37,8 @@ void run(const Launch& launch);
 template <typename F>
 void launch(unsigned blocks, int threads, int64_t shared, void* stream, const F& kernel) {
   static_cast<void>(stream);
-  run({blocks, threads, shared, std::addressof(kernel), sizeof(F), [](const void* f) { (*static_cast<const F*>(f))(); }});
+  const auto call = [](const void* f) { (*static_cast<const F*>(f))(); };
+  run({blocks, threads, shared, std::addressof(kernel), sizeof(F), call});
 }
 
 // For the kernels. `line` is the place in the source: all must wait at the same one.

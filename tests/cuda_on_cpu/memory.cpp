@@ -1,5 +1,5 @@
-// What a thread may read and write: its stack, its arguments, the tensors that were lent, and its block's shared memory,
-// where what it reads was written before the last barrier, or by itself.
+// What a thread may read and write: its stack, its arguments, the tensors that were lent, and its block's shared
+// memory, where what it reads was written before the last barrier, or by itself.
 #include "block.h"
 
 #include <vector>
