@@ -73,7 +73,7 @@ MISTAKES = {
     "forward reads what is outside the loss": (NUMBERS, NORM, "if (task.in_loss && ", "if (false && "),
     "backward reads what is outside the loss": (NUMBERS, NORM, "outside = task.in_loss && ", "outside = false && "),
     "shared memory is too small": (BEYOND, NORM, "stripe * sizeof(int) + 16", "(stripe - 8) * sizeof(int) + 16"),
-    "no room for what a kernel declares": ("shared memory", "cuda/launch.h", "47 << 10", "48 << 10"),
+    "no room for what a kernel declares": ("in a block that needs", "cuda/launch.h", "47 << 10", "48 << 10"),
     "tables are too small": (BEYOND, GATHER, "gather.most() * sizeof(A)) +", "(gather.most() - 1) * sizeof(A)) +"),
     "a row too few": (NUMBERS, RESAMPLE, "row < place.lines * ", "row + 1 < place.lines * "),
     "a tile goes past its line": (NO_BARRIER, GATHER, "min(task.columns, task.width_to - x)", "task.columns"),
