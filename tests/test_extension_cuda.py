@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from resampling import ODD, exact, exact_adjoint, exact_layer_norm, pair_id
+from resampling import ODD, assert_exact_numbers, pair_id
 
 from crepa_kernels.grid import Grid
 from crepa_kernels.ops import has_extension
-from crepa_kernels.ops.layer_norm_resample import layer_norm_resample_backward_op, layer_norm_resample_op
-from crepa_kernels.ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FILES = ["resample.cu", "layer_norm.cu"]
@@ -104,28 +102,5 @@ def test_the_cuda_half_builds_where_torch_has_no_cuda(tmp_path: Path) -> None:
 def test_a_gpu_gives_the_same_numbers(pair: tuple[Grid, Grid], channels: int, antialias: bool) -> None:
     if not has_extension("cuda"):
         pytest.skip("the CUDA half of the extension is not built")
-    source, target = pair
-    torch.manual_seed(0)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        tokens = torch.randn(2, source[0] * source[1], channels, dtype=torch.float64).to(dtype)
-        grad = torch.randn(2, target[0] * target[1], channels, dtype=torch.float64).to(dtype)
-        wide = tokens.double().requires_grad_()
-        rows = exact(exact_layer_norm(wide, 1e-5), source, target, antialias)
-        (dh,) = torch.autograd.grad(rows, wide, grad.double())
-
-        on_gpu, grad_on_gpu = tokens.cuda(), grad.cuda()
-        geometry = (source, target, antialias)
-        out, mean, inverse_std = layer_norm_resample_op(on_gpu, *geometry, 1e-5)
-        results = [
-            (resample_tokens_op(on_gpu, *geometry), exact(tokens, *geometry)),
-            (resample_tokens_adjoint_op(grad_on_gpu, *geometry), exact_adjoint(grad, *geometry)),
-            (out, rows.detach()),
-            (layer_norm_resample_backward_op(grad_on_gpu, on_gpu, mean, inverse_std, *geometry), dh),
-        ]
-        # One rounding to the type; fp32 (fp64) sums of up to 60 terms, largest where the grid grows.
-        storage, sums = torch.finfo(dtype).eps, torch.finfo(mean.dtype).eps
-        for actual, expected in results:
-            bound = storage * expected.abs() + 100 * sums * (1 + expected.abs().max())
-            assert ((actual.cpu().double() - expected).abs() <= bound).all()
-        again = layer_norm_resample_backward_op(grad_on_gpu, on_gpu, mean, inverse_std, *geometry)
-        assert torch.equal(again, results[-1][0])
+        assert_exact_numbers(torch.ops.crepa_kernels, pair, channels, antialias, dtype, "cuda")
