@@ -93,6 +93,7 @@ class _FrameSimilarity(torch.autograd.Function):
         own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.wide)
         total = torch.zeros_like(own)
         keep = grad_enabled and any(ctx.needs_input_grad)
+        need_folded = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # gamma's or the weight's gradient
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
         q = hidden_states.new_empty((rows, weight.shape[0]))
         statistics = rows if problem.plan.student == "keep" else 0
@@ -113,7 +114,8 @@ class _FrameSimilarity(torch.autograd.Function):
                 for values, into in zip(projected.statistics or (), kept[2:], strict=False):
                     into[out] = values
                 if projected.aligned is not None and student.keeps_aligned:
-                    aligned += projected.aligned
+                    x, *of_tokens = projected.aligned
+                    aligned += [x if need_folded else x.new_empty(0), *of_tokens]
         if keep:
             ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept, *aligned)
             ctx.settings, ctx.chunks = settings, chunks

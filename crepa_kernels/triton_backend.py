@@ -60,12 +60,14 @@ def crepa_triton(problem: Problem) -> CrepaOutput:
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    keep_aligned = keep and (weight.requires_grad or (gamma is not None and gamma.requires_grad))
     neighbours = problem.neighbours
     loss, metrics, frame_similarity, *_ = frame_alignment(
         tokens, teacher, gamma, beta, weight, bias, frame_index, problem.frame_mask, problem.teacher_mask,
-        keep, problem.recompute, plan.student, plan.student_grid, plan.grid, plan.antialias, problem.frames,
-        0 if problem.token_range is None else problem.token_range[0], eps, neighbours.distance, neighbours.tau,
-        neighbours.cumulative, neighbours.normalize_sum, problem.normalize_by_frames,
+        keep, keep_aligned, problem.recompute, plan.student, plan.student_grid, plan.grid, plan.antialias,
+        problem.frames, 0 if problem.token_range is None else problem.token_range[0], eps,
+        neighbours.distance, neighbours.tau, neighbours.cumulative, neighbours.normalize_sum,
+        problem.normalize_by_frames,
     )  # fmt: skip
     similarity, self_similarity, alignment_score = metrics.unbind()
     return CrepaOutput(loss, similarity, self_similarity, alignment_score, frame_similarity)

@@ -107,7 +107,7 @@ def launches_of(request: Request) -> list[Any]:
         clip=Clip(1, frames, tokens, frames * tokens, 0, frames, neighbours, True),
     )
     with forced(choice_for(request)), recorded() as launches:
-        kept = forward(call, True, request.recompute)[3]
+        kept = forward(call, True, True, request.recompute)[3]
         backward(call, kept, new(), Needs(True, True, True, True, True))
     return launches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,23 @@ def test_metrics_that_are_kept_for_logging_hold_no_graph(backend: str) -> None:
     del h
     assert storages.alive([leaf, *projector.parameters(), tensors["y"], *metrics]) == 0
     assert ref.expired()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_resampled_tokens_are_kept_for_the_projectors_gradients_alone(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    case = simple(spatial_align="teacher", student_grid=(4, 6))  # to 2x3
+    tensors = case.tensors(torch.float32)
+
+    def saved(*names: str) -> int:
+        projector = replace(case, required=names).projector(tensors)
+        h = tensors["h"].detach().requires_grad_("h" in names)
+        inputs = [h, tensors["y"], *projector.parameters()]
+        return saved_bytes(lambda: crepa_loss(h, tensors["y"], projector, backend=backend, **case.options).loss, inputs)
+
+    x = 4 * case.batch * case.frames * 6 * case.hidden_size
+    assert saved("h", "weight") - saved("h") == saved("gamma") - saved("bias") == x
 
 
 @pytest.mark.parametrize("names", [("weight",), ("bias",), ("h",), ("gamma", "beta")], ids="-".join)

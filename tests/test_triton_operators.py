@@ -23,16 +23,16 @@ MASKED = {"frame_mask": FRAME_MASK, "teacher_mask": TEACHER_MASK}
 WAYS = [
     simple(teacher_grid=(3, 4)),
     simple(teacher_grid=(3, 4), cumulative=True, distance=3, **MASKED),
-    simple(spatial_align="teacher", frame_index=torch.tensor([[3, 0, 1, 1], [2, 2, 0, 3]]), distance=2),
+    simple(spatial_align="teacher", student_grid=(4, 6), frame_index=torch.tensor([3, 0, 1, 1]), distance=2, **MASKED),
     simple(spatial_align="pool", cumulative=True, distance=9, normalize_neighbour_sum=True),
-    simple(distance=0, normalize_by_frames=False, affine="none", linear_bias=False),
+    simple(distance=0, normalize_by_frames=False, affine="none", linear_bias=False, spatial_align="teacher"),
 ]
 ways = pytest.mark.parametrize(
     ("case", "dtype", "recompute"),
     [
         pytest.param(WAYS[0], torch.bfloat16, False, id="raw"),
         pytest.param(WAYS[1], torch.bfloat16, True, id="combined-masked-recomputed"),
-        pytest.param(WAYS[2], torch.float32, False, id="resampled"),
+        pytest.param(WAYS[2], torch.float32, False, id="resampled-masked"),
         pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed"),
         pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters"),
     ],
@@ -71,7 +71,7 @@ def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, o
     kept = list(frame_alignment(*detached)[3:])
     needs = [True, *(detached[i] is not None for i in (2, 3)), True, detached[5] is not None]
     grad = torch.ones((), device=device)
-    torch.library.opcheck(frame_alignment_backward, (grad, kept, needs, *detached[:9], *detached[11:]))
+    torch.library.opcheck(frame_alignment_backward, (grad, kept, needs, *detached[:9], *detached[12:]))
 
 
 @on_each_device
@@ -145,7 +145,7 @@ def test_each_subset_of_gradients(subset: int, device: str) -> None:
     """A gradient is made only if asked for, and is the same whatever else is asked for."""
     dtype = torch.bfloat16 if subset % 3 == 1 else torch.float32
     required = tuple(name for bit, name in enumerate(GRADIENTS) if subset >> bit & 1)
-    case = simple(spatial_align="teacher" if subset % 2 else "student")
+    case = simple(spatial_align="teacher" if subset % 2 else "student", student_grid=(4, 6 if subset % 4 > 1 else 3))
     tensors = to(device, case.tensors(dtype))
     everything = triton_results(case, tensors)
     found = triton_results(replace(case, required=required), tensors, path="split")

@@ -57,12 +57,11 @@ def run_shape(shape: Shape, rates: tuple[float, float], peers: bool) -> dict[str
         torch.cuda.empty_cache()
         calls["compiled bf16"] = measured(work.compiled())
     ours = calls["triton"]["median_ms"]
-    h, y = 2 * work.h.numel(), 2 * work.y.numel()
     row = {
         "shape": shape.id,
         "calls": calls,
         "operations": floor.operations,
-        "bytes": 3 * h + 2 * y,
+        "bytes": floor.moved,
         "honest_floor_ms": floor.honest_ms,
         "physical_floor_ms": floor.physical_ms,
         "floor_formula": floor.formula,

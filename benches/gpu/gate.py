@@ -18,6 +18,7 @@ CASES: list[dict[str, Any]] = [
     _EQUAL | {"cumulative": True, "distance": 8, "recompute": True},
     _EQUAL | {"frame_mask": True, "distance": 2, "normalize_neighbour_sum": True},
     {"student_grid": (9, 13), "teacher_grid": (6, 6), "spatial_align": "teacher"},
+    {"student_grid": (9, 13), "teacher_grid": (4, 5), "spatial_align": "teacher", "frame_mask": True},
     {"student_grid": (9, 13), "teacher_grid": (12, 14), "spatial_align": "teacher", "recompute": True},
     {"student_grid": (9, 13), "teacher_grid": (6, 6), "spatial_align": "pool"},
 ]

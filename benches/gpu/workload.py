@@ -16,11 +16,12 @@ from crepa_kernels.grid import count, plan_alignment
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of forward + backward in milliseconds, and the formula with its numbers."""
+    """The least time of forward + backward in milliseconds, what it is made of, and the formula with its numbers."""
 
     honest_ms: float
     physical_ms: float
     operations: int
+    moved: int  # bytes
     formula: str
 
 
@@ -94,4 +95,4 @@ class Workload:
             f"physical = max(6 rows D E = {operations} / matrix rate, {moved} B / copy rate); "
             f"rows {rows}, D {shape.hidden_size}, E {shape.feature_size}"
         )
-        return Floor(honest, physical, operations, formula)
+        return Floor(honest, physical, operations, moved, formula)

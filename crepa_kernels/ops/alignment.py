@@ -68,6 +68,7 @@ def frame_alignment(
     frame_mask: Tensor | None,
     teacher_mask: Tensor | None,
     keep: bool,
+    keep_aligned: bool,
     recompute: bool,
     change: str,
     student_grid: Sequence[int],
@@ -82,7 +83,10 @@ def frame_alignment(
     normalize_sum: bool,
     by_frames: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
+    """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``).
+
+    ``keep``: some gradient is wanted; ``keep_aligned``: gamma's or the weight's is, so that aligned rows may be kept.
+    """
     from ..triton.pipeline import forward
 
     call = _call(
@@ -90,7 +94,7 @@ def frame_alignment(
         antialias, frames, start, eps, distance, tau, cumulative, normalize_sum, by_frames,
     )  # fmt: skip
     with torch.cuda.device_of(tokens), torch.autocast(tokens.device.type, enabled=False):
-        loss, metrics, frame_similarity, kept = forward(call, keep, recompute)
+        loss, metrics, frame_similarity, kept = forward(call, keep, keep_aligned, recompute)
     return (loss, metrics, frame_similarity, *kept)
 
 
@@ -99,8 +103,8 @@ def _(tokens: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from ..triton.pipeline import call_choice, stores_rows
     from ..triton.student import folds
 
-    keep, recompute = arguments[7:9]
-    call = _call(tokens, teacher, *arguments[:7], *arguments[9:])
+    keep, keep_aligned, recompute = arguments[7:10]
+    call = _call(tokens, teacher, *arguments[:7], *arguments[10:])
     _, narrow = folds(tokens, call.spatial, keep)
     batch, length, width = tokens.shape
     features = teacher.shape[3]
@@ -112,7 +116,7 @@ def _(tokens: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (
         new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=narrow), new(3, batch * length),
         new(features), new(features, width, dtype=narrow), new(features), new(features),
-        new(rows if call.spatial.keeps_aligned else 0, width, dtype=narrow),
+        new(rows if keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=narrow),
     )  # fmt: skip
 
 
@@ -168,7 +172,7 @@ def _(
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, options = inputs[:9], inputs[11:]
+    tensors, options = inputs[:9], inputs[12:]
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.options = options
     ctx.mark_non_differentiable(*output[1:])

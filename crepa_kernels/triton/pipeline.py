@@ -52,7 +52,8 @@ class Kept(NamedTuple):
         statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope; the last 0 where the backward makes it.
         offset_grad: (E,) fp32, the sum of dp; 0 where the backward makes it.
         weight: the folded projector's, (E, D), with ``shift`` (E,) and ``offset`` (E,).
-        aligned: (rows, D), the student's normalised rows on the common grid; (0, D) where the backward makes them.
+        aligned: (rows, D), the student's normalised rows on the common grid; (0, D) where the backward makes them
+            or needs none.
     """
 
     grad_rows: torch.Tensor
@@ -113,8 +114,13 @@ def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
     return inverse_norms(call.teacher) if one_pass or combining else None
 
 
-def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]:
-    """Loss (), metrics (3,), frame_similarity (B, T), and what the backward pass needs if ``keep``."""
+def forward(
+    call: Call, keep: bool, keep_aligned: bool, recompute: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]:
+    """Loss (), metrics (3,), frame_similarity (B, T), and what the backward pass needs if ``keep``.
+
+    The rows of a student that is resampled to few are needed for the projector's gradients alone: ``keep_aligned``.
+    """
     choice = call_choice(call, keep)
     student, clip = _student(call, keep, choice), call.clip
     stored = stores_rows(choice, keep, recompute)
@@ -132,7 +138,7 @@ def forward(call: Call, keep: bool, recompute: bool) -> tuple[torch.Tensor, torc
     offset_grads, aligned = [], []
     for chunk in _chunks(student, limited=not student.raw or (makes_rows and not stored)):
         operand = student.operand(chunk, tables, statistics)
-        if stored and call.spatial.keeps_aligned:
+        if stored and keep_aligned and call.spatial.keeps_aligned:
             aligned.append(operand)
         inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
         if one_pass:
