@@ -57,7 +57,7 @@ _recording: list[Launch] | None = None
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, launches are listed and not carried out; results hold whatever their memory held."""
+    """Inside, launches are listed and not carried out, operators aside; results hold whatever their memory held."""
     global _recording
     outer, _recording = _recording, []
     try:
