@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -21,6 +22,14 @@ def as_grid(grid: Sequence[int], name: str) -> Grid:
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f"{name} must be (height, width), two positive integers, got {values}")
     return values[0], values[1]
+
+
+def constant(grid: Grid) -> Grid:
+    """``grid`` as plain integers: a loss traced with symbolic sizes is for the grids it was traced with.
+
+    Inductor loses one of two symbols that a comparison has made equal (torch 2.13: NameError in its own code).
+    """
+    return operator.index(grid[0]), operator.index(grid[1])
 
 
 def count(grid: Grid) -> int:
@@ -77,7 +86,7 @@ def plan_alignment(
     Raises:
         ValueError: for another name, or a grid that is not two positive integers.
     """
-    student, teacher = as_grid(student_grid, "student_grid"), as_grid(teacher_grid, "teacher_grid")
+    student, teacher = constant(as_grid(student_grid, "student_grid")), constant(as_grid(teacher_grid, "teacher_grid"))
     if spatial_align not in get_args(SpatialAlign):
         raise ValueError(f"spatial_align must be one of {', '.join(get_args(SpatialAlign))}, got {spatial_align!r}")
     if student == teacher:

@@ -193,27 +193,38 @@ def test_autocast_changes_nothing(case: Case, dtype: torch.dtype, backend: str) 
         assert torch.equal(gradient, leaf.grad)
 
 
-@both_backends
-@varied
-def test_compiled_without_a_graph_break(case: Case, backend: str) -> None:
-    """Also where masked frames hold NaN, which the compiled backend cannot skip."""
+def check_compiled(case: Case, loss_backend: str, **how: Any) -> None:
+    """``torch.compile(loss, **how)`` and its gradients against the loss as it is, masked frames holding NaN."""
     tensors = case.tensors(torch.float32)
     if case.frame_mask is not None:
         tensors["h"][~case.frame_mask] = torch.nan
     h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
 
     def loss(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return crepa_loss(h, y, projector, backend=backend, **case.options).loss
+        return crepa_loss(h, y, projector, backend=loss_backend, **case.options).loss
 
     leaves = [h, *projector.parameters()]
     plain = loss(h, tensors["y"])
     expected = torch.autograd.grad(plain, leaves)
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(h, tensors["y"])
+    compiled = torch.compile(loss, fullgraph=True, **how)(h, tensors["y"])
     # The same operators in fp32, in chunks of another size.
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
     for gradient, other in zip(expected, torch.autograd.grad(compiled, leaves), strict=True):
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+
+
+@both_backends
+@varied
+def test_compiled_without_a_graph_break(case: Case, backend: str) -> None:
+    """Also where masked frames hold NaN, which the compiled backend cannot skip."""
+    check_compiled(case, backend, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", ["equal", "student-resampled"])
+def test_compiled_by_inductor_with_dynamic_shapes(name: str) -> None:
+    """Two grids that the trace finds equal must stay two numbers, not one symbol that Inductor loses."""
+    check_compiled(simple(**VARIED[name]), "torch", dynamic=True)
 
 
 READS = (
