@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run side by side, up to 1.5 GB a process.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
@@ -17,19 +20,19 @@ demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
 
 test: $(VENV)/.test
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(VENV)/.test
 	$(BIN)/pytest -q
 
 # Both ends of the supported range; 3.6's interpreter needs an older numpy.
 test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
-	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest -q -m "not slow and not gpu" $(TRITON_TESTS)
-	PYTHONPATH=$(VENV)/triton-3.9 $(BIN)/pytest -q -m "not slow and not gpu" $(TRITON_TESTS)
+	PYTHONPATH=$(VENV)/triton-3.6 $(PYTEST) -m "not slow and not gpu" $(TRITON_TESTS)
+	PYTHONPATH=$(VENV)/triton-3.9 $(PYTEST) -m "not slow and not gpu" $(TRITON_TESTS)
 
 # Every target, shape, type and tile, compiled without a GPU.
 aot: $(VENV)/.test
-	$(BIN)/pytest -q tests/test_ahead_of_time.py
+	$(PYTEST) tests/test_ahead_of_time.py
 
 gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA or ROCm GPU was found: nothing to launch')"
