@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(VENV)/.test
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 # Both ends of the supported range; 3.6's interpreter needs an older numpy.
 test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
