@@ -131,7 +131,7 @@ def crepa_loss(
     Returns:
         ``CrepaOutput``; ``loss`` carries the gradients to the hidden states (in their type) and to the projector (in
         its weights' types). Products are taken in the hidden states' type with fp32 sums, inside and outside
-        autocast.
+        autocast, but for fp32 hidden states inside autocast: in its type, of tokens normalised in fp32.
 
     Raises:
         ValueError: for grids that do not match the token counts, widths that do not match the projector, types that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,9 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .compiling import constant_when_compiled
 from .grid import SpatialPlan, count
 from .host_copy import moved
 from .neighbours import Neighbours
+
+logger = logging.getLogger(__name__)
+_warned = False
 
 
 class CrepaOutput(NamedTuple):
@@ -49,6 +54,7 @@ class Problem:
     Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
     frame_index (B, T) int64 or None (S = T then), teacher_mask (B, T) bool, teacher frames that exist, frame_mask
     (B, T) bool, student frames in the loss, which are among those whose teacher frame exists; None: all.
+    compute_dtype is the type of the products' operands.
     """
 
     hidden_states: torch.Tensor
@@ -61,6 +67,7 @@ class Problem:
     frame_mask: torch.Tensor | None
     teacher_mask: torch.Tensor | None
     frames: int
+    compute_dtype: torch.dtype
     token_range: tuple[int, int] | None = None
     recompute: bool = False
 
@@ -72,6 +79,29 @@ class Problem:
     def statistics_type(self) -> torch.dtype:
         """Type of norms, sums, loss and metrics: fp32, or fp64 for fp64 hidden states."""
         return torch.promote_types(self.hidden_states.dtype, torch.float32)
+
+
+def product_type(hidden_states: torch.Tensor) -> torch.dtype:
+    """The type of the products' operands: the hidden states', and autocast's where they are fp32 and it is on."""
+    kind = hidden_states.device.type
+    if hidden_states.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
+        return hidden_states.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if kind == "cuda":
+        _warn_of_slow_products()
+    return hidden_states.dtype
+
+
+@constant_when_compiled
+def _warn_of_slow_products() -> None:
+    global _warned
+    if not _warned and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        _warned = True
+        logger.warning(
+            "the hidden states are fp32 and autocast is off: CREPA's products miss the tensor cores and take 10 to 20 "
+            "times as long. Train under torch.autocast in bf16, or call torch.set_float32_matmul_precision('high')"
+        )
 
 
 def projector_weights(projector: nn.Module) -> ProjectorWeights:
@@ -94,8 +124,8 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     norm, linear = layers
     assert isinstance(norm, nn.LayerNorm)  # for the type checker: compared just above
     assert isinstance(linear, nn.Linear)
-    for parameter in projector.parameters():
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+    for parameter in (norm.weight, norm.bias, linear.weight, linear.bias):
+        if type(parameter).__name__ == "DTensor":
             raise ValueError(
                 "the projector's weights are DTensors: make it a CrepaProjector and its own fully_shard unit, so that "
                 "they are gathered around its forward, in which the loss runs"
@@ -255,6 +285,7 @@ def build_problem(
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
         frames=frames,
+        compute_dtype=product_type(hidden_states),
         token_range=token_range,
         recompute=recompute,
     )

@@ -11,9 +11,9 @@ from .reduction import plan_reduction, reduce_frames
 
 
 def project(problem: Problem, hidden_states: torch.Tensor) -> torch.Tensor:
-    """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in the type of h."""
+    """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in ``compute_dtype``."""
     gamma, beta, weight, bias, eps = problem.projector
-    wide, narrow = problem.statistics_type, hidden_states.dtype
+    wide, narrow = problem.statistics_type, problem.compute_dtype
     shape = hidden_states.shape[-1:]
     normalised = F.layer_norm(hidden_states.to(wide), shape, _cast(gamma, wide), _cast(beta, wide), eps)
     if narrow == torch.float16:

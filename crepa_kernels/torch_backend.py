@@ -86,7 +86,7 @@ class _FrameSimilarity(torch.autograd.Function):
         weights: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = Settings(problem.plan, problem.projector.eps, problem.frame_mask)
+        settings = Settings(problem.plan, problem.projector.eps, problem.frame_mask, problem.compute_dtype)
         student = Student(settings, hidden_states, gamma, beta, weight, bias)
         teacher = TeacherRows(problem, weights)
         chunks, tokens = plan_chunks(problem), problem.plan.tokens
@@ -95,7 +95,7 @@ class _FrameSimilarity(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         need_folded = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # gamma's or the weight's gradient
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
-        q = hidden_states.new_empty((rows, weight.shape[0]))
+        q = hidden_states.new_empty((rows, weight.shape[0]), dtype=problem.compute_dtype)
         statistics = rows if problem.plan.student == "keep" else 0
         numbers = (hidden_states.new_empty(sizes, dtype=student.wide) for sizes in ((2, rows), (3, statistics)))
         kept = _Kept(*itertools.chain.from_iterable(numbers))
@@ -235,11 +235,15 @@ class _Gradients:
         in_place = out is not None and out.dtype == rows.dtype
         x = out.view(rows.shape) if out is not None and in_place else rows.new_empty(rows.shape)
         normalise_rows_op(tokens, kept.mean, kept.low, kept.inverse_std, x)
-        self._fold(g, x)
+        self._fold(g, x.to(g.dtype))
         if out is None or self.centred is None:
             return
         if not scaled.numel():
             scaled = g.mul_(kept.inverse_std[:, None])
-        x.mul_(along[:, None].to(x.dtype)).addmm_(scaled, self.centred)
+        x.mul_(along[:, None].to(x.dtype))
+        if x.dtype == scaled.dtype:
+            x.addmm_(scaled, self.centred)
+        else:
+            x.add_(scaled @ self.centred)
         if not in_place:
             out.copy_(x.view(out.shape))

@@ -25,6 +25,7 @@ class Settings:
     plan: SpatialPlan
     eps: float
     frame_mask: torch.Tensor | None
+    compute_dtype: torch.dtype
 
 
 class Aligned(NamedTuple):
@@ -53,9 +54,9 @@ class Projected:
 class Student:
     """The student's side of a chunk: normalised tokens, their projection, and the way back.
 
-    ``wide`` is the type of statistics and sums, ``narrow`` that of the products' operands: the hidden states' type,
-    or fp32 for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a CPU
-    without bf16 products.
+    ``wide`` is the type of statistics and sums, ``narrow`` that of the products' operands: the compute type, or fp32
+    for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a CPU without bf16
+    products. ``raw`` tokens are multiplied as they are, and LayerNorm is folded into the product.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class Student:
         self.hidden_states, self.gamma, self.weight = hidden_states, gamma, weight
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
         self.wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        self.narrow = _product_type(hidden_states)
+        self.narrow = _product_type(settings.compute_dtype, hidden_states.device.type)
+        self.raw = self.narrow != self.wide and hidden_states.dtype == self.narrow and self.plan.student == "keep"
+        # fp32 tokens are normalised before they are rounded: they may have a large mean.
+        self.token_dtype = torch.promote_types(hidden_states.dtype, self.narrow)
         self._operand: torch.Tensor | None = None
         self._centred: torch.Tensor | None = None
         self.offset = offset  # c (E,)
@@ -80,7 +84,7 @@ class Student:
             terms += [bias.to(self.wide)] if bias is not None else []
             self.offset = terms[0] if len(terms) == 1 else terms[0] + terms[1] if terms else None
         # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
-        cpu_bf16 = self.narrow == torch.bfloat16 and hidden_states.device.type == "cpu"
+        cpu_bf16 = self.token_dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
         self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
 
     def folded(self) -> torch.Tensor:
@@ -112,8 +116,8 @@ class Student:
         self._centred = None
 
     def tokens(self, chunk: Chunk) -> torch.Tensor:
-        """The chunk's hidden states (frames, P, D) in the products' type."""
-        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.narrow)
+        """The chunk's hidden states (frames, P, D) in the type that they are normalised in."""
+        tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.token_dtype)
         if self.frame_mask is not None and not is_readable(self.frame_mask):
             tokens = tokens.where(self.frame_mask[chunk.clip, chunk.start : chunk.stop, None, None], 0)
         return tokens
@@ -129,7 +133,7 @@ class Student:
         else:
             x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
             x = x.mean(dim=1)
-        return Aligned(x.view(-1, width), mean, inverse_std)
+        return Aligned(x.view(-1, width).to(self.narrow), mean, inverse_std)
 
     @property
     def keeps_aligned(self) -> bool:
@@ -139,7 +143,7 @@ class Student:
     def align_backward(self, grad: torch.Tensor, aligned: Aligned, chunk: Chunk, out: torch.Tensor) -> None:
         """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
         tokens, mean, inverse_std, plan = self.tokens(chunk), aligned.mean, aligned.inverse_std, self.plan
-        shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1])
+        shaped = grad.view(tokens.shape[0], -1, tokens.shape[-1]).to(tokens.dtype)
         if plan.student == "resample":
             geometry = (plan.student_grid, plan.grid, plan.antialias)
             if out.dtype == tokens.dtype:
@@ -160,20 +164,21 @@ class Student:
         bf16 tokens on equal grids are projected as they are, by weights whose row means are taken off: products of
         bf16 are exact in fp32, and what is left of the tokens' mean is small where the sum is rounded.
         """
-        half, statistics, aligned = self.narrow != self.wide, None, None
+        statistics, aligned = None, None
         if self.plan.student == "keep":
             tokens = self.tokens(chunk)
-            x, mean, low, inverse_std = layer_norm_rows_op(tokens, self.eps, not half)
+            x, mean, low, inverse_std = layer_norm_rows_op(tokens, self.eps, not self.raw)
             statistics = (mean, low, inverse_std)
-            if half:
+            if self.raw:
                 sums = self.centred.sum(dim=1, dtype=self.wide)
                 rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
                 return Projected(rows, (mean, inverse_std, sums, self.offset), statistics)
+            x = x.to(self.narrow)
         else:
             aligned = self.align(chunk)
             x = aligned.rows
         # The offset would be rounded in half types.
-        if self.offset is None or half:
+        if self.offset is None or self.narrow != self.wide:
             return Projected(torch.mm(x, self.operand.t()), (None, None, None, self.offset), statistics, aligned)
         return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics, aligned)
 
@@ -183,11 +188,6 @@ def _cpu_has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _product_type(hidden_states: torch.Tensor) -> torch.dtype:
-    dtype = hidden_states.dtype
-    if dtype == torch.float16:
-        return torch.float32
-    on_cpu = hidden_states.device.type == "cpu"
-    if dtype == torch.bfloat16 and on_cpu and not _cpu_has_bf16_products():
-        return torch.float32
-    return dtype
+def _product_type(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    slow_bf16 = compute_dtype == torch.bfloat16 and device_type == "cpu" and not _cpu_has_bf16_products()
+    return torch.float32 if compute_dtype == torch.float16 or slow_bf16 else compute_dtype

@@ -9,10 +9,9 @@ from functools import cache
 import torch
 
 from .compiling import constant_when_compiled
-from .ops.alignment import frame_alignment
+from .ops.alignment import CHANGES, TYPES, Options, frame_alignment_op
 from .problem import CrepaOutput, Problem
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETER = "TRITON_INTERPRET"
 
 
@@ -62,12 +61,15 @@ def crepa_triton(problem: Problem) -> CrepaOutput:
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     keep_aligned = keep and (weight.requires_grad or (gamma is not None and gamma.requires_grad))
     neighbours = problem.neighbours
-    loss, metrics, frame_similarity, *_ = frame_alignment(
+    options = Options(
+        keep, keep_aligned, problem.recompute, plan.antialias, neighbours.cumulative, neighbours.normalize_sum,
+        problem.normalize_by_frames, CHANGES.index(plan.student), TYPES.index(problem.compute_dtype), problem.frames,
+        0 if problem.token_range is None else problem.token_range[0], neighbours.distance, *plan.student_grid,
+        *plan.grid, eps, neighbours.tau,
+    )  # fmt: skip
+    loss, metrics, frame_similarity, *_ = frame_alignment_op(
         tokens, teacher, gamma, beta, weight, bias, frame_index, problem.frame_mask, problem.teacher_mask,
-        keep, keep_aligned, problem.recompute, plan.student, plan.student_grid, plan.grid, plan.antialias,
-        problem.frames, 0 if problem.token_range is None else problem.token_range[0], eps,
-        neighbours.distance, neighbours.tau, neighbours.cumulative, neighbours.normalize_sum,
-        problem.normalize_by_frames,
+        *options.packed(),
     )  # fmt: skip
     similarity, self_similarity, alignment_score = metrics.unbind()
     return CrepaOutput(loss, similarity, self_similarity, alignment_score, frame_similarity)
@@ -81,8 +83,8 @@ def _teacher(problem: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
             if index is not None:
                 clip = torch.arange(problem.batch, device=index.device)[:, None]
                 teacher, index = teacher[clip, index], None
-            # A 16-bit teacher beside 16-bit hidden states stays so; otherwise it is resampled into fp32.
-            half = problem.hidden_states.dtype == torch.bfloat16
+            # A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32.
+            half = problem.compute_dtype == torch.bfloat16
             kind = torch.promote_types(teacher.dtype, torch.bfloat16 if half else torch.float32)
             teacher = plan.align(teacher.to(kind), "teacher")
     if teacher.dtype not in TYPES:

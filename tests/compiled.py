@@ -35,7 +35,8 @@ class Request:
     """One shape, one target, one kernel or "all", and tile fields that differ from the target's choice.
 
     ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student of
-    ``students`` tokens a frame, by default twice as many. ``tiles``: for instance {"dx": {"warps": 4}}.
+    ``students`` tokens a frame, by default twice as many. ``compute`` is autocast's type for fp32 tokens. ``tiles``:
+    for instance {"dx": {"warps": 4}}.
     """
 
     target: str
@@ -45,6 +46,7 @@ class Request:
     frames: int = 21
     tokens: int = 1560
     dtype: str = "bfloat16"
+    compute: str | None = None
     distance: int = 1
     cumulative: bool = False
     recompute: bool = False
@@ -70,7 +72,7 @@ def choice_for(request: Request) -> Any:
     from crepa_kernels.triton.tiles import heuristic
 
     # fp16 that needs a gradient is multiplied in fp32.
-    size, hip = 2 if request.dtype == "bfloat16" else 4, request.target.startswith("gfx")
+    size, hip = 2 if (request.compute or request.dtype) == "bfloat16" else 4, request.target.startswith("gfx")
     choice = heuristic(request.hidden_size, request.feature_size, size, SHARED_MEMORY[request.target], hip)
     changed = {name: replace(getattr(choice, name), **fields) for name, fields in request.tiles.items()}
     return replace(choice, **changed)
@@ -105,6 +107,7 @@ def launches_of(request: Request) -> list[Any]:
         teacher_mask=mask,
         spatial=Spatial(request.change, (1, students), (1, tokens), True),
         clip=Clip(1, frames, tokens, frames * tokens, 0, frames, neighbours, True),
+        compute=getattr(torch, request.compute or request.dtype),
     )
     with forced(choice_for(request)), recorded() as launches:
         kept = forward(call, True, True, request.recompute)[3]

@@ -103,15 +103,20 @@ def neighbour_weights(case: Any, exists: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-def truth(case: Any, tensors: dict[str, torch.Tensor | None], wide: torch.dtype = torch.float64) -> Truth:
+def truth(
+    case: Any,
+    tensors: dict[str, torch.Tensor | None],
+    wide: torch.dtype = torch.float64,
+    narrow: torch.dtype | None = None,
+) -> Truth:
     """Loss, metrics and all gradients of ``case`` on ``tensors`` (h, y, gamma, beta, weight, bias), in float64.
 
     With ``wide`` fp32 this is the eager arithmetic that crepa_loss promises for its types instead: ``F.layer_norm``
-    and all else in fp32, the product's operands and result rounded to the type of h. Its error is the yardstick of
-    ``reference``.
+    and all else in fp32, the product's operands and result rounded to ``narrow``, the type of h if not given. Its
+    error is the yardstick of ``reference``.
     """
     exact = wide == torch.float64
-    narrow = wide if exact else tensors["h"].dtype
+    narrow = wide if exact else narrow or tensors["h"].dtype
     inputs = {name: None if t is None else t.detach().to(wide).contiguous() for name, t in tensors.items()}
     exists, counted = case.existing, case.counted
     inputs["h"] = torch.where(counted[..., None, None], inputs["h"], 0.0)

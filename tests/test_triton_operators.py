@@ -13,7 +13,7 @@ from test_triton import check, chunks_of, to, triton_results
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss, triton_backend
-from crepa_kernels.ops.alignment import frame_alignment, frame_alignment_backward
+from crepa_kernels.ops.alignment import frame_alignment_backward_op, frame_alignment_op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
@@ -49,9 +49,9 @@ def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def listed(*arguments: Any) -> Any:
         calls.append(arguments)
-        return frame_alignment(*arguments)
+        return frame_alignment_op(*arguments)
 
-    monkeypatch.setattr(triton_backend, "frame_alignment", listed)
+    monkeypatch.setattr(triton_backend, "frame_alignment_op", listed)
     return calls
 
 
@@ -66,12 +66,12 @@ def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, o
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes, forward and backward."""
     triton_results(case, to(device, case.tensors(dtype)), recompute)
     (arguments,) = operator_calls
-    torch.library.opcheck(frame_alignment, arguments)
+    torch.library.opcheck(frame_alignment_op, arguments)
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    kept = list(frame_alignment(*detached)[3:])
+    kept = list(frame_alignment_op(*detached)[3:])
     needs = [True, *(detached[i] is not None for i in (2, 3)), True, detached[5] is not None]
     grad = torch.ones((), device=device)
-    torch.library.opcheck(frame_alignment_backward, (grad, kept, needs, *detached[:9], *detached[12:]))
+    torch.library.opcheck(frame_alignment_backward_op, (grad, kept, needs, *detached))
 
 
 @on_each_device
@@ -189,10 +189,9 @@ def test_activation_checkpointing(reentrant: bool, device: str) -> None:
 
 
 @on_each_device
-@half_or_single
-def test_autocast_changes_nothing(dtype: torch.dtype, device: str) -> None:
+def test_autocast_changes_nothing_but_the_products_of_fp32_tokens(device: str) -> None:
     case = WAYS[2]
-    tensors = to(device, case.tensors(dtype))
+    tensors = to(device, case.tensors(torch.bfloat16))
     outside = triton_results(case, tensors)
     with torch.autocast(device, torch.bfloat16):
         inside = triton_results(case, tensors)
@@ -206,7 +205,7 @@ def test_no_second_derivative(device: str) -> None:
     tensors = to(device, case.tensors(torch.float32))
     h = tensors["h"].clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss_of(case, h, tensors), h, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"frame_alignment_backward\.default but no autograd formula"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
 
 

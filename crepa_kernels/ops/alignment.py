@@ -5,190 +5,194 @@ Triton is imported when one of them runs; the operators are there without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..neighbours import Neighbours
 from ..problem import ProjectorWeights
+from .register import define, keeps_type
 
 if TYPE_CHECKING:
     from ..triton.pipeline import Call
 
+CHANGES = ("keep", "resample", "pool")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def _call(
-    tokens: Tensor,
-    teacher: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    frame_index: Tensor | None,
-    frame_mask: Tensor | None,
-    teacher_mask: Tensor | None,
-    change: str,
-    student_grid: Sequence[int],
-    grid: Sequence[int],
-    antialias: bool,
-    frames: int,
-    start: int,
-    eps: float,
-    distance: int,
-    tau: float,
-    cumulative: bool,
-    normalize_sum: bool,
-    by_frames: bool,
-) -> Call:
+
+class Options(NamedTuple):
+    """What the operators take beside tensors, in this order: the flags, the sizes, and two numbers.
+
+    Flags and sizes are a list each: torch.library goes through a schema once for every argument it has, in each call.
+
+    Attributes:
+        keep: some gradient is wanted.
+        keep_aligned: gamma's or the weight's is, so that aligned rows may be kept.
+        recompute: nothing of size tokens x E is kept.
+        antialias: of the resampling.
+        cumulative, normalize_sum, distance, tau: ``Neighbours``.
+        by_frames: divide by the clip's frames in the loss.
+        change: index in ``CHANGES``, what happens to the student's grid.
+        compute: index in ``TYPES``, the type that products are asked for in.
+        frames, start: T, and the clip's token that its first row is.
+        student_height, student_width, height, width: the student's grid and the common one.
+        eps: LayerNorm's.
+    """
+
+    keep: bool
+    keep_aligned: bool
+    recompute: bool
+    antialias: bool
+    cumulative: bool
+    normalize_sum: bool
+    by_frames: bool
+    change: int
+    compute: int
+    frames: int
+    start: int
+    distance: int
+    student_height: int
+    student_width: int
+    height: int
+    width: int
+    eps: float
+    tau: float
+
+    def packed(self) -> tuple[list[bool], list[int], float, float]:
+        return [*self[:7]], [*self[7:16]], self.eps, self.tau
+
+
+class Inputs(NamedTuple):
+    """The operators' tensors: (B, L, D), (B, S, M, E), the projector's weights, and (B, T) index and masks."""
+
+    tokens: Tensor
+    teacher: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    frame_index: Tensor | None
+    frame_mask: Tensor | None
+    teacher_mask: Tensor | None
+
+
+_INPUTS = ", ".join(f"Tensor{'' if name in ('tokens', 'teacher', 'weight') else '?'} {name}" for name in Inputs._fields)
+_SCHEMA = f"{_INPUTS}, bool[] flags, SymInt[] sizes, float eps, float tau"
+define("frame_alignment", f"({_SCHEMA}) -> ({', '.join(['Tensor'] * 10)})")
+define(
+    "frame_alignment_backward",
+    f"(Tensor grad_loss, Tensor[] kept, bool[] needs, {_SCHEMA}) -> ({', '.join(['Tensor'] * 5)})",
+)
+for _name in ("frame_alignment", "frame_alignment_backward"):
+    keeps_type(_name)
+frame_alignment_op = torch.ops.crepa_kernels.frame_alignment.default
+frame_alignment_backward_op = torch.ops.crepa_kernels.frame_alignment_backward.default
+
+
+def _call(arguments: tuple[Any, ...]) -> tuple[Call, Options]:
+    """The call that the operators' arguments from ``tokens`` on describe."""
     from ..triton.frames import Clip
     from ..triton.pipeline import Call
     from ..triton.student import Spatial
 
+    *tensors, flags, sizes, eps, tau = arguments
+    tokens, teacher, gamma, beta, weight, bias, frame_index, frame_mask, teacher_mask = tensors
+    options = Options._make([*flags, *sizes, eps, tau])
+    change, grid = CHANGES[options.change], (options.height, options.width)
     per_frame = grid[0] * grid[1]
-    rows = tokens.shape[1] if change == "keep" else frames * per_frame
-    # Under torch.compile with dynamic shapes an option may be a symbol, which these make a number.
-    neighbours = Neighbours(int(distance), float(tau), cumulative, normalize_sum)
-    clip = Clip(tokens.shape[0], frames, per_frame, rows, start, teacher.shape[1], neighbours, by_frames)
-    return Call(
-        tokens, teacher, ProjectorWeights(gamma, beta, weight, bias, eps), frame_index, frame_mask, teacher_mask,
-        Spatial(change, tuple(student_grid), tuple(grid), antialias), clip,
+    rows = tokens.shape[1] if change == "keep" else options.frames * per_frame
+    # Under torch.compile with dynamic shapes an option may be a symbol, which int() makes a number.
+    neighbours = Neighbours(int(options.distance), float(tau), options.cumulative, options.normalize_sum)
+    clip = Clip(
+        tokens.shape[0], options.frames, per_frame, rows, options.start, teacher.shape[1], neighbours,
+        options.by_frames,
     )  # fmt: skip
+    spatial = Spatial(change, (options.student_height, options.student_width), grid, options.antialias)
+    call = Call(
+        tokens, teacher, ProjectorWeights(gamma, beta, weight, bias, eps), frame_index, frame_mask,
+        teacher_mask, spatial, clip, TYPES[options.compute],
+    )  # fmt: skip
+    return call, options
 
 
-@torch.library.custom_op("crepa_kernels::frame_alignment", mutates_args=())
-def frame_alignment(
-    tokens: Tensor,
-    teacher: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    frame_index: Tensor | None,
-    frame_mask: Tensor | None,
-    teacher_mask: Tensor | None,
-    keep: bool,
-    keep_aligned: bool,
-    recompute: bool,
-    change: str,
-    student_grid: Sequence[int],
-    grid: Sequence[int],
-    antialias: bool,
-    frames: int,
-    start: int,
-    eps: float,
-    distance: int,
-    tau: float,
-    cumulative: bool,
-    normalize_sum: bool,
-    by_frames: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``).
-
-    ``keep``: some gradient is wanted; ``keep_aligned``: gamma's or the weight's is, so that aligned rows may be kept.
-    """
+@torch.library.impl("crepa_kernels::frame_alignment", "CompositeExplicitAutograd")
+def _align(*arguments: Any) -> tuple[Tensor, ...]:
+    """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
     from ..triton.pipeline import forward
 
-    call = _call(
-        tokens, teacher, gamma, beta, weight, bias, frame_index, frame_mask, teacher_mask, change, student_grid, grid,
-        antialias, frames, start, eps, distance, tau, cumulative, normalize_sum, by_frames,
-    )  # fmt: skip
-    with torch.cuda.device_of(tokens), torch.autocast(tokens.device.type, enabled=False):
-        loss, metrics, frame_similarity, kept = forward(call, keep, keep_aligned, recompute)
+    call, options = _call(arguments)
+    with torch.cuda.device_of(call.tokens), torch.autocast(call.tokens.device.type, enabled=False):
+        loss, metrics, frame_similarity, kept = forward(call, options.keep, options.keep_aligned, options.recompute)
     return (loss, metrics, frame_similarity, *kept)
 
 
-@frame_alignment.register_fake
-def _(tokens: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from ..triton.pipeline import call_choice, stores_rows
-    from ..triton.student import folds
+@torch.library.register_fake("crepa_kernels::frame_alignment")
+def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    from ..triton.pipeline import call_choice, folds, statistics_count, stores_rows
 
-    keep, keep_aligned, recompute = arguments[7:10]
-    call = _call(tokens, teacher, *arguments[:7], *arguments[10:])
-    _, narrow = folds(tokens, call.spatial, keep)
-    batch, length, width = tokens.shape
-    features = teacher.shape[3]
-    rows = call.clip.all_rows if stores_rows(call_choice(call, keep), keep, recompute) else 0
+    call, options = _call(arguments)
+    keep = options.keep
+    raw, narrow = folds(call, keep)
+    batch, length, width = call.tokens.shape
+    features = call.teacher.shape[3]
+    stored = stores_rows(call_choice(call, keep), keep, options.recompute)
+    rows = call.clip.all_rows if stored else 0
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return tokens.new_empty(shape, dtype=dtype)
+        return call.tokens.new_empty(shape, dtype=dtype)
 
     return (
-        new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=narrow), new(3, batch * length),
+        new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=narrow),
+        new(statistics_count(raw, stored), batch * length),
         new(features), new(features, width, dtype=narrow), new(features), new(features),
-        new(rows if keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=narrow),
+        new(rows if options.keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=narrow),
     )  # fmt: skip
 
 
-@torch.library.custom_op("crepa_kernels::frame_alignment_backward", mutates_args=())
-def frame_alignment_backward(
-    grad_loss: Tensor,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-    tokens: Tensor,
-    teacher: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    frame_index: Tensor | None,
-    frame_mask: Tensor | None,
-    teacher_mask: Tensor | None,
-    change: str,
-    student_grid: Sequence[int],
-    grid: Sequence[int],
-    antialias: bool,
-    frames: int,
-    start: int,
-    eps: float,
-    distance: int,
-    tau: float,
-    cumulative: bool,
-    normalize_sum: bool,
-    by_frames: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.impl("crepa_kernels::frame_alignment_backward", "CompositeExplicitAutograd")
+def _align_backward(grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of tokens, gamma, beta, weight and bias; an empty tensor in place of one that is not needed."""
     from ..triton.pipeline import Kept, Needs, backward
 
-    call = _call(
-        tokens, teacher, gamma, beta, weight, bias, frame_index, frame_mask, teacher_mask, change, student_grid, grid,
-        antialias, frames, start, eps, distance, tau, cumulative, normalize_sum, by_frames,
-    )  # fmt: skip
-    with torch.cuda.device_of(tokens), torch.autocast(tokens.device.type, enabled=False):
+    call, _ = _call(arguments)
+    with torch.cuda.device_of(call.tokens), torch.autocast(call.tokens.device.type, enabled=False):
         grads = backward(call, Kept(*kept), grad_loss, Needs(*needs))
-    dh, d_gamma, d_beta, d_weight, d_bias = (tokens.new_empty(0) if grad is None else grad for grad in grads)
-    return dh, d_gamma, d_beta, d_weight, d_bias
+    return tuple(call.tokens.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@frame_alignment_backward.register_fake
-def _(
-    grad_loss: Tensor, kept: Sequence[Tensor], needs: Sequence[bool], tokens: Tensor, teacher: Tensor, *arguments: Any
+@torch.library.register_fake("crepa_kernels::frame_alignment_backward")
+def _align_backward_fake(
+    grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any
 ) -> tuple[Tensor, ...]:
-    likes = (tokens, *arguments[:4])
+    tokens, _, *weights = arguments[:6]
     return tuple(
         like.new_empty(like.shape) if need and like is not None else tokens.new_empty(0)
-        for need, like in zip(needs, likes, strict=True)
+        for need, like in zip(needs, (tokens, *weights), strict=True)
     )
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, options = inputs[:9], inputs[12:]
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.options = options
+    ctx.save_for_backward(*inputs[:9], *output[3:])
+    ctx.options = inputs[9:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    tensors, kept = saved[:9], saved[9:]
     wanted = ctx.needs_input_grad
     needs = [wanted[0], *wanted[2:6]]
     grads: list[Tensor | None] = [None] * 5
     if grad_loss is not None:
-        made = frame_alignment_backward(grad_loss, list(kept), needs, *tensors, *ctx.options)
+        made = frame_alignment_backward_op(grad_loss, list(saved[9:]), needs, *saved[:9], *ctx.options)
         grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
-    return (grads[0], None, *grads[1:], *[None] * (len(ctx.needs_input_grad) - 6))
+    return (grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
 
 
-frame_alignment.register_autograd(_backward, setup_context=_keep_inputs)
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice")
+
+
+torch.library.register_autograd("crepa_kernels::frame_alignment", _backward, setup_context=_keep_inputs)
+torch.library.register_autograd("crepa_kernels::frame_alignment_backward", _no_second_derivative)

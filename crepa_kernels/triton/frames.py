@@ -130,21 +130,25 @@ def _tables_kernel(
         tl.store(distance_out + clip, reach)
 
 
+def mask_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A bool mask as the kernels read it, contiguous uint8."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def frame_tables(
     clip: Clip,
     frame_index: torch.Tensor | None,
-    frame_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     teacher_mask: torch.Tensor | None,
     device: torch.device,
 ) -> FrameTables:
-    """The tables of one call, from (B, T) index and masks."""
+    """The tables of one call, from (B, T) index, frames in the loss (``mask_bytes``) and teacher frames that exist."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     batch, frames, neighbours = clip.batch, clip.frames, clip.neighbours
-    mask = None if frame_mask is None else frame_mask.contiguous().view(torch.uint8)
-    exists = None if teacher_mask is None else teacher_mask.contiguous().view(torch.uint8)
+    exists = mask_bytes(teacher_mask)
     index = None if frame_index is None else frame_index.contiguous()
     tables = FrameTables(
         new(batch, frames, dtype=torch.int32), new(batch, dtype=torch.int32), new(batch, frames, frames),

@@ -88,16 +88,44 @@ def launch(
     _recording.append(Launch(name, cost.operations, *moved, kernel, grid, arguments, warps, stages))
 
 
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside, the vendor library multiplies fp32 in TF32."""
+    matmul = torch.backends.cuda.matmul
+    if (before := matmul.fp32_precision) == "tf32":
+        yield
+        return
+    # PyTorch has two switches, and stops where they disagree: this turns both.
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 def product(
-    name: str, a: torch.Tensor, b: torch.Tensor, *, wide: bool = False, out: torch.Tensor | None = None
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    wide: bool = False,
+    tf32: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The vendor library's ``a @ b`` in their type (into ``out``), or with ``wide`` in fp32 from exact products."""
+    """The vendor library's ``a @ b`` in their type (into ``out``), or with ``wide`` in fp32 from exact products.
+
+    ``tf32``: fp32 operands are rounded to 10 bits where the device has matrix units for that.
+    """
     if _recording is not None:
         if out is None:
             out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32 if wide else None)
         operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
         _recording.append(Launch(name, operations, _bytes((a, b)), _bytes((out,))))
         return out
+    if tf32 and a.is_cuda:
+        with tf32_products():
+            return torch.mm(a, b, out=out)
     if not wide or a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.is_cuda and torch.version.hip is None:

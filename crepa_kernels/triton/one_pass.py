@@ -48,7 +48,7 @@ def _one_pass_kernel(
     parts, rows, first_row, clip_rows, start, frames, teacher_frames, per_frame, features, width, row_stride,
     clip_stride, frame_stride, token_stride, part_count,
     DOT: tl.constexpr, FOLDED: tl.constexpr, MODE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(features, BLOCK_N), GROUP)
@@ -70,7 +70,7 @@ def _one_pass_kernel(
             b = tl.load(right)
         else:
             b = tl.load(right, mask=near[:, None] & (column < features)[None, :], other=0)
-        total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision="ieee")
+        total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision=PRECISION)
         left += BLOCK_K
         right += BLOCK_K
 
@@ -131,6 +131,7 @@ def project_and_compare(
     inputs: RowInputs,
     tile: ProductTile,
     parts: torch.Tensor,
+    tf32: bool,
 ) -> None:
     """p.p, p.z and p.y of each row of ``tokens`` (rows, D), by column tiles, into ``parts``.
 
@@ -138,6 +139,7 @@ def project_and_compare(
         tokens: raw where ``inputs.statistics`` is given, otherwise normalised.
         norms: (B, S, M) fp32, inverse norms of the teacher's rows.
         parts: (rows of the call, ceil(E / tile.n), 3) fp32, the sums of this chunk's rows are written.
+        tf32: fp32 operands are rounded to 10 bits.
     """
     clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
     rows, width = tokens.shape
@@ -158,5 +160,6 @@ def project_and_compare(
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
         part_count=parts.shape[1], DOT=dot_type(tokens.dtype), FOLDED=inputs.statistics is not None,
         MODE=neighbour_mode(clip), EVEN_K=width % tile.k == 0, EVEN_N=features % tile.n == 0, SPLIT=tile.split,
-        GROUP=8, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        GROUP=8, PRECISION="tf32" if tf32 and torch.version.hip is None else "ieee",
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
     )  # fmt: skip

@@ -10,12 +10,12 @@ import torch
 from ..problem import ProjectorWeights
 from .chunks import RowChunk, plan_chunks
 from .dx import token_gradient
-from .frames import Clip, FrameTables, finish, frame_tables
+from .frames import Clip, FrameTables, finish, frame_tables, mask_bytes
 from .launch import product
 from .one_pass import project_and_compare
 from .projector import FoldedProjector, fold_projector, unfold_gradients
 from .rows import COMBINED, RowInputs, compare_rows, neighbour_mode
-from .student import Spatial, Student, folds
+from .student import Spatial, Student, within
 from .teacher import combine_needs_norms, combine_neighbours, inverse_norms
 from .tiles import Choice, choose
 
@@ -32,6 +32,7 @@ class Call:
         frame_mask: (B, T) bool or None, with ``teacher_mask`` (B, T) bool or None.
         spatial: what happens to the student's grid.
         clip: sizes and frame options.
+        compute: the type that products are asked for in: that of the tokens, or a narrower one for fp32 tokens.
     """
 
     tokens: torch.Tensor
@@ -42,6 +43,7 @@ class Call:
     teacher_mask: torch.Tensor | None
     spatial: Spatial
     clip: Clip
+    compute: torch.dtype
 
 
 class Kept(NamedTuple):
@@ -49,7 +51,7 @@ class Kept(NamedTuple):
 
     Attributes:
         grad_rows: (rows, E), r dp for unit loss weight; (0, E) where the backward makes it.
-        statistics: (3, B x L) fp32: mean, 1/std and LayerNorm's slope; the last 0 where the backward makes it.
+        statistics: (2 or 3, B x L) fp32: mean, 1/std and, of raw tokens, LayerNorm's slope.
         offset_grad: (E,) fp32, the sum of dp; 0 where the backward makes it.
         weight: the folded projector's, (E, D), with ``shift`` (E,) and ``offset`` (E,).
         aligned: (rows, D), the student's normalised rows on the common grid; (0, D) where the backward makes them
@@ -75,10 +77,26 @@ class Needs(NamedTuple):
     bias: bool
 
 
+def folds(call: Call, keep: bool) -> tuple[bool, torch.dtype]:
+    """Whether LayerNorm folds into the product of raw tokens, and the products' type.
+
+    It does for 16-bit tokens, whose products are exact in fp32. fp16 cannot hold the gradient of a row below the
+    norm's floor: where one is kept, tokens are normalised into fp32, and multiplied in TF32, which has fp16's digits.
+    """
+    exact = call.compute == torch.bfloat16 or (call.compute == torch.float16 and not keep)
+    raw = exact and call.tokens.dtype == call.compute and call.spatial.change == "keep"
+    return raw, call.compute if exact else torch.float32
+
+
 def call_choice(call: Call, keep: bool) -> Choice:
-    """By the products' type, which is not that of the tokens for fp16 with gradients."""
-    _, narrow = folds(call.tokens, call.spatial, keep)
+    """By the products' type, which need not be that of the tokens."""
+    _, narrow = folds(call, keep)
     return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], narrow)
+
+
+def statistics_count(raw: bool, stored: bool) -> int:
+    """How many numbers a token are kept: mean, 1/std and, where it is needed and at hand, LayerNorm's slope."""
+    return 3 if raw and stored else 2
 
 
 def stores_rows(choice: Choice, keep: bool, recompute: bool) -> bool:
@@ -87,8 +105,10 @@ def stores_rows(choice: Choice, keep: bool, recompute: bool) -> bool:
 
 
 def _student(call: Call, keep: bool, choice: Choice) -> Student:
-    raw, narrow = folds(call.tokens, call.spatial, keep)
-    return Student(call.tokens, call.spatial, call.clip, call.projector.eps, raw, narrow, choice.tokens)
+    raw, narrow = folds(call, keep)
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = narrow == torch.float32 and (allowed or call.compute == torch.float16)
+    return Student(call.tokens, call.spatial, call.clip, call.projector.eps, raw, narrow, tf32, choice.tokens)
 
 
 def _chunks(student: Student, limited: bool) -> list[RowChunk]:
@@ -101,12 +121,12 @@ def _chunks(student: Student, limited: bool) -> list[RowChunk]:
 
 def _inputs(
     call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector,
-    student: Student, statistics: torch.Tensor,
+    student: Student, mean: torch.Tensor, inverse_std: torch.Tensor,
 ) -> RowInputs:  # fmt: skip
     combined = None
     if neighbour_mode(call.clip) == COMBINED:
         combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.narrow)
-    return RowInputs(call.teacher, combined, call.clip, tables, folded, statistics[:2] if student.raw else None)
+    return RowInputs(call.teacher, combined, call.clip, tables, folded, (mean, inverse_std) if student.raw else None)
 
 
 def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
@@ -129,29 +149,33 @@ def forward(
     features = call.teacher.shape[3]
     gamma, beta, weight, bias, _ = call.projector
     folded = fold_projector(gamma, beta, weight, bias, student.narrow, centred=student.raw)
-    tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
+    mask = mask_bytes(call.frame_mask)
+    tables = frame_tables(clip, call.frame_index, mask, call.teacher_mask, call.tokens.device)
     norms = _norms(call, one_pass)
-    statistics = call.tokens.new_zeros((3, student.row_count), dtype=torch.float32)
+    statistics = call.tokens.new_empty((statistics_count(student.raw, stored), student.row_count), dtype=torch.float32)
+    mean, inverse_std = statistics[0], statistics[1]
+    slope = statistics[2] if student.raw and stored else None
     columns = -(-features // choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((clip.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
     offset_grads, aligned = [], []
     for chunk in _chunks(student, limited=not student.raw or (makes_rows and not stored)):
-        operand = student.operand(chunk, tables, statistics)
+        operand = student.operand(chunk, mask, mean, inverse_std)
         if stored and keep_aligned and call.spatial.keeps_aligned:
             aligned.append(operand)
-        inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
+        inputs = _inputs(call, tables, norms, chunk, folded, student, mean, inverse_std)
         if one_pass:
             assert norms is not None  # for the type checker
-            project_and_compare(operand, norms, chunk, inputs, choice.one_pass, parts)
+            project_and_compare(operand, norms, chunk, inputs, choice.one_pass, parts, student.tf32)
             continue
         out = grad_rows[chunk.first_row : chunk.stop_row] if stored else None
-        projected = product("p", operand, folded.weight.t(), out=out)
-        slope = statistics[2] if student.raw else None
+        projected = product("p", operand, folded.weight.t(), out=out, tf32=student.tf32)
         offset_grads.append(compare_rows(projected, chunk, inputs, choice.rows, parts, slope, gradient=stored))
     loss, metrics, frame_similarity = finish(parts, clip, tables)
     offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_zeros(features)
-    operands = aligned[0] if len(aligned) == 1 else torch.cat([*aligned, grad_rows.new_empty(0, call.tokens.shape[2])])
+    if not aligned:
+        aligned = [grad_rows.new_empty(0, call.tokens.shape[2])]
+    operands = aligned[0] if len(aligned) == 1 else torch.cat(aligned)
     return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded, operands)
 
 
@@ -163,42 +187,44 @@ def backward(
     student, clip = _student(call, True, choice), call.clip
     stored = kept.grad_rows.shape[0] > 0
     scale = grad_loss.float() * (-1.0 / (clip.batch * clip.frames * clip.tokens))
-    tables = frame_tables(clip, call.frame_index, call.frame_mask, call.teacher_mask, call.tokens.device)
+    mask = mask_bytes(call.frame_mask)
+    tables = None if stored else frame_tables(clip, call.frame_index, mask, call.teacher_mask, call.tokens.device)
     norms = None if stored else _norms(call, one_pass=False)
-    folded, statistics = FoldedProjector(kept.weight, kept.shift, kept.offset), kept.statistics
-    slope = statistics[2] if stored else torch.empty_like(statistics[2])
+    folded, mean, inverse_std = FoldedProjector(kept.weight, kept.shift, kept.offset), *kept.statistics[:2]
+    slope = kept.statistics[2] if stored and student.raw else torch.empty_like(mean)
     # Inputs of an operator stay as they are: what is measured again goes elsewhere.
-    scratch = statistics if student.raw else torch.empty_like(statistics)
+    scratch = (mean, inverse_std) if student.raw else (torch.empty_like(mean), torch.empty_like(mean))
     hidden_grad = torch.empty(call.tokens.shape, dtype=call.tokens.dtype, device=call.tokens.device)
     hidden_rows = hidden_grad.view(-1, call.tokens.shape[2])
     need_folded = needs.gamma or needs.weight
     folded_grad: torch.Tensor | None = None
     offset_grads = []
-    for chunk in _chunks(student, limited=not student.raw or not stored or tables.mask is not None):
+    for chunk in _chunks(student, limited=not student.raw or not stored or mask is not None):
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None
         if kept.aligned.shape[0] > 0:
-            operand = kept.aligned[rows]
+            operand = within(kept.aligned, rows)
         elif not stored or need_folded:
-            operand = student.operand(chunk, tables, scratch, measured=True)
-        if stored or operand is None:
-            grad_rows = kept.grad_rows[rows]
+            operand = student.operand(chunk, mask, *scratch, measured=True)
+        if tables is None or operand is None:
+            grad_rows = within(kept.grad_rows, rows)
         else:
-            inputs = _inputs(call, tables, norms, chunk, folded, student, statistics)
-            grad_rows = product("p", operand, folded.weight.t())
+            inputs = _inputs(call, tables, norms, chunk, folded, student, mean, inverse_std)
+            grad_rows = product("p", operand, folded.weight.t(), tf32=student.tf32)
             offset_grads.append(compare_rows(grad_rows, chunk, inputs, choice.rows, None, slope, gradient=True))
         if need_folded and operand is not None:
-            part = product("dW", grad_rows.t(), student.finite_rows(chunk, operand, tables), wide=True)
+            finite = student.finite_rows(chunk, operand, mask)
+            part = product("dW", grad_rows.t(), finite, wide=True, tf32=student.tf32)
             folded_grad = part if folded_grad is None else folded_grad.add_(part)
         if needs.hidden_states and student.raw:
             span = student.span(chunk)
             token_gradient(
-                grad_rows, folded.weight, student.rows(chunk), statistics[0, span], slope[rows], scale,
-                hidden_rows[span], choice.dx, masked=tables.mask is not None,
+                grad_rows, folded.weight, student.rows(chunk), within(mean, span), within(slope, rows), scale,
+                within(hidden_rows, span), choice.dx, masked=mask is not None,
             )  # fmt: skip
         elif needs.hidden_states:
-            dx = product("dx", grad_rows, folded.weight)
-            student.normalised_gradient(dx, chunk, tables, statistics, scale, hidden_rows)
+            dx = product("dx", grad_rows, folded.weight, tf32=student.tf32)
+            student.normalised_gradient(dx, chunk, mask, mean, inverse_std, scale, hidden_rows)
     offset_grad = kept.offset_grad if stored else torch.cat(offset_grads).sum(dim=0)
     weight_grads = _weights(call, needs, folded_grad, offset_grad, scale, student)
     return (hidden_grad if needs.hidden_states else None, *weight_grads)

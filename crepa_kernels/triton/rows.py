@@ -206,7 +206,7 @@ class RowInputs:
         clip: sizes and frame options.
         tables: numbers per frame.
         folded: the projector's weights.
-        statistics: mean and 1/std (2, rows of the call) where raw tokens were projected; None: normalised ones.
+        statistics: mean and 1/std, (rows of the call,) each, where raw tokens were projected; None: normalised ones.
     """
 
     teacher: torch.Tensor
@@ -214,7 +214,7 @@ class RowInputs:
     clip: Clip
     tables: FrameTables
     folded: FoldedProjector
-    statistics: torch.Tensor | None
+    statistics: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def compare_rows(

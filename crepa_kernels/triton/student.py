@@ -12,7 +12,7 @@ from ..ops import has_extension
 from ..ops.layer_norm_resample import layer_norm_resample_backward_out_op, layer_norm_resample_op
 from ..ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 from .chunks import RowChunk
-from .frames import Clip, FrameTables
+from .frames import Clip
 from .launch import Cost, operator
 from .statistics import TokenFrames, layer_norm_backward, token_statistics
 from .tiles import RowTile
@@ -48,6 +48,7 @@ class Student:
         eps: LayerNorm's.
         raw: the product takes the tokens as they are, and LayerNorm is folded into it.
         narrow: the products' type.
+        tf32: fp32 products may round their operands to 10 bits, as fp16 has.
         tile: of kernels over rows of width D.
     """
 
@@ -57,6 +58,7 @@ class Student:
     eps: float
     raw: bool
     narrow: torch.dtype
+    tf32: bool
     tile: RowTile
 
     @property
@@ -70,7 +72,8 @@ class Student:
         """Whether the extension normalises and resamples in one pass over the tokens, each way."""
         # Tensors without memory stand for a GPU's, in a call whose launches are recorded.
         device_type = "cuda" if self.tokens.is_meta else self.tokens.device.type
-        same_type = self.tokens.dtype == self.narrow
+        # Its rows have the tokens' type, and fp32 ones are rounded to the products' afterwards.
+        same_type = self.tokens.dtype in (self.narrow, torch.float32)
         return self.spatial.change == "resample" and same_type and has_extension(device_type)
 
     @property
@@ -89,7 +92,7 @@ class Student:
         """The chunk's hidden states (rows, D), a view."""
         span = self.span(chunk)
         if self.joined:
-            return self.tokens.reshape(-1, self.tokens.shape[2])[span]
+            return within(self.tokens.reshape(-1, self.tokens.shape[2]), span)
         first = chunk.first_clip * self.tokens.shape[1]
         return self.tokens[chunk.first_clip][span.start - first : span.stop - first]
 
@@ -98,23 +101,30 @@ class Student:
         return TokenFrames(mask, span.start, self.tokens.shape[1], self.clip.start, per_frame, self.clip.frames)
 
     def operand(
-        self, chunk: RowChunk, tables: FrameTables, statistics: torch.Tensor, *, measured: bool = False
+        self,
+        chunk: RowChunk,
+        mask: torch.Tensor | None,
+        mean: torch.Tensor,
+        inverse_std: torch.Tensor,
+        *,
+        measured: bool = False,
     ) -> torch.Tensor:
         """What the projection multiplies, (rows, D): the raw tokens, or the normalised ones on the common grid.
 
-        Writes mean and 1/std of the chunk's tokens to ``statistics`` (3, rows of the call), unless ``measured``.
+        Writes ``mean`` and ``inverse_std`` (rows of the call,) of the chunk's tokens, unless ``measured``. ``mask``
+        (B, T) uint8: frames in the loss; None: all.
         """
         span, tokens = self.span(chunk), self.rows(chunk)
         if self.fused:
-            rows, mean, inverse_std = self._normalised_and_resampled(tokens, _in_loss(chunk, tables))
+            rows, *of_tokens = self._normalised_and_resampled(tokens, _in_loss(chunk, mask))
             if not measured:
-                statistics[0, span], statistics[1, span] = mean.view(-1), inverse_std.view(-1)
-            return rows.view(-1, tokens.shape[1])
+                mean[span], inverse_std[span] = (each.view(-1) for each in of_tokens)
+            return rows.view(-1, tokens.shape[1]).to(self.narrow)
         normalised = None if self.raw else tokens.new_empty(tokens.shape, dtype=self.narrow)
         if not (self.raw and measured):
-            where = self.frames_of(span, tables.mask)
-            mean, inverse_std = statistics[0, span], statistics[1, span]
-            token_statistics(tokens, mean, inverse_std, self.eps, self.tile, where, normalised)
+            where = self.frames_of(span, mask)
+            of_chunk = within(mean, span), within(inverse_std, span)
+            token_statistics(tokens, *of_chunk, self.eps, self.tile, where, normalised)
         return tokens if normalised is None else self._align(normalised)
 
     @property
@@ -153,19 +163,20 @@ class Student:
         self,
         grad: torch.Tensor,
         chunk: RowChunk,
-        tables: FrameTables,
-        statistics: torch.Tensor,
+        mask: torch.Tensor | None,
+        mean: torch.Tensor,
+        inverse_std: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         """dh of the chunk into ``out`` (B x L, D), from ``grad`` (rows, D), that of the normalised, aligned tokens."""
         span, spatial, tokens, repeat = self.span(chunk), self.spatial, self.rows(chunk), 1
-        mean, inverse_std = statistics[0, span], statistics[1, span]
+        mean, inverse_std, out = within(mean, span), within(inverse_std, span), within(out, span)
         if spatial.change == "resample":
             framed = grad.view(-1, self.clip.tokens, grad.shape[1])
             if self.fused:
-                arguments = [framed, *(self._framed(each) for each in (tokens, mean, inverse_std))]
-                into, in_loss = self._framed(out[span]), _in_loss(chunk, tables)
+                arguments = [framed.to(tokens.dtype), *(self._framed(each) for each in (tokens, mean, inverse_std))]
+                into, in_loss = self._framed(out), _in_loss(chunk, mask)
                 operator(
                     "layer_norm_resample_backward",
                     Cost((*arguments,), (into,)),
@@ -177,32 +188,26 @@ class Student:
             grad = adjoint.view(-1, grad.shape[1])
         elif spatial.change == "pool":
             repeat = spatial.student_tokens
-        where = self.frames_of(span, tables.mask)
-        layer_norm_backward(tokens, grad, mean, inverse_std, scale, out[span], self.tile, where, repeat)
+        where = self.frames_of(span, mask)
+        layer_norm_backward(tokens, grad, mean, inverse_std, scale, out, self.tile, where, repeat)
 
-    def finite_rows(self, chunk: RowChunk, operand: torch.Tensor, tables: FrameTables) -> torch.Tensor:
+    def finite_rows(self, chunk: RowChunk, operand: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """``operand`` with the rows of frames outside the loss at 0: its product with their zero gradients is 0."""
-        if not self.raw or tables.mask is None:
+        if not self.raw or mask is None:
             return operand
         clip = self.clip
-        keep = tables.mask.bool().repeat_interleave(clip.tokens, dim=1)[:, clip.start : clip.start + clip.rows]
+        keep = mask.bool().repeat_interleave(clip.tokens, dim=1)[:, clip.start : clip.start + clip.rows]
         return operand.where(keep.reshape(-1)[chunk.first_row : chunk.stop_row, None], 0)
 
 
-def _in_loss(chunk: RowChunk, tables: FrameTables) -> torch.Tensor | None:
+def within(rows: torch.Tensor, span: slice) -> torch.Tensor:
+    """``rows[span]``, without a view where that is all of them."""
+    return rows if span.stop - span.start == len(rows) else rows[span]
+
+
+def _in_loss(chunk: RowChunk, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which of the chunk's frames are in the loss, (frames,) bool; None if all are."""
-    if tables.mask is None:
+    if mask is None:
         return None
     clips = slice(chunk.first_clip, chunk.first_clip + chunk.clips)
-    return tables.mask[clips, chunk.first_frame : chunk.last_frame].flatten().bool()
-
-
-def folds(tokens: torch.Tensor, spatial: Spatial, keep: bool) -> tuple[bool, torch.dtype]:
-    """Whether LayerNorm folds into the product of raw tokens, and the products' type.
-
-    It does for 16-bit tokens, whose products are exact in fp32. fp16 cannot hold the gradient of a row below the
-    norm's floor: where one is kept, fp16 tokens are normalised into fp32.
-    """
-    half = tokens.dtype in (torch.float16, torch.bfloat16)
-    exact = tokens.dtype == torch.bfloat16 or (half and not keep)
-    return exact and spatial.change == "keep", tokens.dtype if exact else torch.float32
+    return mask[clips, chunk.first_frame : chunk.last_frame].flatten().bool()
