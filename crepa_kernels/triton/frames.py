@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..neighbours import Neighbours
 from ..ops.row_alignment import NORM_FLOOR
-from .launch import Cost, launch
+from .launch import Cost, launch, power_of_2
 
 FLOOR = tl.constexpr(NORM_FLOOR)
 
@@ -163,7 +163,7 @@ def frame_tables(
         teacher_frames=clip.teacher_frames, distance=min(neighbours.distance, frames - 1), tau=float(neighbours.tau),
         HAS_INDEX=index is not None, MASKED=mask is not None, TEACHER_MASKED=exists is not None,
         CUMULATIVE=neighbours.cumulative, NORMALIZE_SUM=neighbours.normalize_sum, BY_FRAMES=clip.by_frames,
-        BLOCK=triton.next_power_of_2(frames),
+        BLOCK=power_of_2(frames),
     )  # fmt: skip
     return tables
 
@@ -238,7 +238,7 @@ def finish(parts: torch.Tensor, clip: Clip, tables: FrameTables) -> tuple[torch.
         "frame_means", _frame_means_kernel, (pairs,), Cost((parts,), (own, total)),
         parts=parts, mask=own if tables.mask is None else tables.mask, own_out=own, total_out=total, rows=clip.rows,
         start=clip.start, frames=clip.frames, tokens=clip.tokens, part_count=count, MASKED=tables.mask is not None,
-        BLOCK=256, PARTS=triton.next_power_of_2(count),
+        BLOCK=256, PARTS=power_of_2(count),
     )  # fmt: skip
     loss, metrics = parts.new_empty(()), parts.new_empty(3)
     launch(

@@ -157,4 +157,14 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 def split_width(width: int) -> tuple[int, int]:
     """A row of ``width`` as two blocks of powers of two: the largest that fits, and one that covers the rest."""
     low = 1 << (width.bit_length() - 1)
-    return low, triton.next_power_of_2(width - low) if width > low else 0
+    return low, power_of_2(width - low) if width > low else 0
+
+
+# Triton's own wrap each call for use inside kernels, which takes longer than a launch's other arguments together.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()

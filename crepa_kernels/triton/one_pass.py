@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .chunks import RowChunk
 from .dx import tile_of
-from .launch import Cost, dot_type, launch
+from .launch import Cost, ceil_div, dot_type, launch
 from .rows import RowInputs, locate_rows, neighbour_mode
 from .tiles import ProductTile
 
@@ -148,7 +148,7 @@ def project_and_compare(
     teacher_bytes = rows * features * teacher.element_size()
     read = (tokens, folded.weight, teacher_bytes) + (() if inputs.combined is None else (inputs.combined,))
     launch(
-        "one_pass", _one_pass_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(features, tile.n),),
+        "one_pass", _one_pass_kernel, (ceil_div(rows, tile.m) * ceil_div(features, tile.n),),
         Cost(read, (12 * rows * parts.shape[1],), 2 * rows * features * width),
         warps=tile.warps, stages=tile.stages, tokens=tokens, weight=folded.weight, shift=folded.shift,
         offset=folded.offset, mean_in=dummy if inputs.statistics is None else inputs.statistics[0],

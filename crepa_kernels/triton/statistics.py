@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, launch, narrowed, split_width
+from .launch import Cost, ceil_div, launch, narrowed, split_width
 from .tiles import RowTile
 
 
@@ -105,7 +105,7 @@ def token_statistics(
     low, high = split_width(width)
     written = (mean, inverse_std) if normalised is None else (mean, inverse_std, normalised)
     launch(
-        "statistics", _statistics_kernel, (triton.cdiv(rows, tile.rows),), Cost((tokens,), written),
+        "statistics", _statistics_kernel, (ceil_div(rows, tile.rows),), Cost((tokens,), written),
         warps=tile.warps, tokens=tokens, mean_out=mean, inverse_std_out=inverse_std,
         normalised=mean if normalised is None else normalised, mask=mean if where.mask is None else where.mask,
         rows=rows, width=width, row_stride=tokens.stride(0), eps=eps, first=where.first, per_clip=where.per_clip,
@@ -176,7 +176,7 @@ def layer_norm_backward(
     rows, width = tokens.shape
     low, high = split_width(width)
     launch(
-        "layer_norm_backward", _layer_norm_backward_kernel, (triton.cdiv(rows, tile.rows),),
+        "layer_norm_backward", _layer_norm_backward_kernel, (ceil_div(rows, tile.rows),),
         Cost((tokens, grad), (out,)), warps=tile.warps,
         tokens=tokens, grad=grad, mean_in=mean, inverse_std_in=inverse_std, scale_in=scale, out=out,
         mask=mean if where.mask is None else where.mask, rows=rows, width=width, row_stride=tokens.stride(0),
