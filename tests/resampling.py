@@ -32,6 +32,12 @@ def pair_id(pair: tuple[Grid, Grid]) -> str:
     return "-to-".join("x".join(map(str, grid)) for grid in pair)
 
 
+def draw(grid: Grid, dtype: torch.dtype, channels: int = 11, frames: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(grid[0] * 1000 + grid[1])
+    tokens = torch.randn(frames, grid[0] * grid[1], channels, dtype=torch.float64, generator=generator)
+    return tokens.to(dtype)
+
+
 @cache
 def axis_matrix(source: int, target: int, antialias: bool) -> torch.Tensor:
     """(target, source) in fp64, each weight rounded once: a tent of one cell, or of source/target cells."""
@@ -99,3 +105,15 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, sums: torch.dtype
     off = (actual.cpu().double() - expected).abs()
     bound = torch.finfo(actual.dtype).eps * expected.abs() + 100 * torch.finfo(sums).eps * (1 + expected.abs().max())
     assert (off <= bound).all()
+
+
+def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, terms: float) -> None:
+    """One rounding to the result's type, and fp32 (fp64) sums whose terms are as large as ``scale``, ``terms`` of them.
+
+    Half of the type's eps is the rounding itself; a sum of n terms is off by at most n eps of the sum of magnitudes.
+    """
+    storage = torch.finfo(actual.dtype).eps
+    sums = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+    smallest = torch.finfo(actual.dtype).tiny
+    excess = (actual.double() - expected).abs() - (storage / 2 * expected.abs() + terms * sums * scale + smallest)
+    assert excess.max() <= 0, f"beyond the bound by {excess.max():.3e}"

@@ -8,37 +8,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from resampling import ODD, PAIRS, exact, exact_adjoint, exact_layer_norm, pair_id
+from resampling import ODD, PAIRS, assert_rounded, draw, exact, exact_adjoint, exact_layer_norm, pair_id
 
 from crepa_kernels import resample_tokens
 from crepa_kernels.grid import Grid
 from crepa_kernels.ops import has_extension
 from crepa_kernels.ops.layer_norm_resample import layer_norm_resample_backward_op, layer_norm_resample_op
-from crepa_kernels.ops.resample import resample_adjoint, resample_tokens_adjoint_op
+from crepa_kernels.ops.resample import resample, resample_tokens_adjoint_op
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(not has_extension("cpu"), reason="the C++ extension is not built")
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
 each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_filter = pytest.mark.parametrize("antialias", [True, False], ids=["antialias", "plain"])
-
-
-def draw(grid: Grid, dtype: torch.dtype, channels: int = 11, frames: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(grid[0] * 1000 + grid[1])
-    tokens = torch.randn(frames, grid[0] * grid[1], channels, dtype=torch.float64, generator=generator)
-    return tokens.to(dtype)
-
-
-def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, terms: float) -> None:
-    """One rounding to the result's type, and fp32 (fp64) sums whose terms are as large as ``scale``, ``terms`` of them.
-
-    Half of the type's eps is the rounding itself; a sum of n terms is off by at most n eps of the sum of magnitudes.
-    """
-    storage = torch.finfo(actual.dtype).eps
-    sums = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
-    smallest = torch.finfo(actual.dtype).tiny
-    excess = (actual.double() - expected).abs() - (storage / 2 * expected.abs() + terms * sums * scale + smallest)
-    assert excess.max() <= 0, f"beyond the bound by {excess.max():.3e}"
 
 
 @needs_extension
@@ -81,7 +63,7 @@ def test_equal_to_interpolate(pair: tuple[Grid, Grid], antialias: bool) -> None:
     bound = 400 * torch.finfo(torch.float64).eps
     torch.testing.assert_close(out, expected.permute(0, 2, 3, 1).reshape(out.shape), rtol=0, atol=bound)
     adjoint = resample_tokens_adjoint_op(out, source, target, antialias)
-    torch.testing.assert_close(adjoint, resample_adjoint(out, source, target, antialias), rtol=0, atol=10 * bound)
+    torch.testing.assert_close(adjoint, resample(out, source, target, antialias, adjoint=True), rtol=0, atol=10 * bound)
 
 
 @each_filter

@@ -29,8 +29,8 @@ each_filter = pytest.mark.parametrize("antialias", [True, False], ids=["antialia
 
 def drawn(dtype: torch.dtype, device: str = "cpu", channels: int = 19) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Tokens (2, 3, 20, C), a gradient (2, 3, 18, C), and which frames are in the loss."""
-    if device == "cuda" and not has_extension("cuda"):
-        pytest.skip("the CUDA half of the extension is not built")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     torch.manual_seed(0)
     tokens, grad = (torch.randn(2, 3, rows, channels, dtype=torch.float64) for rows in (20, 18))
     return tokens.to(device, dtype), grad.to(device, dtype), torch.tensor(IN_LOSS, device=device)
@@ -71,9 +71,7 @@ def test_the_gradient_is_scaled_before_it_is_rounded(
     third = mean.new_full((), 1 / 3)
     dh = BACKWARD[way](grad, tokens, mean, inverse_std, *geometry, None, third)
     exact = BACKWARD[way](*(each.double() for each in (grad, tokens, mean, inverse_std)), *geometry) * third.double()
-    # In PyTorch the gradient is rounded on the grid in between, and before it is scaled.
-    between = torch.finfo(dtype).eps if way == "pytorch" else 0
-    bound = torch.finfo(dtype).eps * exact.abs() + 100 * torch.finfo(mean.dtype).eps + 4 * between
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 100 * torch.finfo(mean.dtype).eps
     assert ((dh.double() - exact).abs() <= bound).all()
 
 

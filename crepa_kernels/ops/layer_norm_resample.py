@@ -18,7 +18,7 @@ import torch
 
 from .extension import log_fallback
 from .register import define, keeps_type
-from .resample import check_tokens, on_grid, resample, resample_adjoint
+from .resample import check_tokens, in_parts, on_grid, resampler, widened
 
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -32,13 +32,15 @@ def normalise_and_resample(
     in_loss: torch.Tensor | None = None,
 ) -> Statistics:
     """In PyTorch: (..., N, C) -> (..., M, C) with mean and 1/std (..., N), both in fp32 (fp64 for fp64)."""
-    width, wide = tokens.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
-    tokens = _readable(tokens, in_loss)
-    x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), _ones(tokens), None, eps)
-    mean, inverse_std = (each.squeeze(-1).to(wide) for each in (mean, inverse_std))
-    if in_loss is not None:
-        inverse_std = inverse_std.where(in_loss[..., None], 0)
-    return resample(x, source, target, antialias), mean, inverse_std
+    out = on_grid(tokens, target)
+    mean, inverse_std = (tokens.new_empty((*tokens.shape[:-1], 1), dtype=_wide(tokens)) for _ in range(2))
+    make = resampler(tokens, source, target, antialias)
+    for h, rows, into_mean, into_std, keep in in_parts(tokens, out, mean, inverse_std, _of_rows(in_loss)):
+        x, part_mean, part_std = torch.native_layer_norm(_readable(h, keep), h.shape[-1:], None, None, eps)
+        into_mean.copy_(part_mean)
+        into_std.copy_(part_std if keep is None else part_std.where(keep, 0))
+        rows.copy_(make(x))
+    return out, mean.squeeze(-1), inverse_std.squeeze(-1)
 
 
 def normalise_and_resample_backward(
@@ -53,22 +55,30 @@ def normalise_and_resample_backward(
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In PyTorch: gradient of the above with respect to ``tokens``, for ``grad`` (..., M, C)."""
-    dx = resample_adjoint(_readable(grad, in_loss), source, target, antialias)
-    dh: torch.Tensor = torch.ops.aten.native_layer_norm_backward(
-        dx,
-        _readable(tokens, in_loss),
-        tokens.shape[-1:],
-        mean[..., None],
-        inverse_std[..., None],
-        _ones(tokens),
-        None,
-        [True, False, False],
-    )[0].contiguous()
-    return dh if scale is None else dh.mul_(scale)
+    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    make = resampler(tokens, source, target, antialias, adjoint=True)
+    statistics = (mean[..., None], inverse_std[..., None])
+    for g, h, part_mean, part_std, dh, keep in in_parts(grad, tokens, *statistics, out, _of_rows(in_loss)):
+        dx = make(_readable(g, keep))
+        part = torch.ops.aten.native_layer_norm_backward(
+            dx, _readable(h, keep), h.shape[-1:], part_mean, part_std, None, None, [True, False, False]
+        )[0]
+        dh.copy_(part if scale is None else part.mul_(scale))
+    return out
 
 
-def _readable(tokens: torch.Tensor, in_loss: torch.Tensor | None) -> torch.Tensor:
-    return tokens if in_loss is None else tokens.where(in_loss[..., None, None], 0)
+def _wide(tokens: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def _of_rows(in_loss: torch.Tensor | None) -> torch.Tensor | None:
+    """(...) -> (..., 1, 1), beside tokens (..., N, C)."""
+    return None if in_loss is None else in_loss[..., None, None]
+
+
+def _readable(frames: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """``frames`` in fp32 (fp64): what is between the two steps, and the sums of each, are not rounded to half types."""
+    return widened(frames if keep is None else frames.where(keep, 0))
 
 
 def _check(
@@ -85,12 +95,6 @@ def _check(
     for name, tensor in {"grad": grad, **others}.items():
         if tensor is not None and tensor.device != tokens.device:
             raise ValueError(f"{name} is on {tensor.device}, the tokens on {tokens.device}")
-
-
-def _ones(tokens: torch.Tensor) -> torch.Tensor | None:
-    """On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights."""
-    half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
-    return tokens.new_ones(tokens.shape[-1], dtype=torch.float32) if half else None
 
 
 _GEOMETRY = "int[] source_grid, int[] target_grid, bool antialias"

@@ -1,11 +1,16 @@
 """``crepa_kernels::resample_tokens`` and its adjoint: bilinear resampling of token-major features.
 
-The kernels are the C++/CUDA extension's where it is there; what is here in PyTorch runs everywhere else.
+The kernels are the C++/CUDA extension's where it is there; what is here in PyTorch runs everywhere else. On a CPU it is
+``F.interpolate``. On other devices that rounds the weights to the type of 16-bit tokens, copies to channels-first, and
+its backward pass adds atomically; there each row is gathered by ``F.embedding_bag``: fp32 (fp64) sums in one order, and
+no matrix product, whose fp32 operands TF32 or autocast might round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +21,102 @@ from .register import define, keeps_type
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
+# Bytes of widened tokens held at a time, at least a frame's: enough to fill a GPU, and no second copy of all tokens.
+_PART_BYTES = 32 << 20
 
-def resample(tokens: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool) -> torch.Tensor:
+
+def resample(
+    tokens: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool, adjoint: bool = False
+) -> torch.Tensor:
+    """R tokens, (..., N, C) -> (..., M, C); with ``adjoint`` R' of (..., M, C) on the target grid."""
+    make = resampler(tokens, source, target, antialias, adjoint)
+    if tokens.device.type == "cpu":
+        return make(tokens)
+    out = on_grid(tokens, source if adjoint else target)
+    for part, into in in_parts(tokens, out):
+        into.copy_(make(widened(part)))
+    return out
+
+
+def resampler(
+    like: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool, adjoint: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """R (or R') as a function of (F, N, C), made once for many frames on the device of ``like``, in its wide type."""
+    if like.device.type == "cpu":
+        interpolate = _interpolate_adjoint if adjoint else _interpolate
+        return partial(interpolate, source=source, target=target, antialias=antialias)
+    return partial(gather, taps=frame_taps(like, source, target, antialias, adjoint))
+
+
+def widened(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def in_parts(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Each of ``tensors`` (..., rows, C) by the same runs of frames, (frames, rows, C), short enough to be widened."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    size = torch.promote_types(given[0].dtype, torch.float32).itemsize
+    frames = max(1, _PART_BYTES // (size * max(tensor.shape[-2] * tensor.shape[-1] for tensor in given)))
+    return zip(
+        *(
+            itertools.repeat(None) if tensor is None else tensor.reshape(-1, *tensor.shape[-2:]).split(frames)
+            for tensor in tensors
+        ),
+        strict=False,
+    )
+
+
+Taps = tuple[torch.Tensor, torch.Tensor]
+
+
+def frame_taps(
+    like: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool, adjoint: bool
+) -> Taps:
+    """Which rows a frame's rows are made of, and their weights: both (rows, taps), int64 and the wide type of ``like``.
+
+    They are made on the device for every call. A table that is kept would be filled by a CUDA graph's first replay when
+    a capture makes it, belong to that graph's memory, and be read by other streams too early.
+    """
+    (rows, row_weights), (columns, column_weights) = (
+        _axis_taps(like, *sizes, antialias, adjoint) for sizes in zip(source, target, strict=True)
+    )
+    width = (target if adjoint else source)[1]
+    index = rows[:, None, :, None] * width + columns[:, None]
+    weight = row_weights[:, None, :, None] * column_weights[:, None]
+    return index.flatten(2).flatten(0, 1), weight.flatten(2).flatten(0, 1)
+
+
+def _axis_taps(like: torch.Tensor, source: int, target: int, antialias: bool, adjoint: bool) -> Taps:
+    """The tent of csrc/geometry.h along one axis; every integer is exact, so a weight is rounded once."""
+    wide, device = torch.promote_types(like.dtype, torch.float32), like.device
+    reach = 2 * (source if antialias and source > target else target)
+    at = torch.arange(source, 2 * source * target, 2 * source, device=device)  # in (2 o + 1)
+    token = torch.arange(target, 2 * source * target, 2 * target, device=device)  # out (2 j + 1)
+    tent = (reach - (at[:, None] - token).abs_()).clamp_min_(0)
+    weight = tent.to(wide) / tent.sum(dim=1, keepdim=True).to(wide)
+    count, other, centre = (source, target, at)
+    if adjoint:
+        weight, count, other, centre = weight.T, target, source, token
+    # An open interval of length reach / other; on equal sides its ends are tokens.
+    most = 1 if source == target else min(count, -(-reach // other))
+    first = (centre + (other - reach)).div_(2 * other, rounding_mode="floor").clamp_(0, count - most)
+    index = first[:, None] + torch.arange(most, device=device)
+    return index, weight.gather(1, index)
+
+
+def gather(frames: torch.Tensor, taps: Taps) -> torch.Tensor:
+    """(F, N, C) -> (F, M, C), row i of each frame being the sum over k of weight[i, k] times its row index[i, k]."""
+    index, weight = taps
+    count, rows, _ = frames.shape
+    first = torch.arange(0, count * rows, rows, device=index.device)
+    index = (first[:, None, None] + index).flatten(0, 1)
+    sums = F.embedding_bag(index, frames.flatten(0, 1), mode="sum", per_sample_weights=weight.repeat(count, 1))
+    return sums.unflatten(0, (count, -1))
+
+
+def _interpolate(tokens: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool) -> torch.Tensor:
     """``F.interpolate`` on a channels-last view of ``tokens`` (..., N, C), which copies nothing."""
-    images, antialias = _images(tokens, source), _widened(source, target, antialias)
+    images, antialias = _images(tokens, source), _widens(source, target, antialias)
     if _needs_fp32(tokens, antialias):
         images = images.float()
     if antialias and target[1] == 1:
@@ -31,9 +128,11 @@ def resample(tokens: torch.Tensor, source: Sequence[int], target: Sequence[int],
     return _tokens(out, tokens)
 
 
-def resample_adjoint(grad: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool) -> torch.Tensor:
+def _interpolate_adjoint(
+    grad: torch.Tensor, source: Sequence[int], target: Sequence[int], antialias: bool
+) -> torch.Tensor:
     """R' of the operator R above: takes ``grad`` (..., M, C) on the target grid to (..., N, C) on the source grid."""
-    images, antialias = _images(grad, target), _widened(source, target, antialias)
+    images, antialias = _images(grad, target), _widens(source, target, antialias)
     if _needs_fp32(grad, antialias):
         images = images.float()
     adjoint = (
@@ -52,14 +151,14 @@ def _tokens(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.to(like.dtype).contiguous()
 
 
-def _widened(source: Sequence[int], target: Sequence[int], antialias: bool) -> bool:
+def _widens(source: Sequence[int], target: Sequence[int], antialias: bool) -> bool:
     """Where no axis shrinks the two filters are one, and the plain one is faster."""
     return antialias and (target[0] < source[0] or target[1] < source[1])
 
 
 def _needs_fp32(tokens: torch.Tensor, antialias: bool) -> bool:
     """PyTorch has no antialiased filter for half types on a CPU."""
-    return antialias and tokens.device.type == "cpu" and tokens.dtype in HALF_TYPES
+    return antialias and tokens.dtype in HALF_TYPES
 
 
 def check_tokens(tokens: torch.Tensor, grid: Sequence[int], other: Sequence[int]) -> None:
@@ -101,7 +200,8 @@ def _(tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[in
 def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
     log_fallback(grad.device.type)
     check_tokens(grad, target_grid, source_grid)
-    return resample_adjoint(grad, source_grid, target_grid, antialias) if grad.numel() else on_grid(grad, source_grid)
+    empty = grad.numel() == 0
+    return on_grid(grad, source_grid) if empty else resample(grad, source_grid, target_grid, antialias, adjoint=True)
 
 
 @torch.library.register_fake("crepa_kernels::resample_tokens")
