@@ -12,7 +12,7 @@ PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-versi
 TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py ahead_of_time.py)
 # Those that need no diffusers.
 GPU_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py extension_cuda.py \
-	layer_norm_resample_options.py host_copy.py schedule_state.py)
+	layer_norm_resample_options.py resample_gather.py host_copy.py schedule_state.py)
 
 .PHONY: gpu demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
 
