@@ -1,21 +1,33 @@
-"""A training step in which the host never waits for the device.
+"""A training step in which the host never waits for the device, of the regularizer and of the trainer.
 
 Without a GPU the meta device stands for it: its tensors have no values, so reading one fails, and every branch that
-asks for the device takes the GPU's way. Three things are replaced there, which meta has not: autocast, the check that
-the projector has weights, and the copy to the host (``HostCopy``), whose own reads wait for what was sent a step ago.
+asks for the device takes the GPU's way. Three things are replaced there, which meta has not: autocast, the checks that
+transformer and projector have weights, and the copy to the host (``HostCopy``), whose own reads wait for what was sent
+a step ago.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.loop import flow_matching_loss
+from crepa_trainer.run import TrainingRun, make_accelerator
+from crepa_trainer.sampler import MicroBatch, MicroBatches
+from crepa_trainer.student import make_average, make_student
+from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.host_copy import HostCopy
@@ -26,6 +38,7 @@ READS = {
 }  # fmt: skip
 MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
 COPIES = {"copy_", "_to_copy"}
+FEW = 16  # numbers, which CUDA takes into the command itself: the host does not wait for them
 
 
 class HostWaits(AssertionError):
@@ -33,12 +46,20 @@ class HostWaits(AssertionError):
 
 
 class _Operators(TorchDispatchMode):
-    """Fails where an operator gives values to Python, or a copy between devices makes the host wait."""
+    """Fails where an operator gives values to Python, or a copy between devices makes the host wait.
+
+    pinned: addresses of what is in pinned memory. A copy of more than a few numbers from elsewhere on the host fails
+    then too, as it may block whatever it is told; and reading what is on the host does not.
+    """
+
+    def __init__(self, pinned: set[int] | None = None) -> None:
+        super().__init__()
+        self.pinned = pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in READS:
+        if name in READS and (self.pinned is None or any(isinstance(each, Tensor) and each.is_meta for each in args)):
             raise HostWaits(f"{func} reads a tensor")
         out = func(*args, **kwargs)
         if name in COPIES:
@@ -46,6 +67,9 @@ class _Operators(TorchDispatchMode):
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             if blocking and source.device != out.device:
                 raise HostWaits(f"{func} from {source.device} to {out.device} blocks")
+            large = source.numel() > FEW and source.device != out.device
+            if self.pinned is not None and large and source.data_ptr() not in self.pinned:
+                raise HostWaits(f"{func} from {source.device} to {out.device} is not from pinned memory")
         return out
 
 
@@ -80,7 +104,8 @@ class _Arrived(HostCopy):
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr("crepa_kernels.regularizer.check_attached", lambda *args: None)
+    for check in ("check_attachable", "check_attached"):
+        monkeypatch.setattr(f"crepa_kernels.regularizer.{check}", lambda *args: None)
     for module in ("monitor", "measurement"):
         monkeypatch.setattr(f"crepa_kernels.{module}.HostCopy", _Arrived)
 
@@ -202,3 +227,164 @@ def test_a_gpu_is_not_waited_for(source: str, setting: str, masks: str) -> None:
             crepa.loss(step=step, **given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def new_state() -> Iterator[None]:
+    """accelerate's own, before and after."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def device_of_runs(new_state: None) -> torch.device:
+    """Meta, where runs of this process are then."""
+    device = PartialState(cpu=True).device = torch.device("meta")
+    return device
+
+
+class _Pinned(MicroBatches):
+    """Keeps the addresses of all that its batches hold: the loader would have them in pinned memory."""
+
+    addresses: set[int]
+
+    def __getitem__(self, wanted: Any) -> MicroBatch | Exception:
+        batch = super().__getitem__(wanted)
+        assert isinstance(batch, MicroBatch)
+        tensors = (*batch.clips.values(), *batch.teacher.values(), batch.noise, batch.time)
+        self.addresses |= {tensor.data_ptr() for tensor in tensors if isinstance(tensor, Tensor)}
+        return batch
+
+
+class _Late(_Arrived):
+    """Counts how many steps later than its own each step's values are read."""
+
+    sent = 0
+    late: list[int]
+
+    def __init__(self, numbers: torch.Tensor, *, over_ranks: bool = False) -> None:
+        super().__init__(numbers, over_ranks=over_ranks)
+        type(self).sent += 1
+        self._number = self.sent
+
+    def read(self) -> list[float]:
+        self.late.append(self.sent - self._number)
+        return super().read()
+
+
+class _NoCheckpoints:
+    """Of a device without values none can be written."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, step: int) -> None:
+        self.steps.append(step)
+
+
+BACKBONE = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2}
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "features": ({}, {}, False),
+    "pixels": ({}, {"crepa_encoder_image_size": 28}, True),
+    "backbone": ({}, BACKBONE, False),
+    "accumulation, an average and a schedule": (
+        {"gradient_accumulation_steps": 2, "batch_size": 2, "ema_decay": 0.9, "lr_scheduler": "cosine"},
+        {"crepa_warmup_steps": 2},
+        False,
+    ),
+    "a threshold": ({}, {"crepa_similarity_threshold": 0.9}, False),
+    "a cutoff": ({}, {"crepa_cutoff_step": 3}, False),
+    "all weights, without CREPA": ({"training": "full"}, {"crepa_enabled": False}, False),
+}
+STEPS = 6
+
+
+def training_run(models: Path, output: Path, name: str) -> tuple[TrainingRun, _NoCheckpoints]:
+    """A run on the device of accelerate's state, before its first step."""
+    changes, crepa, pixels = RUNS[name]
+    # What workers make has other addresses here.
+    settings = tiny_settings(models, output, max_train_steps=STEPS, checkpoint_every=4, workers=0, **changes)
+    family, accelerator, checkpoints = TrainingFamily.of(settings.model), make_accelerator(settings), _NoCheckpoints()
+    student = make_student(accelerator, family, settings, tiny_config(models, **crepa))
+    average = make_average(accelerator.unwrap_model(student.transformer), settings.ema_decay)
+    clips: Any = TinyClips(pixels=pixels)
+    saving: Any = checkpoints
+    return TrainingRun(accelerator, family, settings, clips, student, average, saving), checkpoints
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    addresses: set[int] = set()
+    monkeypatch.setattr(_Pinned, "addresses", addresses, raising=False)
+    monkeypatch.setattr("crepa_trainer.run.MicroBatches", _Pinned)
+    monkeypatch.setattr("crepa_trainer.loop.HostCopy", _Late)
+    monkeypatch.setattr(_Late, "late", [], raising=False)
+    monkeypatch.setattr(_Late, "sent", 0)
+    return addresses
+
+
+@pytest.mark.usefixtures("no_values", "one_thread")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_of_the_trainer_waits_for_nothing(
+    models: Path, tmp_path: Path, device_of_runs: torch.device, pinned: set[int], name: str
+) -> None:
+    run, checkpoints = training_run(models, tmp_path, name)
+    assert {p.device for p in run.transformer.parameters()} == {device_of_runs}
+    if run.student.crepa is not None and name == "pixels":
+        # Loaded when it is first needed, which takes what it takes.
+        run.student.crepa._source.teacher._load(device_of_runs)
+    with _Operators(pinned), _Python():
+        run.steps(0, Console(file=io.StringIO()))
+    # Each step's values once the next is under way, but where a checkpoint is to be written.
+    assert checkpoints.steps == [4, 6]
+    assert _Late.late == [1, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.usefixtures("no_values", "one_thread", "device_of_runs")
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda loss: loss * float(loss.detach()),
+        lambda loss: loss if loss.isfinite().all() else -loss,
+        lambda loss: loss * torch.ones(FEW + 1).to(loss, non_blocking=True).mean(),
+        lambda loss: loss * torch.ones(1).to(loss),
+    ],
+    ids=["float", "a branch", "pageable memory", "a blocking copy"],
+)
+def test_a_wait_in_the_trainers_step_is_seen(
+    models: Path, tmp_path: Path, pinned: set[int], monkeypatch: pytest.MonkeyPatch, wait: Any
+) -> None:
+    run, _ = training_run(models, tmp_path, "features")
+    monkeypatch.setattr("crepa_trainer.loop.flow_matching_loss", lambda *args: wait(flow_matching_loss(*args)))
+    with pytest.raises(HostWaits), _Operators(pinned), _Python():
+        run.steps(0, Console(file=io.StringIO()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.usefixtures("new_state")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_trainer_does_not_wait_for_a_gpu(
+    models: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = training_run(models, tmp_path, name)
+    step = run._step
+
+    def watched(number: int, batches: Any) -> Any:
+        # Kernels are compiled and pixels looked at in the first step.
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            return step(number, batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(run, "_step", watched)
+    run.steps(0, Console(file=io.StringIO()))

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from crepa_trainer.loop import Student, add_noise, check_finite, draw_noise, parameter_groups, train
+from crepa_trainer.loop import (
+    StepReports,
+    StepValues,
+    Student,
+    add_noise,
+    check_finite,
+    draw_noise,
+    parameter_groups,
+    train,
+)
 from crepa_trainer.models import add_lora
 from crepa_trainer.trackers import CSVTracker, read_csv
 from tiny import CHANNELS, TEXT_DIM, tiny_wan
@@ -112,6 +121,80 @@ def test_what_is_not_finite_is_named_before_it_is_in_a_checkpoint(
     else:
         with pytest.raises(FloatingPointError, match=message):
             check_finite(student, 3, values, skipped=skipped)
+
+
+def values_of(*losses: float) -> StepValues:
+    values = StepValues()
+    for loss in losses:
+        values.add({"loss": torch.tensor(loss), "rate": loss, "crepa_similarity_ema": torch.tensor(float("nan"))})
+    return values
+
+
+class Reported:
+    """What was reported, through an accelerator and a student that are there."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        student = Student(transformer, None, torch.optim.SGD(transformer.parameters()))
+        self.late = StepReports(Accelerator(cpu=True), student, lambda *row: self.rows.append(row))
+
+    def of(self, *losses: float, flush: bool = False, error: BaseException | None = None) -> None:
+        """Steps with these losses, numbered from 0, and what comes then."""
+        with self.late as late:
+            for step, loss in enumerate(losses):
+                late.send(step, values_of(loss))
+            if flush:
+                late.flush()
+            if error is not None:
+                raise error
+
+
+def test_values_are_reported_a_step_late_and_all_of_them_at_the_end(transformer: torch.nn.Module) -> None:
+    reported = Reported(transformer)
+    seen = []
+    with reported.late as late:
+        for step in range(4):
+            late.send(step, values_of(step, step + 1))
+            seen.append(len(reported.rows))
+            if step == 2:
+                late.flush()  # as before a checkpoint
+                seen.append(len(reported.rows))
+    assert seen == [0, 1, 2, 3, 3]
+    assert reported.rows == [(step, {"loss": step + 0.5, "rate": step + 1.0}) for step in range(4)]
+
+
+@pytest.mark.parametrize(("after", "flush"), [(0, False), (1, False), (0, True)], ids=["end", "next step", "flush"])
+def test_what_is_not_finite_ends_the_reports_at_its_own_step(
+    transformer: torch.nn.Module, after: int, flush: bool
+) -> None:
+    reported = Reported(transformer)
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan"):
+        reported.of(0.0, *[float("nan")] * (1 + after), flush=flush)
+    assert [step for step, _ in reported.rows] == [0]
+
+
+def test_whether_a_scaler_left_a_step_out_is_of_that_step(transformer: torch.nn.Module) -> None:
+    reported = Reported(transformer)
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(transformer.parameters()))
+    reported.late._accelerator._optimizers.append(optimizer)
+    overflowed = StepValues()
+    overflowed.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
+    with reported.late as late:
+        optimizer._is_overflow = True
+        late.send(0, overflowed)
+        optimizer._is_overflow = False
+        late.send(1, values_of(1.0))
+    assert [step for step, _ in reported.rows] == [0, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_ends_early_still_reports_the_step_before(
+    transformer: torch.nn.Module, error: BaseException
+) -> None:
+    reported = Reported(transformer)
+    with pytest.raises(type(error)):
+        reported.of(1.0, 1.0, error=error)
+    assert [step for step, _ in reported.rows] == [0, 1]
 
 
 def test_a_value_first_logged_later_gets_a_column(tmp_path: Path) -> None:

@@ -201,9 +201,27 @@ def test_the_plan_says_what_issue_and_user_ask_for(folder: Path) -> None:
         "steps 10 (4 clips a step, 2 processes), 6.67 epochs",
         "checkpoints 1, every 500 steps and at the end, the last 3 kept",
         "validation 2 times, 1 prompt",
+        "workers none: ",
     ):
         assert words in text, text
     assert "CREPA off" in printed(planned(folder, CrepaConfig()))
+
+
+@pytest.mark.parametrize(
+    ("given", "device_type", "workers", "words"),
+    [
+        (None, "cpu", 0, "workers none: clips are read and noise is drawn in the training process"),
+        (None, "cuda", 2, "workers 2, which read clips and draw noise, at most 4 micro-batches ahead"),
+        (0, "cuda", 0, "workers none"),
+        (1, "cpu", 1, "workers 1, which read clips and draw noise, at most 2 micro-batches ahead"),
+    ],
+)
+def test_the_plan_says_who_reads_the_clips(
+    folder: Path, given: int | None, device_type: str, workers: int, words: str
+) -> None:
+    plan = planned(folder, CrepaConfig(), device_type=device_type, workers=given)
+    assert plan.workers == plan.settings.workers_on(device_type) == workers
+    assert words in printed(plan)
 
 
 def test_the_plan_of_a_published_teacher_needs_no_network_when_features_are_cached(folder: Path) -> None:

@@ -176,14 +176,6 @@ def test_losses_do_not_depend_on_checkpointing_of_gradients(models: Path, tmp_pa
     assert rows[0] == rows[1]
 
 
-def test_losses_do_not_depend_on_who_reads_the_clips(models: Path, tmp_path: Path) -> None:
-    rows = [
-        train(tiny_settings(models, tmp_path / str(workers), workers=workers), tiny_config(models))
-        for workers in (0, 2)
-    ]
-    assert rows[0] == rows[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_train_as_others_do(models: Path, tmp_path: Path, checkpointing: bool) -> None:

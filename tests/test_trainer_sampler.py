@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from crepa_trainer.sampler import ClipOrder, Position, RankBatches, collate, draw_noise
+from crepa_trainer.sampler import ClipOrder, Position, RankPositions, collate, draw_noise
 
 BUCKETS = ["wide"] * 7 + ["tall"] * 4 + ["square"]
 
@@ -62,11 +62,17 @@ def test_ranks_share_the_stream_that_one_process_has_alone(world: int, accumulat
 
 def test_a_rank_that_starts_later_goes_on_where_it_would_have_been() -> None:
     order = ClipOrder(BUCKETS, batch_size=2, accumulation=3, world=2, seed=9)
-    whole = list(itertools.islice(RankBatches(order, rank=1), 60))
-    later = list(
-        itertools.islice(RankBatches(ClipOrder(BUCKETS, batch_size=2, accumulation=3, world=2, seed=9), 1, 7), 39)
-    )
+    whole = [order.clips(position) for position, _ in itertools.islice(RankPositions(3, rank=1), 60)]
+    again = ClipOrder(BUCKETS, batch_size=2, accumulation=3, world=2, seed=9)
+    later = [again.clips(position) for position, _ in itertools.islice(RankPositions(3, rank=1, first_step=7), 39)]
     assert later == whole[21:]
+
+
+def test_epochs_may_be_asked_for_in_any_order() -> None:
+    order = ClipOrder(BUCKETS, batch_size=2, seed=4)
+    steps = [0, 30, 1, 12, 11, 0]
+    fresh = [ClipOrder(BUCKETS, batch_size=2, seed=4).clips(Position(step, 0, 0)) for step in steps]
+    assert [order.clips(Position(step, 0, 0)) for step in steps] == fresh
 
 
 def test_noise_differs_between_clips_places_and_seeds() -> None:

@@ -62,12 +62,27 @@ def tiny_config(models: Path, **changes: Any) -> CrepaConfig:
 
 
 class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Encoded clips as the cache gives them, each made from its number. `kill_at`: the item at which SIGKILL comes."""
+    """Encoded clips as the cache gives them, each made from its number.
 
-    def __init__(self, wide: int = 5, tall: int = 3, *, pixels: bool = False, kill_at: int | None = None) -> None:
+    kill_at: the item at which SIGKILL comes to the process that makes it, or with `kill_training` to that which trains.
+    broken: the clip whose file is damaged. nan: the clip that is not finite.
+    """
+
+    def __init__(
+        self,
+        wide: int = 5,
+        tall: int = 3,
+        *,
+        pixels: bool = False,
+        kill_at: int | None = None,
+        kill_training: bool = False,
+        broken: int | None = None,
+        nan: int | None = None,
+    ) -> None:
         sizes = [Bucket(32, 48, 9)] * wide + [Bucket(48, 32, 9)] * tall
         self.keys: Sequence[ClipKey] = [ClipKey(f"{n}.mp4", 0, size, "a video") for n, size in enumerate(sizes)]
         self.pixels, self.kill_at, self.given = pixels, kill_at, 0
+        self.kill_training, self.broken, self.nan = kill_training, broken, nan
         self.negative_text = {"text": torch.zeros(TEXT_TOKENS, TEXT_DIM)}
         prompt = torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(99))
         self.validation_text = [{"text": prompt}]
@@ -77,8 +92,11 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.given == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            in_worker = torch.utils.data.get_worker_info() is not None
+            os.kill(os.getppid() if in_worker and self.kill_training else os.getpid(), signal.SIGKILL)
         self.given += 1
+        if index == self.broken:
+            raise ValueError(f"clip-{index}.safetensors is damaged; start again")
         generator = torch.Generator().manual_seed(1000 + index)
         bucket = self.keys[index].bucket
         height, width = bucket.height, bucket.width
@@ -87,6 +105,8 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
             "text": torch.randn(TEXT_TOKENS, TEXT_DIM, generator=generator),
             "index": torch.tensor(index),
         }
+        if index == self.nan:
+            item["latents"][0, 0, 0, 0] = torch.nan
         if self.pixels:
             return item | {"pixels": torch.randint(0, 256, (3, 3, height, width), generator=generator).byte()}
         grid = FEATURE_GRID if height < width else FEATURE_GRID[::-1]
@@ -111,7 +131,7 @@ def train_elsewhere(
     settings: RunSettings, config: CrepaConfig, *, processes: int = 1, timeout: float = 300, **clips: Any
 ) -> subprocess.CompletedProcess[str]:
     """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips, and
-    `file_size`, the bytes past which no file may grow.
+    `file_size`, the bytes past which no file may grow, and `start`, how worker processes are started.
     """
     return subprocess.run(
         command(settings, config, processes=processes, **clips),
@@ -140,6 +160,8 @@ def _main(given: Mapping[str, Any]) -> None:
 
         # A file that would grow larger is an OSError, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if start := given["clips"].pop("start", None):
+        torch.multiprocessing.set_start_method(start)
     settings, config = RunSettings(**given["settings"]), CrepaConfig.from_dict(given["config"])
     train(settings, config, TinyClips(**given["clips"]))
 

@@ -39,9 +39,6 @@ T = TypeVar("T")
 PROMPTS_AT_A_TIME = 16
 NEGATIVE_PROMPT = ""
 
-# Of an item, the teacher's side.
-TEACHER_NAMES = ("pixels", "features", "feature_grid")
-
 
 class CachedClips(Dataset[dict[str, Tensor]]):
     """The clips of a run, each read from disk when it is asked for.
@@ -53,8 +50,7 @@ class CachedClips(Dataset[dict[str, Tensor]]):
 
     Attributes:
         keys: what each item is a clip of.
-        without_teacher: leave the teacher's side out of items, once nothing needs it. Worker processes that read
-            already do not see it change.
+        without_teacher: leave the teacher's side out of items, once nothing needs it.
         negative_text: embedding of the empty prompt; None without validation prompts.
         validation_text: embeddings of the validation prompts, each for the clip of `clip_of_prompt` where the text
             encoder reads first frames.

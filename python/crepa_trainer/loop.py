@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from crepa_kernels.host_copy import HostCopy, several_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,20 +145,23 @@ def train(
     """`steps` optimiser steps of a student and a loader that come out of accelerator.prepare.
 
     text: (1, L, text_dim), the condition of every clip. Each step's values go to the accelerator's trackers and
-    to `on_step`. FloatingPointError as soon as the loss is not a finite number.
+    to `on_step`, a step later. FloatingPointError then where the loss is not a finite number.
     """
     student.transformer.train()
     batches = _endless(loader)
-    for step in range(steps):
-        values = StepValues()
-        while True:
-            values.add(training_step(accelerator, student, next(batches), text, step, generator))
-            if accelerator.sync_gradients:
-                break
-        read = values.read(accelerator)
-        check_finite(student, step, read, skipped=accelerator.optimizer_step_was_skipped)
-        accelerator.log(read, step=step)
-        on_step(step, read)
+
+    def report(step: int, values: dict[str, float]) -> None:
+        accelerator.log(values, step=step)
+        on_step(step, values)
+
+    with StepReports(accelerator, student, report) as reports:
+        for step in range(steps):
+            values = StepValues()
+            while True:
+                values.add(training_step(accelerator, student, next(batches), text, step, generator))
+                if accelerator.sync_gradients:
+                    break
+            reports.send(step, values)
 
 
 def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
@@ -166,14 +172,16 @@ def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
 class StepValues:
     """The logged values of one optimiser step, each the mean over its micro-batches and ranks.
 
-    Tensors stay on the device until `read`, which is the step's one all-reduce and the one place where the host waits
-    for the device. Plain numbers are the same on every rank and micro-batch; the last is kept.
+    Tensors stay on the device until `send`, the step's one all-reduce, which has them copied to the host; `read` waits
+    for that, at no cost once the next step is under way. Plain numbers are the same on every rank and micro-batch; the
+    last is kept.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._numbers: dict[str, float] = {}
+        self._sent: HostCopy | None = None
 
     def add(self, logs: Mapping[str, Tensor | float | bool]) -> None:
         """Adds one micro-batch's values."""
@@ -186,15 +194,64 @@ class StepValues:
             else:
                 self._sums[name], self._counts[name] = value.detach().float().reshape(()), 1
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means; call it in every process, after the same micro-batches."""
+    def send(self) -> None:
+        """Nothing is added after this. Call it in every process, after the same micro-batches."""
         means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-        if accelerator.num_processes > 1:
-            means = accelerator.reduce(means, "mean")
-        values = dict(zip(self._sums, means.tolist(), strict=True)) | self._numbers
+        self._sent = HostCopy(means, over_ranks=several_ranks())
+
+    def read(self) -> dict[str, float]:
+        """The means, in the order in which they were added."""
+        if self._sent is None:
+            raise ValueError("send() comes before read()")
+        means = self._sent.read()
+        if several_ranks():
+            # In fp32, as they are.
+            means = (torch.tensor(means, dtype=torch.float32) / dist.get_world_size()).tolist()
+        values = dict(zip(self._sums, means, strict=True)) | self._numbers
         if math.isnan(values.get("crepa_similarity_ema", 0.0)):
             del values["crepa_similarity_ema"]  # before its first value
         return values
+
+
+class StepReports:
+    """Checks and reports each optimiser step's values a step late, so that the host never waits for the device.
+
+    At the end of the `with` block the last ones too. Call `flush` before anything that must not come of numbers that
+    are not finite, such as a checkpoint: nothing is under way after it. The same calls in every process.
+
+    report: called with each step and its values, in their order. FloatingPointError from `send` and `flush` instead,
+    naming the step, as `check_finite`; nothing is reported after that.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, student: Student, report: Callable[[int, dict[str, float]], None]
+    ) -> None:
+        self._accelerator, self._student, self._report = accelerator, student, report
+        self._under_way: tuple[int, StepValues, bool] | None = None
+
+    def send(self, step: int, values: StepValues) -> None:
+        """Sends off what the step that was just started gives, and reports the one before it."""
+        values.send()
+        sent = step, values, self._accelerator.optimizer_step_was_skipped
+        self.flush()
+        self._under_way = sent
+
+    def flush(self) -> None:
+        """Waits for the values that are under way and reports them."""
+        sent, self._under_way = self._under_way, None
+        if sent is not None:
+            step, values, skipped = sent
+            read = values.read()
+            check_finite(self._student, step, read, skipped=skipped)
+            self._report(step, read)
+
+    def __enter__(self) -> StepReports:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the other ranks may have ended, and never add theirs.
+        if kind is None or self._accelerator.num_processes == 1:
+            self.flush()
 
 
 def check_finite(student: Student, step: int, values: Mapping[str, float], *, skipped: bool = False) -> None:

@@ -75,7 +75,10 @@ class CrepaMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers. `epochs`: how often each clip is seen; `memory` is None without CREPA."""
+    """A run in numbers.
+
+    `epochs`: how often each clip is seen; `memory` is None without CREPA; `workers`: those of each process.
+    """
 
     settings: RunSettings
     config: CrepaConfig
@@ -87,6 +90,7 @@ class Plan:
     buckets: tuple[BucketPlan, ...]
     epochs: float
     memory: CrepaMemory | None
+    workers: int
 
     @property
     def checkpoints(self) -> int:
@@ -125,7 +129,9 @@ def make_plan(
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
     taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
     memory = _memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None
-    return Plan(settings, config, family, found, processes, parameters, trained, buckets, taken / batches, memory)
+    workers = settings.workers_on(device_type)
+    epochs = taken / batches
+    return Plan(settings, config, family, found, processes, parameters, trained, buckets, epochs, memory, workers)
 
 
 def check_blocks(config: CrepaConfig, family: TrainingFamily) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .cache_names import teacher_is_encoder
 from .plan import BucketPlan, Plan
+from .sampler import MADE_AHEAD
 
 Rows = list[tuple[str, str]]
 
@@ -90,6 +91,7 @@ def _step_rows(plan: Plan) -> Rows:
     every, kept = settings.checkpoint_every, settings.checkpoints_kept
     rows = [
         ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:,.2f} epochs"),
+        ("workers", _workers(plan)),
         ("checkpoints", f"{plan.checkpoints}, every {_several(every, 'step')} and at the end, the last {kept} kept"),
     ]
     if plan.validations:
@@ -98,8 +100,16 @@ def _step_rows(plan: Plan) -> Rows:
     return rows
 
 
-def _several(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
+def _workers(plan: Plan) -> str:
+    if not plan.workers:
+        return "none: clips are read and noise is drawn in the training process"
+    whose = " for each process" if plan.processes > 1 else ""
+    ahead = _several(plan.workers * MADE_AHEAD, "micro-batch", "es")
+    return f"{plan.workers}{whose}, which read clips and draw noise, at most {ahead} ahead"
+
+
+def _several(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number:,} {thing}{plural * (number != 1)}"
 
 
 def _number(value: int) -> str:

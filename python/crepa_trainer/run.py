@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -14,18 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from . import export
-from .cache import TEACHER_NAMES, clip_of_prompt, prepare_cache
+from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
-from .loop import NoisyLatents, StepValues, Student, check_finite, micro_batch
+from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
 from .progress import training_progress
-from .sampler import ClipOrder, Position, RankBatches, collate, draw_noise
+from .sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .student import make_average, make_student, trained_parameters
 from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
@@ -174,13 +173,6 @@ def _fingerprint(clips: CachedClips) -> str:
     return hashlib.sha256(repr([astuple(key) for key in clips.keys]).encode()).hexdigest()
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pageable memory the host would wait for the copy.
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 @dataclass
 class TrainingRun:
     """The optimiser steps of a prepared student on cached clips."""
@@ -207,66 +199,65 @@ class TrainingRun:
         """All steps from `first_step` on, with their checkpoints and validations."""
         settings, total = self.settings, self.settings.max_train_steps
         self.student.transformer.train()
-        batches = self._batches(first_step)
-        with training_progress(console, total, first_step) as show:
+        positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
+        device = self.accelerator.device
+        with (
+            training_progress(console, total, first_step) as show,
+            StepReports(self.accelerator, self.student, lambda step, values: self._report(step, values, show)) as late,
+            micro_batches(
+                MicroBatches(self.clips, self.order, self.family.noise_level),
+                positions,
+                workers=settings.workers_on(device.type),
+                device=device,
+            ) as batches,
+        ):
             for step in range(first_step, total):
-                values = self._step(step, batches)
-                self.accelerator.log(values, step=step)
-                show(step, values)
+                positions.without_teacher = self._untaught
+                late.send(step, self._step(step, batches))
                 done = step + 1
-                if settings.validation_every and done % settings.validation_every == 0:
+                validates = settings.validation_every and done % settings.validation_every == 0
+                saves = done % settings.checkpoint_every == 0 or done == total
+                if validates or saves:
+                    late.flush()
+                if validates:
                     self._validate(done)
-                if done % settings.checkpoint_every == 0 or done == total:
+                if saves:
                     self.checkpoints.save(done)
 
-    def _batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        loader: DataLoader[Any] = DataLoader(
-            self.clips,
-            batch_sampler=RankBatches(self.order, self.accelerator.process_index, first_step),
-            num_workers=self.settings.workers,
-            collate_fn=collate,
-            pin_memory=self.accelerator.device.type == "cuda",
-            # Of its own, so that starting it draws nothing from the state that checkpoints keep.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
+    @property
+    def _untaught(self) -> bool:
+        """Whether nothing of the teacher's side is needed any more."""
+        return self.student.crepa is None or self.student.crepa.ended
 
-    def _step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    def _report(self, step: int, values: Mapping[str, float], show: Callable[[int, Mapping[str, float]], None]) -> None:
+        values = {"epoch": self.order.epoch(Position(step, 0, 0)), **values}
+        self.accelerator.log(values, step=step)
+        show(step, values)
+
+    def _step(self, step: int, batches: Iterator[MicroBatch]) -> StepValues:
         values = StepValues()
         every = self.settings.matrix_every
         for micro in range(self.settings.gradient_accumulation_steps):
-            position = Position(step, micro, self.accelerator.process_index)
             look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
-            values.add(self._micro_batch(position, next(batches), bool(look)))
+            values.add(self._micro_batch(step, next(batches), bool(look)))
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.step(trained_parameters(self.transformer).values())
-        read = values.read(self.accelerator)
-        check_finite(self.student, step, read, skipped=self.accelerator.optimizer_step_was_skipped)
-        return {"epoch": self.order.epoch(Position(step, 0, 0)), **read}
+        return values
 
-    def _micro_batch(self, position: Position, batch: dict[str, Tensor], look: bool) -> dict[str, Any]:
-        device = self.accelerator.device
-        teacher: dict[str, Any] = {}
-        if self.student.crepa is None or self.student.crepa.ended:
-            # From the next batch that is asked for, it is not even read.
-            self.clips.without_teacher = True
-            batch = {name: tensor for name, tensor in batch.items() if name not in TEACHER_NAMES}
-        if "feature_grid" in batch:
-            teacher["feature_grid"] = tuple(batch.pop("feature_grid")[0].tolist())
-        noise, draw = draw_noise(batch["latents"].shape, self.order.generators(position))
-        time = self.family.noise_level(draw, batch["latents"].shape[1:])
-        batch = {name: _moved(tensor, device) for name, tensor in batch.items()}
-        teacher |= {key: batch[key] for key in ("pixels", "features") if key in batch}
-        noisy = self.family.noisy(batch, _moved(noise, device), _moved(time, device))
+    def _micro_batch(self, step: int, batch: MicroBatch, look: bool) -> dict[str, Any]:
+        if self._untaught:
+            batch = batch._replace(teacher={})
+        batch = batch.to(self.accelerator.device)
+        noisy = self.family.noisy(batch.clips, batch.noise, batch.time)
 
         def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
-            return self.family.predict(transformer, noisy, batch)
+            return self.family.predict(transformer, noisy, batch.clips)
 
         def show_matrix() -> None:
-            self._show_matrix(position.step, {**teacher, "frame_mask": noisy.frame_mask})
+            self._show_matrix(step, {**batch.teacher, "frame_mask": noisy.frame_mask})
 
         return micro_batch(
-            self.accelerator, self.student, noisy, predict, teacher, position.step, show_matrix if look else None
+            self.accelerator, self.student, noisy, predict, batch.teacher, step, show_matrix if look else None
         )
 
     def _show_matrix(self, step: int, teacher: Mapping[str, Any]) -> None:

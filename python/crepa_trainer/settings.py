@@ -18,6 +18,7 @@ from crepa_kernels.config_sources import add_json_options, merge, read_json, unk
 logger = logging.getLogger(__name__)
 
 PRESET = "preset"
+WORKERS_WITH_GPU = 2
 
 
 def _tuples(value: Any) -> Any:
@@ -136,7 +137,12 @@ class RunSettings(BaseModel):
         0, ge=0, description="steps between similarity matrices in TensorBoard, 0 for never; must be an integer >= 0"
     )
     strict: bool = Field(False, description="stop at a video that cannot be used; must be true or false")
-    workers: Integer = Field(0, ge=0, description="processes that read clips; must be an integer >= 0")
+    workers: Integer | None = Field(
+        None,
+        ge=0,
+        description="processes beside each training process that read clips and draw noise ahead, when null 2 with a "
+        "GPU and 0 on a CPU; must be an integer >= 0",
+    )
 
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields
@@ -163,6 +169,13 @@ class RunSettings(BaseModel):
     def cache_folder(self) -> Path:
         """Where encoded clips and captions are kept."""
         return self.output / "cache" if self.cache is None else self.cache
+
+    def workers_on(self, device_type: str) -> int:
+        """`workers`, or the default for training on such a device."""
+        if self.workers is not None:
+            return self.workers
+        # On a CPU they would take from the training what they save it.
+        return 0 if device_type == "cpu" else WORKERS_WITH_GPU
 
 
 def _contradictions(settings: RunSettings) -> list[str]:
