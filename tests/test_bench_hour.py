@@ -104,6 +104,14 @@ if open({str(log)!r}).read().count(";") < 3: {ending}
     assert log.read_text() == ";" + "--again;" * (runs - 1)
 
 
+def test_a_command_that_always_crashes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hour, "STARTS", 3)
+    at = Hour(tmp_path, 60)
+    at.run(part("table", "import os; print('again', flush=True); os.kill(os.getpid(), 11)", restarts=True))
+    assert outcomes(at) == {"table": "failed: exit status -11"}
+    assert (tmp_path / "hour.log").read_text().count("again") == 3
+
+
 def test_what_a_signal_ends_leaves_nothing_behind(tmp_path: Path) -> None:
     program = """
 import sys

@@ -30,6 +30,7 @@ from benches.gpu.measure import ROOT, commit
 from benches.gpu.results import write_whole
 
 AGAIN = 75  # what ``python -m benches.gpu`` exits with where it wants a new process
+STARTS = 30  # of one command at most: what crashes before it measures anything would be started for ever
 PASSED = "passed"
 # The test files with tests for a GPU that need neither diffusers nor pydantic.
 TESTS = [
@@ -151,9 +152,9 @@ class Hour:
 
     def _commands(self, part: Part, deadline: float, log: TextIO) -> str:
         for command in part.commands:
-            status = self._start(part, command, deadline, log)
-            while part.restarts and status is not None and (status == AGAIN or status < 0):
-                status = self._start(part, [*command, "--again"], deadline, log)
+            status, starts = self._start(part, command, deadline, log), 1
+            while part.restarts and starts < STARTS and status is not None and (status == AGAIN or status < 0):
+                status, starts = self._start(part, [*command, "--again"], deadline, log), starts + 1
             if status is None:
                 return "out of time"
             if status != 0:
