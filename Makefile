@@ -10,11 +10,9 @@ PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
 TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py ahead_of_time.py)
-# Those that need no diffusers.
-GPU_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py extension_cuda.py \
-	layer_norm_resample_options.py resample_gather.py host_copy.py schedule_state.py)
+GPU_HOUR := $(PYTHON) -m benches.gpu.hour
 
-.PHONY: gpu demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
+.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -34,21 +32,12 @@ test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
 aot: $(VENV)/.test
 	$(PYTEST) tests/test_ahead_of_time.py
 
-gpu:
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA or ROCm GPU was found: nothing to launch')"
+# These two run with the GPU machine's own Python and torch, in no virtual environment; build/gpu has what they find.
+gpu-check:
+	$(GPU_HOUR) --only build gate tests memcheck racecheck initcheck
 
-# These two run with the GPU machine's own Python and torch, in no virtual environment.
-gpu-check: gpu
-	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu $(GPU_TESTS)
-	@if command -v compute-sanitizer >/dev/null; then \
-		PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benches.gpu --gate; \
-	else echo "compute-sanitizer is not installed: memory was not checked"; fi
-
-bench-gpu: gpu
-	CREPA_KERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m benches.gpu
-	PYTHONPATH=. $(PYTHON) -m benches.bench_resample --device cuda --out benches/results/resample-gpu.json
+bench-gpu:
+	$(GPU_HOUR) --only build gate table choices resample
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

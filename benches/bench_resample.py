@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benches.gpu.measure import commit
+from benches.gpu.results import write_whole
 from benches.measure import interleaved_medians, keep_heap_warm
 from crepa_kernels import resample_tokens
 from crepa_kernels.grid import Grid, count
@@ -148,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not has_extension(options.device):
         parser.error(f"the C++/CUDA extension is not there for {options.device}: there is nothing to compare")
     keep_heap_warm()
-    rows = []
+    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
+    rows: list[dict[str, object]] = []
+    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
     for case in cases(options.frames):
         if options.case not in str(case):
             continue
@@ -161,11 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{100 * float(str(row['share_of_floor_both'])):.0f} % of the copy rate",
             flush=True,
         )
-    if options.out:
-        name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
-        found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "cases": rows}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        if options.out:
+            write_whole(options.out, json.dumps({**found, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crepa_kernels.grid import Grid, SpatialAlign
 
@@ -53,4 +53,15 @@ SAME_GRID = [
 RESAMPLED = [
     Shape("wan-14b-480p", 5120, 21, (30, 52), (37, 37), 1536, "teacher"),
     Shape("wan-14b-720p", 5120, 21, (45, 80), (16, 16), 384, "teacher"),
+]
+
+# What a GPU measures, the shapes with a target or a prediction first: time may not last for the rest.
+_FIRST = ("wan-14b-480p", "wan-1.3b-480p", "ltx-2b")
+ON_A_GPU = [
+    replace(shape, dtype="bfloat16")
+    for shape in (
+        *(shape for name in _FIRST for shape in SAME_GRID if shape.name == name),
+        *RESAMPLED,
+        *(shape for shape in SAME_GRID if shape.name not in _FIRST),
+    )
 ]

@@ -1,14 +1,25 @@
-"""Writes the measured table of benches/results/ into README.md: python -m benches.table"""
+"""Writes the measured tables of benches/results/ into README.md.
+
+    python -m benches.table [--from build/gpu]
+
+``--from`` first takes over what ``benches.gpu.hour`` measured there.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benches.gpu.predicted import PREDICTED
+from benches.gpu.results import MEASURED, write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- measured: loss-cpu -->", "<!-- end -->"
+END = "<!-- end -->"
+TAKEN_OVER = ("gpu-*.json", "choices-*.json", "resample-gpu.json", "gpu-*.png")
 
 
 def loss_table(results: dict[str, Any]) -> str:
@@ -39,14 +50,99 @@ def loss_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source])
 
 
-def main() -> None:
+def gpu_tables(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table a device, from the JSON of ``benches.gpu``; what was predicted where nothing is measured.
+
+    Raises:
+        ValueError: for the results of a dry run.
+    """
+    if any(each["dry"] for each in results):
+        raise ValueError("a dry run measured nothing to put in a table")
+    return "\n\n".join(_gpu_table(each) for each in results) if results else _predictions()
+
+
+def _gpu_table(results: dict[str, Any]) -> str:
+    lines = [
+        "| shape | `triton` | of the honest floor | predicted | with the (E, D) passes | of the physical floor "
+        "| torch.compile bf16 | eager fp32 | extra peak, of eager's |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        calls = row["calls"]
+        cells = [_milliseconds(calls.get("triton", {}))]
+        cells += [_share(row.get("fraction_of_honest_floor")), row.get("predicted", "")]
+        cells += [_share(row.get(f"fraction_of_{name}")) for name in ("honest_floor_with_weights", "physical_floor")]
+        for peer in ("compiled bf16", "eager fp32"):
+            faster = row.get("times_faster", {}).get(peer)
+            cells.append(_milliseconds(calls.get(peer, {})) + ("" if faster is None else f", {faster:.2f}x ours"))
+        ours, eager = (calls.get(name, {}).get("extra_bytes") for name in ("triton", "eager fp32"))
+        cells.append(_share(ours / eager if ours is not None and eager else None))
+        lines.append(f"| {row['shape']} | {' | '.join(cells)} |")
+    machine = results["machine"]
+    source = (
+        f"Forward + backward in a CUDA graph on cold caches, medians. {machine['device']}, copy "
+        f"{results['copy_rate'] / 1e12:.2f} TB/s, products {results['matrix_rate'] / 1e12:.0f} TFLOP/s, "
+        f"{machine['runtime']}, torch {machine['torch']}, Triton {machine['triton']}, Python {machine['python']}, "
+        f"commit {machine['commit']}."
+    )
+    return "\n".join([*lines, "", source])
+
+
+def _milliseconds(call: dict[str, Any]) -> str:
+    """A call's time, or in a word why there is none."""
+    if "median_ms" in call:
+        return f"{call['median_ms']:.3f} ms" + ("" if call["in_graph"] else " (no graph)")
+    return "out of memory" if "out of memory" in call.get("failed", "") else "failed" if "failed" in call else "-"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _predictions() -> str:
+    cards, shapes = list(PREDICTED), list(dict.fromkeys(shape for card in PREDICTED.values() for shape in card))
+    lines = [f"| predicted, of the honest floor | {' | '.join(cards)} |", f"|---|{'--:|' * len(cards)}"]
+    lines += [f"| {shape} | {' | '.join(str(PREDICTED[card].get(shape, '')) for card in cards)} |" for shape in shapes]
+    return "\n".join(["Nothing measured yet on a GPU.", "", *lines])
+
+
+def take_over(folder: Path) -> list[Path]:
+    """Copies a GPU's measurements to benches/results; ValueError for those of a dry run, and if there are none."""
+    found = [path for pattern in TAKEN_OVER for path in sorted(folder.glob(pattern))]
+    if not found:
+        raise ValueError(f"{folder} holds no measurements ({', '.join(TAKEN_OVER)})")
+    for path in found:
+        if path.suffix == ".json" and json.loads(path.read_text()).get("dry"):
+            raise ValueError(f"{path} is of a dry run: nothing was measured")
+    MEASURED.mkdir(exist_ok=True)
+    for path in found:
+        (MEASURED / path.name).write_bytes(path.read_bytes())
+    return found
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between the marks of ``name``; ValueError unless they are there once."""
+    start = f"<!-- measured: {name} -->"
+    pattern = f"{re.escape(start)}.*?{re.escape(END)}"
+    made, count = re.subn(pattern, lambda _: f"{start}\n{table}\n{END}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must hold {start} ... {END} once, found {count}")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches.table", description=__doc__)
+    parser.add_argument("--from", dest="folder", type=Path, help="folder of an hour on a GPU")
+    parsed = parser.parse_args(arguments)
+    if parsed.folder is not None:
+        try:
+            take_over(parsed.folder)
+        except ValueError as error:
+            parser.error(str(error))
     readme = ROOT / "README.md"
-    results = json.loads((ROOT / "benches" / "results" / "loss-cpu.json").read_text())
-    table = f"{START}\n{loss_table(results)}\n{END}"
-    text, replaced = re.subn(f"{START}.*?{END}", lambda _: table, readme.read_text(), flags=re.DOTALL)
-    if replaced != 1:
-        raise SystemExit(f"README.md must hold {START} ... {END} once, found {replaced}")
-    readme.write_text(text)
+    text = replaced(readme.read_text(), "loss-cpu", loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())))
+    gpus = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("gpu-*.json"))]
+    write_whole(readme, replaced(text, "loss-gpu", gpu_tables(gpus)))
 
 
 if __name__ == "__main__":

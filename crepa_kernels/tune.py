@@ -2,22 +2,23 @@
 
     python -m crepa_kernels.tune [--shapes wan-14b-480p ...] [--folder DIR]
 
-For each shape class forward + backward is timed with one tile field changed at a time; the fastest stays. Without
-``--folder`` the file goes to the package's own folder of choices; ``CREPA_TILES=DIR`` has other folders looked up.
+For each shape class forward + backward is timed with one tile field changed at a time, in a CUDA graph and on cold
+caches; the fastest stays. Without ``--folder`` the file goes to the package's own folder of choices;
+``CREPA_TILES=DIR`` has other folders looked up.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .clock import CaptureError, Clock, Step, Times, first_line
 from .loss import crepa_loss
 from .projector import CrepaProjector
 from .shape_classes import SHAPE_CLASSES, ShapeClass
@@ -25,8 +26,6 @@ from .triton_backend import why_not_triton_for
 
 if TYPE_CHECKING:
     from .triton.tiles import Choice
-
-Step = Callable[[], object]
 
 
 def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool) -> dict[str, list[Choice]]:
@@ -55,59 +54,64 @@ def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool)
     }
 
 
-def milliseconds(step: Step, repeats: int) -> float:
-    """Median time of ``step`` on the GPU, after warming up."""
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+def compare(step: Step, choices: Sequence[Choice], clock: Clock) -> list[Times | str]:
+    """Times of ``step`` with each choice, in turns; in place of those of a choice that does not run, the reason."""
+    captured = {str(index): _captured(step, choice, clock) for index, choice in enumerate(choices)}
+    times = clock.interleaved({index: replay for index, replay in captured.items() if not isinstance(replay, str)})
+    return [replay if isinstance(replay, str) else times[index] for index, replay in captured.items()]
 
 
-def steps_of(shape: ShapeClass, dtype: torch.dtype) -> tuple[Step, Step]:
-    """Forward + backward, and forward without gradients, of one shape."""
-    generator = torch.Generator("cuda").manual_seed(0)
+def _captured(step: Step, choice: Choice, clock: Clock) -> Step | str:
+    from .triton.tiles import forced
+
+    try:
+        with forced(choice):
+            return clock.graphed(step)
+    except CaptureError:
+        raise
+    except Exception as error:  # a tile that the compiler or the card refuses is no candidate
+        clock.wait()  # raises where the card is lost, not the tile
+        return first_line(error)
+
+
+def steps_of(shape: ShapeClass, dtype: torch.dtype, device: str = "cuda") -> tuple[Step, Step]:
+    """Forward + backward, and forward without gradients, of one shape; what they return may be dropped."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(width: int) -> torch.Tensor:
         size = (1, shape.frames, shape.tokens, width)
-        return torch.randn(size, generator=generator, device="cuda", dtype=dtype)
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
     h, y = normal(shape.hidden_size).requires_grad_(), normal(shape.feature_size)
-    projector = CrepaProjector(shape.hidden_size, shape.feature_size).cuda()
+    projector = CrepaProjector(shape.hidden_size, shape.feature_size).to(device)
     grid = (1, shape.tokens)
 
     def loss() -> torch.Tensor:
         return crepa_loss(h, y, projector, student_grid=grid, teacher_grid=grid, backend="triton").loss
 
-    def train() -> None:
-        h.grad = None
-        projector.zero_grad()
-        loss().backward()
-
-    return train, torch.no_grad()(loss)
+    return lambda: torch.autograd.grad(loss(), [h, *projector.parameters()]), torch.no_grad()(loss)
 
 
-def tune(shape: ShapeClass, dtype: torch.dtype, choice: Choice, shared_memory: int, hip: bool) -> dict[str, Any]:
-    """The fastest choice found for one shape, as an entry of a device's file."""
-    from .triton.tiles import forced
-
-    train, infer = steps_of(shape, dtype)
+def tune(
+    shape: ShapeClass, dtype: torch.dtype, choice: Choice, shared_memory: int, hip: bool, clock: Clock
+) -> dict[str, Any]:
+    """The fastest choice found for one shape, as an entry of a device's file; RuntimeError if none of a kind runs."""
+    train, infer = steps_of(shape, dtype, clock.device)
     best: dict[str, float] = {}
     for changed in candidates(choice, shape, shared_memory, hip):
-        timed: list[tuple[float, Choice]] = []
-        step = infer if changed in ("inference", "one_pass") else train
         options = candidates(choice, shape, shared_memory, hip)[changed]
-        for option in options:
-            trial = replace(option, inference="one_pass") if changed == "one_pass" else option
-            with forced(trial):
-                timed.append((milliseconds(step, 20), option))
-        best[changed], choice = min(timed, key=lambda pair: pair[0])
+        # The one-pass kernel is timed where it runs.
+        one_pass = changed == "one_pass"
+        trials = [replace(option, inference="one_pass") for option in options] if one_pass else options
+        times = compare(infer if changed in ("inference", "one_pass") else train, trials, clock)
+        medians = {index: time.median for index, time in enumerate(times) if isinstance(time, Times)}
+        for option, time in zip(options, times, strict=True):
+            if isinstance(time, str):
+                print(f"{shape.name}: {changed} {getattr(option, changed)} is left out: {time}", file=sys.stderr)
+        if not medians:
+            raise RuntimeError(f"{shape.name}: no choice of {changed} runs")
+        fastest = min(medians, key=medians.__getitem__)
+        best[changed], choice = medians[fastest], options[fastest]
         print(f"{shape.name}: {changed} {getattr(choice, changed)} {best[changed]:.3f} ms", flush=True)
     return {
         "shape": shape.name,
@@ -139,7 +143,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     for shape in SHAPE_CLASSES:
         if shape.name in parsed.shapes:
             start = heuristic(shape.hidden_size, shape.feature_size, 2, shared, hip)
-            entries.append(tune(shape, torch.bfloat16, start, shared, hip))
+            entries.append(tune(shape, torch.bfloat16, start, shared, hip, Clock()))
     folder = parsed.folder or tile_folders()[-1]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{device_slug(properties.name)}.json"

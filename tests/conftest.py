@@ -8,6 +8,16 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU every new shape, type and stride is a compilation: what brings no new variant of a kernel is slow."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("gpu"):
+            for mark in item.iter_markers("few_on_a_gpu"):
+                if not any(part in item.callspec.id for part in mark.args):
+                    item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small tensors are slower on several threads, and much slower where cores are shared."""

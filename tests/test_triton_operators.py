@@ -122,6 +122,7 @@ def test_frames_outside_the_loss_may_hold_nan(
 
 
 # Sizes that no tile divides, more than one tile of each kind, more than 32 frames, and tiles that divide evenly.
+@pytest.mark.few_on_a_gpu("odd-torch.bfloat16", "even", "long")
 @on_each_device
 @recomputing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -249,6 +250,7 @@ def test_an_index_outside_the_teacher_is_nan_and_not_another_frame(
     assert output.frame_similarity[:, :3].isfinite().all()
 
 
+@pytest.mark.few_on_a_gpu("plain-triton-torch.bfloat16")
 @on_each_device
 @half_or_single
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

@@ -12,7 +12,13 @@ from typing import Any
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Achieved operations a second over operations a byte, under the card's measured copy and matrix rates."""
+    """Achieved operations a second over operations a byte, under the card's measured copy and matrix rates.
+
+    Raises:
+        ValueError: for the results of a dry run.
+    """
+    if results["dry"]:
+        raise ValueError("a dry run measured nothing to plot")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,11 +31,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
     marks = {"triton": "o", "compiled bf16": "s", "eager fp32": "^"}
     for index, row in enumerate(results["rows"]):
         colour = f"C{index % 10}"
+        floor = row["floor"]
         for call, mark in marks.items():
-            if call in row["calls"]:
-                rate = row["operations"] / (row["calls"][call]["median_ms"] * 1e-3) / 1e12
+            milliseconds = row["calls"].get(call, {}).get("median_ms")
+            if milliseconds is not None and "operations" in floor:
+                rate = floor["operations"] / (milliseconds * 1e-3) / 1e12
                 label = row["shape"] if call == "triton" else None
-                axes.plot(row["operations"] / row["bytes"], rate, mark, color=colour, label=label)
+                axes.plot(floor["operations"] / floor["moved"], rate, mark, color=colour, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("operations / byte that must move")
