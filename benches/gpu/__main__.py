@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benches.gpu.bottleneck import parts_of
-from benches.gpu.gate import CASES, WIDTHS, GateError, check
+from benches.gpu.gate import CASES, TYPES, WIDTHS, GateError, check
 from benches.gpu.measure import Dry, Gpu, machine
 from benches.gpu.predicted import prediction
 from benches.gpu.results import MEASURED, read_back, result_path, write
@@ -212,7 +212,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gate", action="store_true", help="stop after the correctness gate")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="of the gate; with --gate")
     parser.add_argument("--widths", nargs="+", type=pair, metavar="DxE", help="of the gate; with --gate")
-    parser.add_argument("--types", nargs="+", choices=["bfloat16", "float32"], help="of the gate; with --gate")
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), help="of the gate; with --gate")
     parser.add_argument("--shapes", nargs="+", metavar="PART", help="of the table: those whose name contains a PART")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing more after so long")
     parser.add_argument("--out", type=Path, default=MEASURED, help="folder of the results")
@@ -242,10 +242,9 @@ def gate(gpu: Gpu, parsed: argparse.Namespace, head: dict[str, Any]) -> bool:
         print(f"correct: see {path}", flush=True)
         return True
     widths = [(32, 16)] if gpu.dry else parsed.widths or WIDTHS
-    types = [getattr(torch, name) for name in parsed.types or ("bfloat16", "float32")]
     passed = []
     try:
-        for line in check(gpu, parsed.cases or tuple(CASES), widths, types):
+        for line in check(gpu, parsed.cases or tuple(CASES), widths, parsed.types or tuple(TYPES)):
             passed.append(line)
             print("dry:" if gpu.dry else "correct:", line, flush=True)
     except GateError as error:
