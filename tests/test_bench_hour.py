@@ -204,7 +204,7 @@ def test_the_python_of_the_hour_runs_without_a_gpu(tmp_path: Path) -> None:
         "build": "left out: a dry run takes what is built", "tests": PASSED, "racecheck": PASSED,
     }  # fmt: skip
     log = (tmp_path / "hour.log").read_text()
-    assert "dry: torch.bfloat16, D 32, E 16: 1 cases" in log
+    assert "dry: bfloat16, D 32, E 16: 1 cases" in log
     # What is chosen for a GPU is there by its id; what adds nothing there is not.
     assert "test_errors_are_those_of_eager_arithmetic_in_the_same_type[seed19-cuda]" in log
     assert "seed20-cuda" not in log
