@@ -66,7 +66,7 @@ def toolkit(folder: Path, release: str, architectures: str = "75 80 86 89 90") -
 
 def only_asked(folder: Path, version: str = "") -> str:
     """A C++ compiler that links, compiles nothing and is of a given version, else of its own."""
-    says = f"-dump*) echo {version} ;;" if version else ""
+    says = f"-dump*) echo {version}; exit ;;" if version else ""
     script = f"""case "$1" in {says} --version | -dump*) exec c++ "$@" ;; esac
     case " $* " in *" -shared "*) exec c++ "$@" ;; esac
     exit 1"""

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_ASKED = "there is no GPU, or CUDA is not initialized yet"
+_NO_KERNELS = "the extension has no kernels for this device"
 _missing: dict[str, str] = {}  # half -> why its kernels do not run
 # Processors with the GPU inside, whose machine code is of no other card and no other's is theirs.
 _INTEGRATED = (53, 62, 72, 87, 101)
@@ -125,15 +126,22 @@ def _register_for_cards() -> None:
         _missing["cuda"] = reason
 
 
-def has_extension(device_type: str) -> bool:
-    """Whether the extension's kernels run for tensors on ``device_type``; asked for CUDA, it initializes CUDA."""
+def why_no_extension(device_type: str) -> str | None:
+    """Why the extension's kernels do not run for tensors on ``device_type``; asked for CUDA, it initializes CUDA."""
     if device_type == "cuda" and _missing.get("cuda") is _NOT_ASKED and torch.cuda.is_available():
         torch.cuda.init()
-    return device_type in ("cpu", "cuda") and device_type not in _missing
+    return _missing.get(device_type) if device_type in ("cpu", "cuda") else _NO_KERNELS
+
+
+def has_extension(device_type: str) -> bool:
+    """Whether the extension's kernels run for tensors on ``device_type``; asked for CUDA, it initializes CUDA."""
+    return why_no_extension(device_type) is None
 
 
 @cache
 def log_fallback(device_type: str) -> None:
     """Says once that, and why, PyTorch does the extension's work for tensors on ``device_type``."""
-    reason = _missing.get(device_type, "the extension has no kernels for this device")
-    logger.info("token resampling on %s runs in PyTorch, not in the C++/CUDA extension: %s", device_type, reason)
+    logger.info(
+        "token resampling on %s runs in PyTorch, not in the C++/CUDA extension: %s",
+        device_type, why_no_extension(device_type),
+    )  # fmt: skip
