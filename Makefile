@@ -12,7 +12,12 @@ PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-versi
 TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py ahead_of_time.py)
 GPU_HOUR := $(PYTHON) -m benches.gpu.hour
 
-.PHONY: demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean
+# CUDA builds of torch come from PyPI, about 3 GB an environment; CUDA_ENVS names environments that are there already.
+CUDA_PYTHON ?= python3.12
+CUDA_TORCH := 2.13 2.11 2.10
+CUDA_ENVS ?=
+
+.PHONY: demo test test-full test-triton-versions aot cuda-builds gpu-check lint bench bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -31,6 +36,10 @@ test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
 # Every target, shape, type and tile, compiled without a GPU.
 aot: $(VENV)/.test
 	$(PYTEST) tests/test_ahead_of_time.py
+
+# The extension beside CUDA builds of torch, without a GPU: it builds, loads and registers.
+cuda-builds: $(if $(CUDA_ENVS),,$(CUDA_TORCH:%=$(VENV)/cuda-%/.made))
+	$(PYTHON) tests/cuda_builds $(or $(CUDA_ENVS),$(CUDA_TORCH:%=$(VENV)/cuda-%))
 
 # These two run with the GPU machine's own Python and torch, in no virtual environment; build/gpu has what they find.
 gpu-check:
@@ -80,6 +89,11 @@ $(VENV)/.triton-3.6: $(VENV)/.test
 
 $(VENV)/.triton-3.9: $(VENV)/.test
 	$(PIP_TARGET) $(VENV)/triton-3.9 "triton>=3.9,<3.10"
+	@touch $@
+
+$(VENV)/cuda-%/.made:
+	$(CUDA_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "torch==$*.*" setuptools ninja numpy
 	@touch $@
 
 clean:

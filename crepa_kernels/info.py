@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from .loss import available_backends
+from .ops.extension import why_no_extension
 from .shape_classes import SHAPE_CLASSES
 from .triton_backend import interpreting, why_no_triton, why_not_triton_for
 
@@ -53,6 +54,11 @@ def backends() -> Iterator[str]:
             yield f"{name}: off: {why_no_triton()}"
 
 
+def extension() -> Iterator[str]:
+    for half in ("cpu", "cuda"):
+        yield f"{half}: {'on' if (reason := why_no_extension(half)) is None else f'off: {reason}'}"
+
+
 def tile_choices() -> Iterator[str]:
     """One line a shape class and GPU; the interpreter's only choice on a CPU."""
     if why_no_triton() is not None:
@@ -70,7 +76,8 @@ def tile_choices() -> Iterator[str]:
 
 def main() -> int:
     for title, lines in (
-        ("versions", versions()), ("devices", devices()), ("backends", backends()), ("tiles (bfloat16)", tile_choices())
+        ("versions", versions()), ("devices", devices()), ("backends", backends()),
+        ("C++/CUDA extension", extension()), ("tiles (bfloat16)", tile_choices())
     ):  # fmt: skip
         print(title)
         for line in lines:

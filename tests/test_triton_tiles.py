@@ -86,6 +86,8 @@ def test_info_names_versions_and_why_a_backend_is_off() -> None:
     assert done.returncode == 0, done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     assert "triton: off: no CUDA or ROCm GPU was found" in done.stdout
+    if torch.version.cuda is None:
+        assert "\n  cuda: off: torch is built without CUDA\n" in done.stdout
     interpreted = run("crepa_kernels.info", TRITON_INTERPRET="1")
     assert "triton: on" in interpreted.stdout
     assert "wan-14b-480p: Choice(training='split'" in interpreted.stdout

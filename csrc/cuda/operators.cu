@@ -1,6 +1,18 @@
 // The operators on CUDA tensors: checks, tiles, launches on the current stream.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
 #include "../operands.h"
 #include "launch.h"
+
+#ifdef CREPA_ARCHITECTURES
+#define CREPA_TEXT(x) #x
+#define CREPA_TEXT_OF(x) CREPA_TEXT(x)
+// Read from the file, before it is loaded: loading registers the kernels, for every card.
+extern "C" __attribute__((used)) const char crepa_kernels_built_for[] =
+    "crepa_kernels built for " CREPA_TEXT_OF(CREPA_ARCHITECTURES) " by CUDA " CREPA_TEXT_OF(CUDART_VERSION);
+#endif
 
 namespace crepa {
 namespace {
