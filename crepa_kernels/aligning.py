@@ -40,6 +40,7 @@ def aligned(
         spatial_align=config.spatial_align,
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
+        backend=config.crepa_backend,
     )
 
 

@@ -164,6 +164,11 @@ class CrepaConfig(BaseModel):
         ge=1,
         description="steps between measurements while a recoverable cutoff lasts; must be an integer >= 1",
     )
+    crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
+        "auto",
+        description="what computes the loss, CREPA_BACKEND in the environment overrides it; "
+        'must be "auto", "triton", "torch" or "reference"',
+    )
 
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields

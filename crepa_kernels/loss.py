@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import nn
@@ -17,11 +16,11 @@ from .problem import CrepaOutput, Problem, build_problem
 from .projector import CrepaProjector
 from .reference import crepa_reference, reference_matrix
 from .torch_backend import crepa_torch
-from .triton_backend import crepa_triton, why_no_triton, why_not_triton_for
+from .triton.availability import why_no_triton, why_not_triton_for
+from .triton.self_check import prefers_triton
+from .triton_backend import crepa_triton
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
-
-logger = logging.getLogger(__name__)
 
 
 def _kept_or_recomputed(backend: Callable[[Problem], CrepaOutput]) -> Callable[[Problem], CrepaOutput]:
@@ -48,28 +47,22 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in _BACKENDS if name != "triton" or why_no_triton() is None)
 
 
-@cache
-def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    reason = why_not_triton_for(device_type, dtype)
-    if reason is None and device_type != "cpu":
-        logger.info("crepa_loss(backend='auto') takes 'triton' for %s tensors on %s", dtype, device_type)
-        return "triton"
-    reason = reason or "its interpreter is for tests"
-    logger.info("crepa_loss(backend='auto') takes 'torch' on %s, not 'triton': %s", device_type, reason)
-    return "torch"
-
-
 @constant_when_compiled
-def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
-    return _fastest(device_type, dtype)
+def requested_backend(backend: str) -> str:
+    """``backend``, or what ``CREPA_BACKEND`` in the environment says in its place; ValueError for no backend's name."""
+    forced = os.environ.get("CREPA_BACKEND", "")
+    name, chosen = ("CREPA_BACKEND", forced) if forced else ("backend", backend)
+    if chosen != "auto" and chosen not in _BACKENDS:
+        raise ValueError(f"{name} must be 'auto' or one of {', '.join(_BACKENDS)}, got {chosen!r}")
+    return chosen
 
 
-def _backend_for(backend: str, hidden_states: torch.Tensor) -> str:
+def _backend_for(backend: str, problem: Problem) -> str:
+    backend = requested_backend(backend)
     if backend == "auto":
-        return _auto_backend(hidden_states.device.type, hidden_states.dtype)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if backend == "triton" and (reason := why_not_triton_for(hidden_states.device.type, hidden_states.dtype)):
+        return "triton" if prefers_triton(problem) else "torch"
+    h = problem.hidden_states
+    if backend == "triton" and (reason := why_not_triton_for(h.device, h.dtype)):
         raise ValueError(f"backend 'triton' cannot run here: {reason}")
     return backend
 
@@ -126,7 +119,9 @@ def crepa_loss(
             (B, stop - start, D), that slice only, and the teacher is on the student's grid or resampled to it. Means
             still divide by the whole clip, so losses, metrics and gradients of all shards add up to the clip's.
         recompute: keep nothing of size tokens x E for the backward pass, which makes it again.
-        backend: ``"auto"`` or a name of ``available_backends()``.
+        backend: a name of ``available_backends()``, or ``"auto"``: ``"triton"`` where its kernels run and, at the first
+            call of a kind, agree with ``"torch"``; otherwise ``"torch"``. ``CREPA_BACKEND`` in the environment
+            overrides it.
 
     Returns:
         ``CrepaOutput``; ``loss`` carries the gradients to the hidden states (in their type) and to the projector (in
@@ -153,7 +148,7 @@ def crepa_loss(
             token_range=token_range,
             recompute=recompute,
         )
-        return _BACKENDS[_backend_for(backend, problem.hidden_states)](problem)
+        return _BACKENDS[_backend_for(backend, problem)](problem)
 
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 

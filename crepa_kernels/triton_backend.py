@@ -1,54 +1,11 @@
-"""The loss through the Triton kernels: where they can run, and the call of their operator."""
+"""The loss through the Triton kernels: the call of their operator."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from functools import cache
-
 import torch
 
-from .compiling import constant_when_compiled
 from .ops.alignment import CHANGES, TYPES, Options, frame_alignment_op
 from .problem import CrepaOutput, Problem
-
-_INTERPRETER = "TRITON_INTERPRET"
-
-
-@cache
-def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install crepa-kernels[triton]"
-    if interpreting():
-        return None
-    if not torch.cuda.is_available():
-        return f"no CUDA or ROCm GPU was found, and {_INTERPRETER}=1 is not set"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"compute capability {torch.cuda.get_device_capability()} is below (8, 0)"
-    return None
-
-
-@constant_when_compiled
-def why_no_triton() -> str | None:
-    """Why the ``triton`` backend cannot run on this machine; None if it can."""
-    return _why_no_triton()
-
-
-@constant_when_compiled
-def why_not_triton_for(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the ``triton`` backend cannot take hidden states of ``dtype`` on ``device_type``; None if it can."""
-    if (reason := _why_no_triton()) is not None:
-        return reason
-    if dtype not in TYPES:
-        return f"its kernels take {', '.join(map(str, TYPES))}, not {dtype}"
-    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
-        return None
-    return f"the hidden states are on {device_type}"
-
-
-def interpreting() -> bool:
-    """Whether Triton is asked to run its kernels in Python on a CPU."""
-    return os.environ.get(_INTERPRETER, "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 def crepa_triton(problem: Problem) -> CrepaOutput:

@@ -22,7 +22,7 @@ from .clock import CaptureError, Clock, Step, Times, first_line
 from .loss import crepa_loss
 from .projector import CrepaProjector
 from .shape_classes import SHAPE_CLASSES, ShapeClass
-from .triton_backend import why_not_triton_for
+from .triton.availability import why_not_triton_for
 
 if TYPE_CHECKING:
     from .triton.tiles import Choice

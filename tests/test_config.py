@@ -40,12 +40,13 @@ DEFAULTS = {
     "crepa_similarity_ema_decay": 0.99,
     "crepa_threshold_mode": "permanent",
     "crepa_probe_interval": 50,
+    "crepa_backend": "auto",
 }
 BOOLEANS = [key for key, value in DEFAULTS.items() if isinstance(value, bool) and key != "crepa_spatial_align"]
 INTEGERS = [key for key, value in DEFAULTS.items() if type(value) is int or key.endswith("block_index")]
 NUMBERS = [key for key, value in DEFAULTS.items() if isinstance(value, float)] + ["crepa_similarity_threshold"]
 WORDS = ["crepa_frame_map", "crepa_encoder_resize", "crepa_feature_source", "crepa_scheduler"]
-WORDS += ["crepa_similarity_metric", "crepa_threshold_mode"]
+WORDS += ["crepa_similarity_metric", "crepa_threshold_mode", "crepa_backend"]
 
 
 def test_defaults() -> None:
@@ -84,6 +85,7 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("crepa_similarity_ema_decay", 0.999, 0.999),
     ("crepa_threshold_mode", "recoverable", "recoverable"),
     ("crepa_probe_interval", 1, 1),
+    *(("crepa_backend", value, value) for value in ("auto", "triton", "torch", "reference")),
     ("crepa_encoder", "facebook/dinov2-small", "facebook/dinov2-small"),
     ("crepa_encoder", "./my encoder", "./my encoder"),
     *(("crepa_encoder", name, name) for size in "sblg" for name in (f"dinov2_vit{size}14", f"dinov2_vit{size}14_reg")),

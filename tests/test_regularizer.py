@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import clip_pixels, pixel_frames, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, crepa_loss
+from crepa_kernels import loss as loss_module
 from crepa_kernels.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG: dict[str, Any] = {
@@ -65,6 +66,19 @@ def test_the_users_loop_trains_transformer_and_projector() -> None:
     assert similarity[-1] > similarity[0] + 0.1
     assert crepa.frames_decoded == 8 * 9
     assert crepa.frames_encoded == 8 * 3
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_the_loss_is_computed_by_the_backend_of_the_settings(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name, real in loss_module._BACKENDS.items():
+        run = lambda problem, name=name, real=real: ran.append(name) or real(problem)  # noqa: E731
+        monkeypatch.setitem(loss_module._BACKENDS, name, run)
+    transformer = tiny_wan()
+    crepa = regularizer(transformer, crepa_backend=backend)
+    transformer(**wan_inputs())
+    crepa.loss(step=0, features=features())
+    assert ran == ["torch" if backend == "auto" else backend]
 
 
 @pytest.mark.parametrize("source", ["features", "pixels", "latents", "backbone"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from crepa_trainer import plan as plan_module
 from crepa_trainer.cli import main
 from crepa_trainer.dataset import find_clips
 from crepa_trainer.families import TrainingFamily, WanFamily
@@ -166,6 +167,28 @@ def test_memory_is_that_of_the_largest_bucket(folder: Path) -> None:
     cached = planned(folder, crepa(folder), cache_teacher="features").memory
     assert cached is not None
     assert (cached.teacher, cached.kept) == (0, kept_bytes(18, 18, 32, 32, torch.bfloat16))
+
+
+def test_memory_is_that_of_the_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` on a GPU is Triton, as far as a plan can know; the environment overrides the setting."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(plan_module, "why_not_triton_for", lambda device, dtype: None)
+
+    def kept(backend: str) -> int:
+        memory = planned(folder, crepa(folder, crepa_backend=backend), device_type="cuda").memory
+        assert memory is not None
+        return memory.kept
+
+    torch_keeps, triton_keeps = (kept_bytes(18, 18, 32, 32, torch.bfloat16, triton=triton) for triton in (False, True))
+    assert [kept(name) for name in ("auto", "triton", "torch")] == [triton_keeps, triton_keeps, torch_keeps]
+    monkeypatch.setenv("CREPA_BACKEND", "torch")
+    assert kept("triton") == torch_keeps
+    monkeypatch.setattr(plan_module, "why_not_triton_for", lambda device, dtype: "no GPU")
+    monkeypatch.setenv("CREPA_BACKEND", "auto")
+    assert kept("triton") == torch_keeps
+    monkeypatch.delenv("CREPA_BACKEND")
+    with pytest.raises(ValueError, match="crepa_backend = triton cannot run here: no GPU"):
+        kept("triton")
 
 
 def test_backbone_mode_and_a_weight_of_nothing_need_no_encoder(folder: Path) -> None:

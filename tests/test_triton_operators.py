@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss, triton_backend
 from crepa_kernels.ops.alignment import frame_alignment_backward_op, frame_alignment_op
+from crepa_kernels.triton import self_check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
@@ -338,6 +339,30 @@ def test_no_host_synchronisation_and_a_graph_that_replays(
     torch.cuda.synchronize()
     for value, replayed in zip(expected, captured, strict=True):
         assert torch.equal(value, replayed)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_auto_trusts_the_kernels_of_this_gpu_after_a_check(
+    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the caller forbids to wait for the GPU."""
+    case = WAYS[0]
+    tensors, here = to(device, case.tensors(dtype)), torch.device(device, torch.cuda.current_device())
+    assert self_check.self_check(here, dtype, 16, 8) is None
+    caplog.set_level("INFO", "crepa_kernels")
+    state, memory = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+    self_check._answers.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, _ = case.run(tensors, "auto")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [record.levelname for record in caplog.records] == ["INFO"], caplog.text
+    assert torch.equal(output.loss, case.run(tensors, "triton")[0].loss)
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    del output
+    assert torch.cuda.memory_allocated() == memory
 
 
 @on_each_device

@@ -88,8 +88,12 @@ def test_info_names_versions_and_why_a_backend_is_off() -> None:
     assert "triton: off: no CUDA or ROCm GPU was found" in done.stdout
     if torch.version.cuda is None:
         assert "\n  cuda: off: torch is built without CUDA\n" in done.stdout
+    assert "self-check\n  not run: triton is off\n" in done.stdout
+    overridden = run("crepa_kernels.info", CREPA_BACKEND="reference")
+    assert "CREPA_BACKEND=reference overrides what calls ask for" in overridden.stdout
     interpreted = run("crepa_kernels.info", TRITON_INTERPRET="1")
     assert "triton: on" in interpreted.stdout
+    assert "self-check\n  cpu: the kernels agree with 'torch' (bfloat16, widths 32 and 16" in interpreted.stdout
     assert "wan-14b-480p: Choice(training='split'" in interpreted.stdout
 
 

@@ -51,6 +51,7 @@ _FREE = {
     "matrix_every",
     "strict",
     "workers",
+    "crepa_backend",
 }
 
 
@@ -69,10 +70,10 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
         config.crepa_enabled and config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0
     )
     free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
-    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
+    given = settings.model_dump(mode="json") | config.to_dict() | {"processes": processes}
+    kept = {key: value for key, value in given.items() if key not in free}
     # However they were written; a hub id stays one.
-    kept |= {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
-    return {**kept, **config.to_dict(), "processes": processes}
+    return kept | {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
 
 
 def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Checkpoint | None:

@@ -175,6 +175,7 @@ def loss_options(config: CrepaConfig) -> dict[str, Any]:
         "normalize_neighbour_sum": config.crepa_normalize_neighbour_sum,
         "normalize_by_frames": config.crepa_normalize_by_frames,
         "spatial_align": config.spatial_align,
+        "backend": config.crepa_backend,
     }
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from crepa_kernels import CrepaProjector
 from crepa_kernels.config_rules import DINOV2_HUB_IDS
 from crepa_kernels.grid import Grid, count, few_enough_to_keep, plan_alignment
+from crepa_kernels.loss import requested_backend
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
-from crepa_kernels.triton_backend import why_not_triton_for
+from crepa_kernels.triton.availability import why_not_triton_for
 
 from .cache_names import encoder_type, teacher_frames, teacher_is_encoder
 from .dataset import Bucket, FoundClips
@@ -120,7 +121,7 @@ def make_plan(
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read, settings or a device that the family cannot be trained with.
+            read, settings or a device that the family cannot be trained with, a backend that cannot run there.
     """
     check_blocks(config, family)
     family.check_run(settings, device_type)
@@ -236,6 +237,14 @@ def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: Traini
     return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded)
 
 
+def _takes_triton(config: CrepaConfig, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether Triton computes the loss, which `auto` tries at the first step; ValueError where it must and cannot."""
+    backend, reason = requested_backend(config.crepa_backend), why_not_triton_for(device_type, dtype)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"crepa_backend = triton cannot run here: {reason}")
+    return backend == "triton" or (backend == "auto" and device_type == "cuda" and reason is None)
+
+
 def _memory(
     settings: RunSettings,
     config: CrepaConfig,
@@ -246,7 +255,7 @@ def _memory(
     hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
     encoder = teacher_is_encoder(config)
     features = _encoder_sizes(config)[0] if encoder else hidden
-    triton = device_type == "cuda" and why_not_triton_for(device_type, dtype) is None
+    triton = _takes_triton(config, device_type, dtype)
     kept = []
     for each in buckets:
         aligned = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid).tokens
