@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, launch, narrowed, split_width
+from .launch import Cost, launch, narrowed, operator, split_width
 
 
 class FoldedProjector(NamedTuple):
@@ -166,7 +166,10 @@ def unfold_gradients(
     splits = triton.cdiv(features, _ROWS * _STEPS)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     parts = weight.new_empty((2, splits, width) if need_affine else (2, 0, 0), dtype=torch.float32)
-    row_mean = folded_grad.mean(dim=1) if centred else offset_grad
+    row_mean = offset_grad
+    if centred:
+        cost = Cost((folded_grad,), (4 * features,))
+        row_mean = operator("row_means", cost, lambda: folded_grad.mean(dim=1))
     launch(
         "weight_gradients", _weight_gradient_kernel, (triton.cdiv(width, _COLUMNS), splits),
         Cost((folded_grad, weight), (weight_grad, parts)),
@@ -176,4 +179,7 @@ def unfold_gradients(
         HAS_BETA=beta is not None, CENTRED=centred, WEIGHT=need_weight, AFFINE=need_affine,
         ROWS=_ROWS, STEPS=_STEPS, COLUMNS=_COLUMNS,
     )  # fmt: skip
-    return weight_grad, parts[0].sum(dim=0), parts[1].sum(dim=0)
+    gamma_grad, beta_grad = (
+        operator("weight_sums", Cost((part,), (4 * part.shape[1],)), lambda part=part: part.sum(dim=0)) for part in parts
+    )
+    return weight_grad, gamma_grad, beta_grad
