@@ -9,9 +9,9 @@ PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
-TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py ahead_of_time.py)
+TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_products.py triton_resampled.py ahead_of_time.py)
 # Those that need no diffusers.
-GPU_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_resampled.py extension_cuda.py \
+GPU_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_products.py triton_resampled.py extension_cuda.py \
 	layer_norm_resample_options.py host_copy.py schedule_state.py)
 
 .PHONY: gpu demo test test-full test-triton-versions aot gpu-check lint bench bench-gpu wheel clean

@@ -28,9 +28,9 @@ class FoldedProjector(NamedTuple):
 
 @triton.jit
 def _fold_kernel(
-    weight, gamma, beta, bias, folded, shift_out, offset_out, width,
+    weight, gamma, beta, bias, scale_in, folded, shift_out, offset_out, width,
     HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr,
+    SCALED: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kind = folded.dtype.element_ty
@@ -58,6 +58,11 @@ def _fold_kernel(
         low = low - total / width
         if HI > 0:
             high = tl.where(there, high - total / width, 0)
+    if SCALED:
+        scale = tl.load(scale_in)
+        low = low * scale
+        if HI > 0:
+            high = high * scale
     rounded = narrowed(low, kind)
     tl.store(folded + row * width + column, rounded)
     shift = tl.sum(rounded.to(tl.float32))
@@ -76,8 +81,12 @@ def fold_projector(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     centred: bool,
+    scale: torch.Tensor | None = None,
 ) -> FoldedProjector:
-    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go."""
+    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go.
+
+    ``scale``, one fp32 number on the device, multiplies the weight and its row sums.
+    """
     features, width = weight.shape
     weight = weight.contiguous()
     low, high = split_width(width)
@@ -89,9 +98,10 @@ def fold_projector(
     launch(
         "fold", _fold_kernel, (features,), Cost((weight,), (folded.weight,)),
         weight=weight, gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta,
-        bias=weight if bias is None else bias, folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
+        bias=weight if bias is None else bias, scale_in=folded.shift if scale is None else scale,
+        folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
         width=width, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, HAS_BIAS=bias is not None,
-        CENTRED=centred, LO=low, HI=high,
+        CENTRED=centred, SCALED=scale is not None, LO=low, HI=high,
     )  # fmt: skip
     return folded
 
