@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool) -> dict[str, list[Choice]]:
     """Choices to compare, by what they change, in the order to fix them in."""
-    from .triton.tiles import ProductTile, RowTile
+    from .triton.tiles import VENDOR, ProductTile, RowTile
 
     products = [
         ProductTile(m, n, k, warps, stages)
@@ -47,7 +47,7 @@ def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool)
     return {
         "tokens": [replace(choice, tokens=tile) for tile in tokens],
         "rows": [replace(choice, rows=tile) for tile in rows],
-        "dx": [replace(choice, dx=tile) for tile in fitting],
+        "dx": [*(replace(choice, dx=tile) for tile in fitting), replace(choice, dx=VENDOR)],
         "one_pass": [replace(choice, one_pass=tile) for tile in one_pass],
         "training": [replace(choice, training="split"), replace(choice, training="one_pass")],
         "inference": [replace(choice, inference="split"), replace(choice, inference="one_pass")],
@@ -135,14 +135,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
         return 1
     import triton
 
-    from .triton.tiles import device_shared_memory, device_slug, heuristic, tile_folders, write_entries
+    from .triton.tiles import device_heuristic, device_shared_memory, device_slug, tile_folders, write_entries
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     shared, hip = device_shared_memory(properties), torch.version.hip is not None
     entries = []
     for shape in SHAPE_CLASSES:
         if shape.name in parsed.shapes:
-            start = heuristic(shape.hidden_size, shape.feature_size, 2, shared, hip)
+            start = device_heuristic(properties, shape.hidden_size, shape.feature_size, 2)
             entries.append(tune(shape, torch.bfloat16, start, shared, hip, Clock()))
     folder = parsed.folder or tile_folders()[-1]
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Request:
 
     ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student of
     ``students`` tokens a frame, by default twice as many. ``compute`` is autocast's type for fp32 tokens. ``tiles``:
-    for instance {"dx": {"warps": 4}}.
+    for instance {"dx": {"warps": 4}}, or a whole tile where the choice is the vendor's product.
     """
 
     target: str
@@ -69,13 +69,19 @@ class Request:
 
 def choice_for(request: Request) -> Any:
     """The tiles that the target's devices take, with the request's own in their place."""
-    from crepa_kernels.triton.tiles import heuristic
+    from crepa_kernels.triton.tiles import Choice, heuristic
 
     # fp16 that needs a gradient is multiplied in fp32.
-    size, hip = 2 if (request.compute or request.dtype) == "bfloat16" else 4, request.target.startswith("gfx")
-    choice = heuristic(request.hidden_size, request.feature_size, size, SHARED_MEMORY[request.target], hip)
-    changed = {name: replace(getattr(choice, name), **fields) for name, fields in request.tiles.items()}
-    return replace(choice, **changed)
+    size = 2 if (request.compute or request.dtype) == "bfloat16" else 4
+    hip = request.target.startswith("gfx")
+    capability = (0, 0) if hip else divmod(int(request.target.removeprefix("sm_")), 10)
+    choice = heuristic(request.hidden_size, request.feature_size, size, SHARED_MEMORY[request.target], hip, capability)
+    data = choice.to_dict()
+    for name, fields in request.tiles.items():
+        if isinstance(fields, dict) and isinstance(data[name], dict):
+            fields = data[name] | fields
+        data[name] = fields
+    return Choice.from_dict(data)
 
 
 def launches_of(request: Request) -> list[Any]:

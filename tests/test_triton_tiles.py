@@ -30,9 +30,23 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_heuristic_respects_shared_memory(kibibytes: int, element_size: int) -> None:
     for shape in SHAPE_CLASSES:
         choice = heuristic(shape.hidden_size, shape.feature_size, element_size, kibibytes * 1024)
+        assert isinstance(choice.dx, ProductTile)
         for product in (choice.dx, choice.one_pass):
             assert product.shared_memory(element_size) <= kibibytes * 1024
             assert min(product.m, product.n, product.k) >= 16
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "vendor"),
+    [((8, 0), False, False), ((9, 0), False, False), ((10, 0), False, True), ((12, 0), False, True),
+     ((9, 4), True, False), ((11, 0), True, False)],
+)  # fmt: skip
+def test_dx_is_the_vendors_product_from_compute_capability_10_on(
+    capability: tuple[int, int], hip: bool, vendor: bool
+) -> None:
+    """AMD's numbers are others."""
+    choice = heuristic(5120, 1536, 2, 227 * 1024, hip, capability)
+    assert (choice.dx == tiles.VENDOR) is vendor
 
 
 def test_a_tile_loses_stages_before_it_loses_size() -> None:
@@ -58,7 +72,7 @@ def test_device_files_are_named_by_the_model(name: str, slug: str) -> None:
 
 def test_written_choices_are_found_by_the_nearest_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = {width: heuristic(width, 1536, 2, 99 * 1024) for width in (1536, 5120)}
-    choices[5120] = tiles.replace(choices[5120], training="one_pass")
+    choices[5120] = tiles.replace(choices[5120], training="one_pass", dx=tiles.VENDOR)
     entries = [
         {"hidden_size": width, "feature_size": 1536, "dtype": "bfloat16", "choice": choice.to_dict()}
         for width, choice in choices.items()

@@ -1,13 +1,19 @@
-"""The gradient of raw tokens: one product whose sum starts from LayerNorm's own terms."""
+"""The gradient of raw tokens: one product whose sum starts from LayerNorm's own terms.
+
+Either a Triton product, whose accumulator starts from them, or the vendor library's, added to a pass that writes them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, dot_type, launch, narrowed
-from .tiles import ProductTile
+from .launch import Cost, dot_type, launch, narrowed, product, split_width
+from .projector import fold_projector
+from .tiles import VENDOR, Choice, ProductTile
 
 
 @triton.jit
@@ -34,6 +40,7 @@ def _dx_kernel(
     safe = tl.minimum(local, (rows - 1 - first_row).to(tl.int32))
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     there = column < width
+    scale = tl.load(scale_in)
     slope = tl.load(slope_in + first_row + safe)
     mean = tl.load(mean_in + first_row + safe)
     source = tokens + first_row * row_stride + (safe[:, None] * row_stride + column[None, :])
@@ -61,13 +68,55 @@ def _dx_kernel(
         total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision="ieee")
         left += BLOCK_K
         right += BLOCK_K * width
-    total = total * tl.load(scale_in)
+    total = total * scale
     target = out + first_row * width + (local[:, None] * width + column[None, :])
     kind = out.dtype.element_ty
     if EVEN_N:
         tl.store(target, narrowed(total, kind), mask=inside[:, None])
     else:
         tl.store(target, narrowed(total, kind), mask=inside[:, None] & there[None, :])
+
+
+@triton.jit
+def _layer_norm_term_kernel(
+    tokens, mean_in, slope_in, scale_in, out, rows, width, row_stride,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    slope = tl.load(slope_in + row, mask=inside, other=0)
+    mean = tl.load(mean_in + row, mask=inside, other=0)[:, None]
+    factor = (slope * tl.load(scale_in))[:, None]
+    source = tokens + row[:, None] * row_stride
+    target = out + row[:, None] * width
+    kind = out.dtype.element_ty
+    column = tl.arange(0, LO)[None, :]
+    low = factor * (tl.load(source + column, mask=inside[:, None], other=0).to(tl.float32) - mean)
+    if HI > 0:
+        tail = LO + tl.arange(0, HI)[None, :]
+        there = inside[:, None] & (tail < width)
+        high = factor * (tl.load(source + tail, mask=there, other=0).to(tl.float32) - mean)
+    if MASKED:
+        # As above: what a frame outside the loss holds does not count.
+        low = tl.where(slope[:, None] != 0, low, 0)
+        if HI > 0:
+            high = tl.where(slope[:, None] != 0, high, 0)
+    tl.store(target + column, narrowed(low, kind), mask=inside[:, None])
+    if HI > 0:
+        tl.store(target + tail, narrowed(high, kind), mask=there)
+
+
+def scaled_weight(
+    gamma: torch.Tensor | None, weight: torch.Tensor, folded: torch.Tensor, scale: torch.Tensor, choice: Choice
+) -> torch.Tensor:
+    """The weight that ``token_gradient`` multiplies: ``folded`` (E, D), or for the vendor's product ``scale`` times it.
+
+    ``addmm`` takes no factor from the device, and one read by the host would wait for it. The scaled weight is made
+    from the projector's own and rounded once, so it is as exact as ``folded``.
+    """
+    if choice.dx != VENDOR:
+        return folded
+    return fold_projector(gamma, None, weight, None, folded.dtype, centred=True, scale=scale).weight
 
 
 def token_gradient(
@@ -78,27 +127,40 @@ def token_gradient(
     slope: torch.Tensor,
     scale: torch.Tensor,
     out: torch.Tensor,
-    tile: ProductTile,
+    choice: Choice,
     masked: bool,
 ) -> None:
-    """``out = scale (grad weight + slope (tokens - mean))``.
+    """``out = scale (grad W'' + slope (tokens - mean))``.
 
     Args:
         grad: (rows, E) contiguous, r dp.
-        weight: (E, D) contiguous, W' with centred rows, in the type of ``grad``.
+        weight: (E, D) contiguous, ``scaled_weight`` of W'', the folded weight with centred rows, in the type of
+            ``grad``.
         tokens: (rows, D), raw.
         mean: (rows,), with ``slope`` (rows,) what LayerNorm adds.
         scale: one number on the device.
-        out: (rows, D) contiguous.
+        out: (rows, D) contiguous; in the type of ``grad`` where the product is the vendor's.
         masked: tokens and means of rows whose ``slope`` is 0 may hold anything, NaN included.
     """
     rows, features = grad.shape
     width = weight.shape[1]
+    shared: dict[str, Any] = {
+        "tokens": tokens, "mean_in": mean, "slope_in": slope, "scale_in": scale, "out": out, "rows": rows,
+        "width": width, "row_stride": tokens.stride(0), "MASKED": masked,
+    }  # fmt: skip
+    if not isinstance(choice.dx, ProductTile):
+        row_tile, (low, high) = choice.tokens, split_width(width)
+        launch(
+            "layer_norm_term", _layer_norm_term_kernel, (triton.cdiv(rows, row_tile.rows),), Cost((tokens,), (out,)),
+            warps=row_tile.warps, **shared, ROWS=row_tile.rows, LO=low, HI=high,
+        )  # fmt: skip
+        product("dx", grad, weight, out=out, add=True)
+        return
+    tile = choice.dx
     launch(
         "dx", _dx_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n),),
         Cost((grad, weight, tokens), (out,), 2 * rows * features * width), warps=tile.warps, stages=tile.stages,
-        grad=grad, weight=weight, tokens=tokens, mean_in=mean, slope_in=slope, scale_in=scale, out=out,
-        rows=rows, features=features, width=width, row_stride=tokens.stride(0), DOT=dot_type(grad.dtype), MASKED=masked,
+        grad=grad, weight=weight, features=features, **shared, DOT=dot_type(grad.dtype),
         EVEN_K=features % tile.k == 0, EVEN_N=width % tile.n == 0, GROUP=8,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
     )  # fmt: skip

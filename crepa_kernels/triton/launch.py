@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -104,6 +105,25 @@ def tf32_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+# Rows of a fp32 copy where the vendor library has no product of 16-bit numbers that is written in fp32.
+WIDE_ROWS = 4096
+
+
+@cache
+def _widens(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the vendor library multiplies ``dtype`` into fp32 there. Asked of it: ROCm's depends on the release."""
+    if device_type == "meta":
+        return True  # stands for a GPU
+    small = torch.zeros((16, 16), dtype=dtype, device=device_type)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
 def product(
     name: str,
     a: torch.Tensor,
@@ -112,25 +132,36 @@ def product(
     wide: bool = False,
     tf32: bool = False,
     out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
     """The vendor library's ``a @ b`` in their type (into ``out``), or with ``wide`` in fp32 from exact products.
 
-    ``tf32``: fp32 operands are rounded to 10 bits where the device has matrix units for that.
+    ``tf32``: fp32 operands are rounded to 10 bits where the device has matrix units for that. ``add``: on top of what
+    ``out`` holds.
     """
+    rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
+    copied = wide and a.dtype != torch.float32 and not _widens(a.device.type, a.dtype)
     if _recording is not None:
         if out is None:
-            out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32 if wide else None)
-        operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        _recording.append(Launch(name, operations, _bytes((a, b)), _bytes((out,))))
+            out = a.new_empty((rows, columns), dtype=torch.float32 if wide else None)
+        copies = 4 * inner * (rows + columns) if copied else 0
+        again = _bytes((out,)) * (-(-inner // WIDE_ROWS) - 1 if copied else int(add))
+        moved = _bytes((a, b)) + copies + again, _bytes((out,)) + copies + (again if copied else 0)
+        _recording.append(Launch(name, 2 * rows * inner * columns, *moved))
         return out
     if tf32 and a.is_cuda:
         with tf32_products():
             return torch.mm(a, b, out=out)
+    if add and out is not None:
+        return out.addmm_(a, b)
     if not wide or a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    if a.is_cuda and torch.version.hip is None:
+    if not copied:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+    out = a.new_empty((rows, columns), dtype=torch.float32)
+    for index, (left, right) in enumerate(zip(a.split(WIDE_ROWS, dim=1), b.split(WIDE_ROWS), strict=True)):
+        out.addmm_(left.float(), right.float(), beta=min(index, 1))
+    return out
 
 
 def operator(name: str, cost: Cost, call: Callable[[], Result]) -> Result:

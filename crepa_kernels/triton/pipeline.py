@@ -9,7 +9,7 @@ import torch
 
 from ..problem import ProjectorWeights
 from .chunks import RowChunk, plan_chunks
-from .dx import token_gradient
+from .dx import scaled_weight, token_gradient
 from .frames import Clip, FrameTables, finish, frame_tables, mask_bytes
 from .launch import product
 from .one_pass import project_and_compare
@@ -198,6 +198,9 @@ def backward(
     hidden_rows = hidden_grad.view(-1, call.tokens.shape[2])
     need_folded = needs.gamma or needs.weight
     folded_grad: torch.Tensor | None = None
+    dx_weight = folded.weight
+    if needs.hidden_states and student.raw:
+        dx_weight = scaled_weight(call.projector.gamma, call.projector.weight, folded.weight, scale, choice)
     offset_grads = []
     for chunk in _chunks(student, limited=not student.raw or not stored or mask is not None):
         rows = slice(chunk.first_row, chunk.stop_row)
@@ -219,8 +222,8 @@ def backward(
         if needs.hidden_states and student.raw:
             span = student.span(chunk)
             token_gradient(
-                grad_rows, folded.weight, student.rows(chunk), within(mean, span), within(slope, rows), scale,
-                within(hidden_rows, span), choice.dx, masked=mask is not None,
+                grad_rows, dx_weight, student.rows(chunk), within(mean, span), within(slope, rows), scale,
+                within(hidden_rows, span), choice, masked=mask is not None,
             )  # fmt: skip
         elif needs.hidden_states:
             dx = product("dx", grad_rows, folded.weight, tf32=student.tf32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, launch, narrowed, split_width
+from .launch import Cost, launch, narrowed, operator, split_width
 
 
 class FoldedProjector(NamedTuple):
@@ -27,9 +28,9 @@ class FoldedProjector(NamedTuple):
 
 @triton.jit
 def _fold_kernel(
-    weight, gamma, beta, bias, folded, shift_out, offset_out, width,
+    weight, gamma, beta, bias, scale_in, folded, shift_out, offset_out, width,
     HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr,
+    SCALED: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kind = folded.dtype.element_ty
@@ -57,6 +58,11 @@ def _fold_kernel(
         low = low - total / width
         if HI > 0:
             high = tl.where(there, high - total / width, 0)
+    if SCALED:
+        scale = tl.load(scale_in)
+        low = low * scale
+        if HI > 0:
+            high = high * scale
     rounded = narrowed(low, kind)
     tl.store(folded + row * width + column, rounded)
     shift = tl.sum(rounded.to(tl.float32))
@@ -75,8 +81,12 @@ def fold_projector(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     centred: bool,
+    scale: torch.Tensor | None = None,
 ) -> FoldedProjector:
-    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go."""
+    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go.
+
+    ``scale``, one fp32 number on the device, multiplies the weight and its row sums.
+    """
     features, width = weight.shape
     weight = weight.contiguous()
     low, high = split_width(width)
@@ -88,55 +98,93 @@ def fold_projector(
     launch(
         "fold", _fold_kernel, (features,), Cost((weight,), (folded.weight,)),
         weight=weight, gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta,
-        bias=weight if bias is None else bias, folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
+        bias=weight if bias is None else bias, scale_in=folded.shift if scale is None else scale,
+        folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
         width=width, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, HAS_BIAS=bias is not None,
-        CENTRED=centred, LO=low, HI=high,
+        CENTRED=centred, SCALED=scale is not None, LO=low, HI=high,
     )  # fmt: skip
     return folded
 
 
 @triton.jit
-def _weight_gradient_kernel(
-    folded_grad, row_mean, offset_grad, scale_in, weight, gamma, beta, weight_grad, gamma_parts, beta_parts,
-    features, width,
-    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr,
-    AFFINE: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+def _unfold_part(
+    grad, d_offset, value, gamma, beta, weight_grad, start, inside, column, width, d_gamma, d_beta,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Writes some columns of some rows of dW and adds the rows' share to dgamma and dbeta."""
     there = column < width
-    scale = tl.load(scale_in)
-    if HAS_GAMMA:
-        gamma_row = tl.load(gamma + column, mask=there, other=0).to(tl.float32)[None, :]
-    if HAS_BETA:
-        beta_row = tl.load(beta + column, mask=there, other=0).to(tl.float32)[None, :]
-    d_gamma = tl.zeros([COLUMNS], tl.float32)
-    d_beta = tl.zeros([COLUMNS], tl.float32)
-    for step in range(STEPS):
-        row = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        inside = row < features
-        keep = inside[:, None] & there[None, :]
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
-        grad = tl.load(folded_grad + place, mask=keep, other=0)
-        if CENTRED:
-            grad = grad - tl.load(row_mean + row, mask=inside, other=0)[:, None]
-        grad = grad * scale
-        d_offset = (tl.load(offset_grad + row, mask=inside, other=0) * scale)[:, None]
-        if AFFINE:
-            value = tl.load(weight + place, mask=keep, other=0).to(tl.float32)
-            d_gamma += tl.sum(value * grad, axis=0)
-            d_beta += tl.sum(value * d_offset, axis=0)
-        if WEIGHT:
-            if HAS_GAMMA:
-                grad = grad * gamma_row
-            if HAS_BETA:
-                grad = grad + d_offset * beta_row
-            tl.store(weight_grad + place, narrowed(grad, weight_grad.dtype.element_ty), mask=keep)
     if AFFINE:
-        part = tl.program_id(1).to(tl.int64) * width + column
-        tl.store(gamma_parts + part, d_gamma, mask=there)
-        tl.store(beta_parts + part, d_beta, mask=there)
+        d_gamma += tl.sum(value * grad, axis=0)
+        d_beta += tl.sum(value * d_offset, axis=0)
+    if WEIGHT:
+        if HAS_GAMMA:
+            grad = grad * tl.load(gamma + column, mask=there, other=0).to(tl.float32)[None, :]
+        if HAS_BETA:
+            grad = grad + d_offset * tl.load(beta + column, mask=there, other=0).to(tl.float32)[None, :]
+        keep = inside & there[None, :]
+        tl.store(weight_grad + start + column[None, :], narrowed(grad, weight_grad.dtype.element_ty), mask=keep)
+    return d_gamma, d_beta
 
 
+@triton.jit
+def _weight_gradient_kernel(
+    folded_grad, offset_grad, scale_in, weight, gamma, beta, weight_grad, gamma_parts, beta_parts, features, width,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr,
+    AFFINE: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+):  # fmt: skip
+    # Means need whole rows, LO + HI wide; without them HI is 0 and a program has LO columns.
+    column = tl.program_id(1) * LO + tl.arange(0, LO)
+    scale = tl.load(scale_in)
+    d_gamma = tl.zeros([LO], tl.float32)
+    d_beta = tl.zeros([LO], tl.float32)
+    if HI > 0:
+        tail = LO + tl.arange(0, HI)
+        high_d_gamma = tl.zeros([HI], tl.float32)
+        high_d_beta = tl.zeros([HI], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        inside = (row < features)[:, None]
+        start = row.to(tl.int64)[:, None] * width
+        keep = inside & (column < width)[None, :]
+        grad = tl.load(folded_grad + start + column[None, :], mask=keep, other=0)
+        value = grad
+        if AFFINE:
+            value = tl.load(weight + start + column[None, :], mask=keep, other=0).to(tl.float32)
+        if HI > 0:
+            keep = inside & (tail < width)[None, :]
+            high = tl.load(folded_grad + start + tail[None, :], mask=keep, other=0)
+            high_value = high
+            if AFFINE:
+                high_value = tl.load(weight + start + tail[None, :], mask=keep, other=0).to(tl.float32)
+        if CENTRED:
+            total = tl.sum(grad, axis=1)
+            if HI > 0:
+                total += tl.sum(high, axis=1)
+            mean = (total / width)[:, None]
+            grad = grad - mean
+            if HI > 0:
+                high = high - mean
+        d_offset = tl.load(offset_grad + row, mask=row < features, other=0)[:, None] * scale
+        d_gamma, d_beta = _unfold_part(
+            grad * scale, d_offset, value, gamma, beta, weight_grad, start, inside, column, width, d_gamma, d_beta,
+            HAS_GAMMA, HAS_BETA, WEIGHT, AFFINE,
+        )  # fmt: skip
+        if HI > 0:
+            high_d_gamma, high_d_beta = _unfold_part(
+                high * scale, d_offset, high_value, gamma, beta, weight_grad, start, inside, tail, width,
+                high_d_gamma, high_d_beta, HAS_GAMMA, HAS_BETA, WEIGHT, AFFINE,
+            )  # fmt: skip
+    if AFFINE:
+        part = tl.program_id(0).to(tl.int64) * width
+        tl.store(gamma_parts + part + column, d_gamma, mask=column < width)
+        tl.store(beta_parts + part + column, d_beta, mask=column < width)
+        if HI > 0:
+            tl.store(gamma_parts + part + tail, high_d_gamma, mask=tail < width)
+            tl.store(beta_parts + part + tail, high_d_beta, mask=tail < width)
+
+
+# Whole rows: as many programs as the smaller GPUs run at once, each of which keeps a row of dgamma and of dbeta.
+_PROGRAMS = 96
 _ROWS, _STEPS, _COLUMNS = 16, 4, 128
 
 
@@ -163,17 +211,23 @@ def unfold_gradients(
     """
     features, width = weight.shape
     weight = weight.contiguous()
-    splits = triton.cdiv(features, _ROWS * _STEPS)
+    rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4
+    if centred:
+        rows, steps, (low, high), warps = 1, triton.cdiv(features, _PROGRAMS), split_width(width), 8
+    programs = triton.cdiv(features, rows * steps)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
-    parts = weight.new_empty((2, splits, width) if need_affine else (2, 0, 0), dtype=torch.float32)
-    row_mean = folded_grad.mean(dim=1) if centred else offset_grad
+    parts = weight.new_empty((2, programs, width) if need_affine else (2, 0, 0), dtype=torch.float32)
     launch(
-        "weight_gradients", _weight_gradient_kernel, (triton.cdiv(width, _COLUMNS), splits),
-        Cost((folded_grad, weight), (weight_grad, parts)),
-        folded_grad=folded_grad, row_mean=row_mean, offset_grad=offset_grad, scale_in=scale, weight=weight,
+        "weight_gradients", _weight_gradient_kernel, (programs, 1 if centred else triton.cdiv(width, low)),
+        Cost((folded_grad, weight), (weight_grad, parts)), warps=warps,
+        folded_grad=folded_grad, offset_grad=offset_grad, scale_in=scale, weight=weight,
         gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta, weight_grad=weight_grad,
         gamma_parts=parts[0], beta_parts=parts[1], features=features, width=width, HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None, CENTRED=centred, WEIGHT=need_weight, AFFINE=need_affine,
-        ROWS=_ROWS, STEPS=_STEPS, COLUMNS=_COLUMNS,
+        ROWS=rows, STEPS=steps, LO=low, HI=high,
     )  # fmt: skip
-    return weight_grad, parts[0].sum(dim=0), parts[1].sum(dim=0)
+    # One sum each, since an operator's results share no memory.
+    gamma_grad, beta_grad = (
+        operator("weight_sums", Cost((part,), (4 * part.shape[1],)), partial(part.sum, 0)) for part in parts
+    )
+    return weight_grad, gamma_grad, beta_grad

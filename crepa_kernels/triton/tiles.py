@@ -1,7 +1,7 @@
-"""Path and tile choices: JSON data per device and shape class, and a heuristic where there is none.
+"""Path and tile choices: JSON data of each device that was measured, and a heuristic for the others.
 
-``tiles/<device>.json`` holds entries measured (or only compiled: each file says which) at single shapes; a call takes
-the entry whose widths are nearest. ``python -m crepa_kernels.tune`` writes these files.
+``python -m crepa_kernels.tune`` writes ``tiles/<device>.json``, entries at single shapes; a call takes the entry whose
+widths are nearest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from .launch import INTERPRETED
 
 PathName = Literal["split", "one_pass"]
+VENDOR: Literal["vendor"] = "vendor"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Choice:
         inference: path of calls that need none.
         tokens: kernels over rows of width D.
         rows: kernels over rows of width E.
-        dx: the product that gives the hidden states' gradient.
+        dx: the product that gives the hidden states' gradient, or ``VENDOR``: a pass that writes LayerNorm's terms,
+            and the vendor library's product added to them.
         one_pass: the projection with the similarity as its epilogue.
     """
 
@@ -66,14 +68,14 @@ class Choice:
     inference: PathName
     tokens: RowTile
     rows: RowTile
-    dx: ProductTile
+    dx: ProductTile | Literal["vendor"]
     one_pass: ProductTile
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Choice:
         return cls(
             data["training"], data["inference"], RowTile(**data["tokens"]), RowTile(**data["rows"]),
-            ProductTile(**data["dx"]), ProductTile(**data["one_pass"]),
+            VENDOR if data["dx"] == VENDOR else ProductTile(**data["dx"]), ProductTile(**data["one_pass"]),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,8 +88,19 @@ _INTERPRETED = Choice(
 )  # fmt: skip
 
 
-def heuristic(hidden_size: int, feature_size: int, element_size: int, shared_memory: int, hip: bool = False) -> Choice:
-    """Tiles for an unknown device from its shared memory a block in bytes, and the paths that move the fewest bytes."""
+def heuristic(
+    hidden_size: int,
+    feature_size: int,
+    element_size: int,
+    shared_memory: int,
+    hip: bool = False,
+    capability: tuple[int, int] = (0, 0),
+) -> Choice:
+    """Tiles for an unknown device from its shared memory a block in bytes, and the paths that move the fewest bytes.
+
+    ``capability``: CUDA's compute capability. From 10.0 on the vendor's product is ahead of a plain Triton one, which
+    has neither descriptors nor persistent programs, by more than the pass before it takes.
+    """
     if hip:
         dx, one_pass = ProductTile(128, 128, 32, 8, 2), ProductTile(128, 128, 32, 8, 2, split=True)
     elif shared_memory >= 200 * 1024:
@@ -100,7 +113,8 @@ def heuristic(hidden_size: int, feature_size: int, element_size: int, shared_mem
     inference: PathName = "one_pass" if element_size == 2 else "split"
     lanes = 64 if hip else 32
     tokens, rows = _rows_of(hidden_size, 16 * lanes), _rows_of(feature_size, 24 * lanes)
-    return Choice("split", inference, tokens, rows, dx, one_pass)
+    vendor = not hip and capability >= (10, 0)
+    return Choice("split", inference, tokens, rows, VENDOR if vendor else dx, one_pass)
 
 
 def _rows_of(width: int, per_warp: int) -> RowTile:
@@ -184,8 +198,14 @@ def _device_choice(index: int, hidden_size: int, feature_size: int, dtype: torch
     properties = torch.cuda.get_device_properties(index)
     if (choice := nearest(device_slug(properties.name), hidden_size, feature_size, dtype)) is not None:
         return choice
-    shared = device_shared_memory(properties)
-    return heuristic(hidden_size, feature_size, dtype.itemsize, shared, torch.version.hip is not None)
+    return device_heuristic(properties, hidden_size, feature_size, dtype.itemsize)
+
+
+def device_heuristic(properties: Any, hidden_size: int, feature_size: int, element_size: int) -> Choice:
+    """The heuristic's choice for a device, from torch's properties of it."""
+    shared, hip = device_shared_memory(properties), torch.version.hip is not None
+    capability = (properties.major, properties.minor)
+    return heuristic(hidden_size, feature_size, element_size, shared, hip, capability)
 
 
 def device_shared_memory(properties: Any) -> int:
