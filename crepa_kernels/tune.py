@@ -42,8 +42,9 @@ def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool)
     ]  # fmt: skip
     fitting = [tile for tile in products if tile.shared_memory(2) <= shared_memory]
     one_pass = [replace(tile, split=True) for tile in fitting if tile.m == 128 and tile.n == 128]
-    rows = [RowTile(1, warps, programs) for warps in (1, 2, 4, 8) for programs in (528, 1056, 2112)]
-    tokens = [RowTile(1, warps) for warps in (2, 4, 8)]
+    lanes = 64 if hip else 32
+    rows = [RowTile(1, warps, programs, lanes) for warps in (1, 2, 4, 8) for programs in (2, 4, 6, 12)]
+    tokens = [RowTile(1, warps, lanes=lanes) for warps in (2, 4, 8)]
     return {
         "tokens": [replace(choice, tokens=tile) for tile in tokens],
         "rows": [replace(choice, rows=tile) for tile in rows],

@@ -190,7 +190,8 @@ def _nvidia_facts(built: Any) -> dict[str, Any]:
     return {
         "registers": used("REG"), "stack": used("STACK"), "matrix": count(r"\b(?:HGMMA|HMMA|UTCHMMA)\b"),
         "wgmma": count(r"\bHGMMA\b"), "wide_loads": count(r"\b(?:LDG|LDGSTS)\.[\w.]*128") + count(r"\bUTMALDG\b"),
-        "narrow_loads": count(r"\bLDG\.[\w.]*U16"), "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S"),
+        "narrow_loads": count(r"\bLDG\.[\w.]*U16"), "barriers": count(r"\bBAR\.SYNC\b"),
+        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S"),
     }  # fmt: skip
 
 

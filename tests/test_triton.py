@@ -19,6 +19,7 @@ from test_loss import Results, Tensors, errors, results, yardstick
 
 from crepa_kernels import crepa_loss
 from crepa_kernels.triton import chunks, tiles
+from crepa_kernels.triton.rows import _add_seven
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 200
@@ -106,3 +107,8 @@ def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, device
 def test_without_gradients(dtype: torch.dtype, path: str, device: str) -> None:
     """fp16 tokens fold LayerNorm into the product only here."""
     check(simple(teacher_grid=(3, 4), mean=10.0, std=3.0, required=()), dtype, device, False, path)
+
+
+def test_the_sums_of_a_row_are_added_each_to_its_own() -> None:
+    """The interpreter takes them one by one: what adds them together on a GPU is checked by itself."""
+    assert _add_seven.fn(*range(14)) == tuple(range(7, 21, 2))

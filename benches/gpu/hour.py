@@ -36,7 +36,8 @@ PASSED = "passed"
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        "triton", "triton_operators", "triton_products", "triton_resampled", "autocast", "extension_cuda", "layer_norm_resample_options",
+        "triton", "triton_operators", "triton_products", "triton_resampled", "autocast", "extension_cuda",
+        "layer_norm_resample_options",
         "resample_gather", "host_copy", "schedule_state",
     )
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,13 +12,14 @@ import torch
 from ..problem import ProjectorWeights
 from .chunks import RowChunk, plan_chunks
 from .dx import scaled_weight, token_gradient
+from .frame_rows import compare_frames, frame_grid, frames_fit
 from .frames import Clip, FrameTables, finish, frame_tables, mask_bytes
 from .launch import product
 from .one_pass import project_and_compare
 from .projector import FoldedProjector, fold_projector, unfold_gradients
-from .rows import COMBINED, RowInputs, compare_rows, neighbour_mode
+from .rows import COMBINED, RowInputs, compare_rows, neighbour_mode, row_programs
 from .student import Spatial, Student, within
-from .teacher import combine_needs_norms, combine_neighbours, inverse_norms
+from .teacher import combine_neighbours, inverse_norms
 from .tiles import Choice, choose
 
 
@@ -121,17 +124,39 @@ def _chunks(student: Student, limited: bool) -> list[RowChunk]:
 
 def _inputs(
     call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector,
-    student: Student, mean: torch.Tensor, inverse_std: torch.Tensor,
+    student: Student, mean: torch.Tensor, inverse_std: torch.Tensor, one_pass: bool = False,
 ) -> RowInputs:  # fmt: skip
     combined = None
-    if neighbour_mode(call.clip) == COMBINED:
+    if neighbour_mode(call.clip) == COMBINED and (one_pass or not frames_fit(call.clip)):
+        assert norms is not None  # for the type checker
         combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.narrow)
     return RowInputs(call.teacher, combined, call.clip, tables, folded, (mean, inverse_std) if student.raw else None)
 
 
 def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
-    combining = neighbour_mode(call.clip) == COMBINED and combine_needs_norms(call.clip)
+    combining = neighbour_mode(call.clip) == COMBINED and not frames_fit(call.clip)
     return inverse_norms(call.teacher) if one_pass or combining else None
+
+
+def _offset_parts(chunks: list[RowChunk], call: Call, choice: Choice) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Room for parts of the sum of dp over the rows, (programs, E) fp32: of all chunks, and of each, views of it."""
+    device, clip = call.teacher.device, call.clip
+    if frames_fit(clip):
+        counts = [math.prod(frame_grid(clip, chunk)) for chunk in chunks]
+    else:
+        counts = [row_programs(chunk.rows, choice.rows, device) for chunk in chunks]
+    parts = torch.empty((sum(counts), call.teacher.shape[3]), dtype=torch.float32, device=device)
+    return parts, parts.split(counts)
+
+
+def _compare(
+    projected: torch.Tensor, chunk: RowChunk, inputs: RowInputs, choice: Choice, parts: torch.Tensor | None,
+    slope: torch.Tensor | None, offset_parts: torch.Tensor | None,
+) -> None:  # fmt: skip
+    if frames_fit(inputs.clip):
+        compare_frames(projected, chunk, inputs, parts, slope, offset_parts)
+    else:
+        compare_rows(projected, chunk, inputs, choice.rows, parts, slope, offset_parts)
 
 
 def forward(
@@ -158,21 +183,23 @@ def forward(
     columns = -(-features // choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((clip.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
-    offset_grads, aligned = [], []
-    for chunk in _chunks(student, limited=not student.raw or (makes_rows and not stored)):
+    aligned = []
+    chunks = _chunks(student, limited=not student.raw or (makes_rows and not stored))
+    offset_parts, chunk_parts = _offset_parts(chunks if stored else [], call, choice)
+    for index, chunk in enumerate(chunks):
         operand = student.operand(chunk, mask, mean, inverse_std)
         if stored and keep_aligned and call.spatial.keeps_aligned:
             aligned.append(operand)
-        inputs = _inputs(call, tables, norms, chunk, folded, student, mean, inverse_std)
+        inputs = _inputs(call, tables, norms, chunk, folded, student, mean, inverse_std, one_pass)
         if one_pass:
             assert norms is not None  # for the type checker
             project_and_compare(operand, norms, chunk, inputs, choice.one_pass, parts, student.tf32)
             continue
         out = grad_rows[chunk.first_row : chunk.stop_row] if stored else None
         projected = product("p", operand, folded.weight.t(), out=out, tf32=student.tf32)
-        offset_grads.append(compare_rows(projected, chunk, inputs, choice.rows, parts, slope, gradient=stored))
+        _compare(projected, chunk, inputs, choice, parts, slope, chunk_parts[index] if stored else None)
     loss, metrics, frame_similarity = finish(parts, clip, tables)
-    offset_grad = torch.cat(offset_grads).sum(dim=0) if stored else statistics.new_zeros(features)
+    offset_grad = offset_parts.sum(dim=0)
     if not aligned:
         aligned = [grad_rows.new_empty(0, call.tokens.shape[2])]
     operands = aligned[0] if len(aligned) == 1 else torch.cat(aligned)
@@ -201,8 +228,9 @@ def backward(
     dx_weight = folded.weight
     if needs.hidden_states and student.raw:
         dx_weight = scaled_weight(call.projector.gamma, call.projector.weight, folded.weight, scale, choice)
-    offset_grads = []
-    for chunk in _chunks(student, limited=not student.raw or not stored or mask is not None):
+    chunks = _chunks(student, limited=not student.raw or not stored or mask is not None)
+    offset_parts, chunk_parts = _offset_parts([] if stored else chunks, call, choice)
+    for index, chunk in enumerate(chunks):
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None
         if kept.aligned.shape[0] > 0:
@@ -214,7 +242,7 @@ def backward(
         else:
             inputs = _inputs(call, tables, norms, chunk, folded, student, mean, inverse_std)
             grad_rows = product("p", operand, folded.weight.t(), tf32=student.tf32)
-            offset_grads.append(compare_rows(grad_rows, chunk, inputs, choice.rows, None, slope, gradient=True))
+            _compare(grad_rows, chunk, inputs, choice, None, slope, chunk_parts[index])
         if need_folded and operand is not None:
             finite = student.finite_rows(chunk, operand, mask)
             part = product("dW", grad_rows.t(), finite, wide=True, tf32=student.tf32)
@@ -228,7 +256,7 @@ def backward(
         elif needs.hidden_states:
             dx = product("dx", grad_rows, folded.weight, tf32=student.tf32)
             student.normalised_gradient(dx, chunk, mask, mean, inverse_std, scale, hidden_rows)
-    offset_grad = kept.offset_grad if stored else torch.cat(offset_grads).sum(dim=0)
+    offset_grad = kept.offset_grad if stored else offset_parts.sum(dim=0)
     weight_grads = _weights(call, needs, folded_grad, offset_grad, scale, student)
     return (hidden_grad if needs.hidden_states else None, *weight_grads)
 

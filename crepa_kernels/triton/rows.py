@@ -10,11 +10,14 @@ import triton.language as tl
 
 from .chunks import RowChunk
 from .frames import FLOOR, Clip, FrameTables
-from .launch import Cost, launch, narrowed, split_width
+from .launch import INTERPRETED, Cost, launch, narrowed
 from .projector import FoldedProjector
-from .tiles import RowTile
+from .tiles import RowTile, multiprocessors
 
 OWN, PAIR, COMBINED = 0, 1, 2
+
+# The interpreter takes a minute for what tl.reduce does with a function of its own.
+_APART = tl.constexpr(INTERPRETED)
 
 
 def neighbour_mode(clip: Clip) -> int:
@@ -30,67 +33,63 @@ def locate_rows(
     row, inside, clip_rows, start, frames, tokens, teacher_frame, distance, weights,
     clip_stride, frame_stride, token_stride, MODE: tl.constexpr,
 ):  # fmt: skip
-    """(clip, frame) of each row, its teacher row and those of the two neighbours, and the three weights."""
+    """(clip, frame) of each row, its teacher row and those of the two neighbours, and the three weights.
+
+    A neighbour that counts for nothing has the own row's place and the weight 0: its place can be loaded.
+    """
+    # Divisions of 64 bits are calls of a hundred instructions.
+    row = row.to(tl.int32)
     clip = row // clip_rows
-    token = row % clip_rows + start
+    token = row - clip * clip_rows + start
     frame = token // tokens
     pair = clip * frames + frame
-    base = clip * clip_stride + (token % tokens) * token_stride
-    own = base + tl.load(teacher_frame + pair, mask=inside, other=0).to(tl.int64) * frame_stride
-    own_weight = tl.load(weights + pair * frames + frame, mask=inside, other=0)
+    base = clip.to(tl.int64) * clip_stride + (token - frame * tokens).to(tl.int64) * token_stride
+    own_frame = tl.load(teacher_frame + pair, mask=inside, other=0)
+    own = base + own_frame.to(tl.int64) * frame_stride
+    row_weights = weights + pair.to(tl.int64) * frames
+    own_weight = tl.load(row_weights + frame, mask=inside, other=0)
     before = own
     after = own
     before_weight = own_weight
     after_weight = own_weight
     if MODE == 1:
+        # A choice between frames, not between places: those would no longer be known to be multiples of 16 bytes.
+        first = teacher_frame + clip * frames
         step = tl.load(distance + clip, mask=inside, other=0)
         k = frame - step
         there = inside & (step > 0) & (k >= 0)
-        before = base + tl.load(teacher_frame + clip * frames + k, mask=there, other=0).to(tl.int64) * frame_stride
-        before_weight = tl.load(weights + pair * frames + k, mask=there, other=0)
+        before_weight = tl.load(row_weights + k, mask=there, other=0)
+        near = tl.where(before_weight != 0, tl.load(first + k, mask=there, other=0), own_frame)
+        before = base + near.to(tl.int64) * frame_stride
         k = frame + step
         there = inside & (step > 0) & (k < frames)
-        after = base + tl.load(teacher_frame + clip * frames + k, mask=there, other=0).to(tl.int64) * frame_stride
-        after_weight = tl.load(weights + pair * frames + k, mask=there, other=0)
+        after_weight = tl.load(row_weights + k, mask=there, other=0)
+        near = tl.where(after_weight != 0, tl.load(first + k, mask=there, other=0), own_frame)
+        after = base + near.to(tl.int64) * frame_stride
     return pair, own, before, after, own_weight, before_weight, after_weight
 
 
 @triton.jit
-def _load_part(
-    projected, shift, offset, teacher, combined, local, own, before, after, inside, has_before, has_after,
-    mean, inverse_std, column, features, FOLDED: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """A block of columns: p, c, the own teacher row, and the neighbours' two (or the combined one, twice)."""
-    there = column < features
-    keep = inside[:, None] & there[None, :]
-    c = tl.load(offset + column, mask=there, other=0)[None, :]
-    p = tl.load(projected + local[:, None] * features + column[None, :], mask=keep, other=0).to(tl.float32)
-    if FOLDED:
-        p = (p - mean[:, None] * tl.load(shift + column, mask=there, other=0)[None, :]) * inverse_std[:, None]
-    p = p + c
-    y = tl.load(teacher + own[:, None] + column[None, :], mask=keep, other=0).to(tl.float32)
-    a = y
-    b = y
-    if MODE == 1:
-        keep_a = has_before[:, None] & there[None, :]
-        keep_b = has_after[:, None] & there[None, :]
-        a = tl.load(teacher + before[:, None] + column[None, :], mask=keep_a, other=0).to(tl.float32)
-        b = tl.load(teacher + after[:, None] + column[None, :], mask=keep_b, other=0).to(tl.float32)
-    if MODE == 2:
-        a = tl.load(combined + local[:, None] * features + column[None, :], mask=keep, other=0).to(tl.float32)
-    return p, c, y, a, b
+def _load(place, column, features, INSIDE: tl.constexpr):
+    """A piece (1, N) of the row that begins at each of ``place`` (ROWS, 1)."""
+    if INSIDE:
+        return tl.load(place + column)
+    return tl.load(place + column, mask=column < features, other=0)
 
 
 @triton.jit
-def _row_gradient(p, y, a, b, own_factor, before_factor, after_factor, along, factor, counted, MODE: tl.constexpr):
-    """dp of a block of columns for unit loss weight, ``(z - (<p, z> / |p|^2) p) / |p|`` times the frame's share."""
-    if MODE == 2:
-        z = a
+def _add_seven(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
+    return a + h, b + i, c + j, d + k, e + m, f + n, g + o
+
+
+@triton.jit
+def _row_sums(a, b, c, d, e, f, g):
+    """Seven sums along the rows at once: one exchange between the warps instead of seven."""
+    if _APART:
+        sums = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1), tl.sum(d, 1), tl.sum(e, 1), tl.sum(f, 1), tl.sum(g, 1)
     else:
-        z = own_factor[:, None] * y
-    if MODE == 1:
-        z += before_factor[:, None] * a + after_factor[:, None] * b
-    return tl.where(counted[:, None], factor[:, None] * (z - along[:, None] * p), 0)
+        sums = tl.reduce((a, b, c, d, e, f, g), 1, _add_seven)
+    return sums
 
 
 @triton.jit
@@ -99,101 +98,127 @@ def _row_kernel(
     parts, slope_out, offset_parts,
     rows, first_row, clip_rows, start, frames, tokens, features, clip_stride, frame_stride, token_stride,
     share_scale, inverse_width,
-    FOLDED: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+    FOLDED: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, LO)
-    low_offset_grad = tl.zeros([LO], tl.float32)
-    if HI > 0:
-        tail = LO + tl.arange(0, HI)
-        high_offset_grad = tl.zeros([HI], tl.float32)
+    """A row is in ``PIECES`` pieces of ``COLUMNS``, ``WHOLE`` of them whole: all are loaded before any is summed."""
+    columns: tl.tuple = ()
+    offset_grads: tl.tuple = ()
+    for piece in tl.static_range(PIECES):
+        column = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        columns += (column,)
+        offset_grads += (tl.zeros([1, COLUMNS], tl.float32),)
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        local = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        local = block * ROWS + tl.arange(0, ROWS)
         inside = local < rows
+        local = tl.minimum(local, rows - 1)
         row = first_row + local
         pair, own, before, after, own_weight, before_weight, after_weight = locate_rows(
             row, inside, clip_rows, start, frames, tokens, teacher_frame, distance, weights,
             clip_stride, frame_stride, token_stride, MODE,
         )  # fmt: skip
-        has_before = inside & (before_weight != 0)
-        has_after = inside & (after_weight != 0)
-        mean = tl.zeros([ROWS], tl.float32)
-        inverse_std = mean + 1
+        out = projected + local.to(tl.int64)[:, None] * features
+        z_row = combined + local.to(tl.int64)[:, None] * features
+        raws: tl.tuple = ()
+        ys: tl.tuple = ()
+        befores: tl.tuple = ()
+        afters: tl.tuple = ()
+        for piece in tl.static_range(PIECES):
+            raws += (_load(out, columns[piece], features, piece < WHOLE),)
+            ys += (_load(teacher + own[:, None], columns[piece], features, piece < WHOLE),)
+            if MODE == 1:
+                befores += (_load(teacher + before[:, None], columns[piece], features, piece < WHOLE),)
+                afters += (_load(teacher + after[:, None], columns[piece], features, piece < WHOLE),)
+            if MODE == 2:
+                befores += (_load(z_row, columns[piece], features, piece < WHOLE),)
+        inverse_std = tl.full([ROWS], 1, tl.float32)
         if FOLDED:
-            mean = tl.load(mean_in + row, mask=inside, other=0)
-            inverse_std = tl.load(inverse_std_in + row, mask=inside, other=0)
-        p, c, y, a, b = _load_part(
-            projected, shift, offset, teacher, combined, local, own, before, after, inside, has_before, has_after,
-            mean, inverse_std, column, features, FOLDED, MODE,
-        )  # fmt: skip
-        pp = tl.sum(p * p, axis=1)
-        py = tl.sum(p * y, axis=1)
-        yy = tl.sum(y * y, axis=1)
-        pa = tl.sum(p * a, axis=1)
-        aa = tl.sum(a * a, axis=1)
-        pb = tl.sum(p * b, axis=1)
-        bb = tl.sum(b * b, axis=1)
-        if HI > 0:
-            hp, hc, hy, ha, hb = _load_part(
-                projected, shift, offset, teacher, combined, local, own, before, after, inside, has_before, has_after,
-                mean, inverse_std, tail, features, FOLDED, MODE,
-            )  # fmt: skip
-            pp += tl.sum(hp * hp, axis=1)
-            py += tl.sum(hp * hy, axis=1)
-            yy += tl.sum(hy * hy, axis=1)
-            pa += tl.sum(hp * ha, axis=1)
-            aa += tl.sum(ha * ha, axis=1)
-            pb += tl.sum(hp * hb, axis=1)
-            bb += tl.sum(hb * hb, axis=1)
-        own_inverse = 1 / tl.maximum(tl.sqrt(yy), FLOOR)
+            mean = tl.load(mean_in + row)[:, None]
+            inverse_std = tl.load(inverse_std_in + row)
+        ps: tl.tuple = ()
+        pp = tl.zeros([ROWS, COLUMNS], tl.float32)
+        py = pp
+        yy = pp
+        pa = pp
+        aa = pp
+        pb = pp
+        bb = pp
+        for piece in tl.static_range(PIECES):
+            p = raws[piece].to(tl.float32)
+            if FOLDED:
+                p = (p - mean * _load(shift, columns[piece], features, piece < WHOLE)) * inverse_std[:, None]
+            p += _load(offset, columns[piece], features, piece < WHOLE)
+            ps += (p,)
+            y = ys[piece].to(tl.float32)
+            pp += p * p
+            py += p * y
+            yy += y * y
+            if MODE == 2:
+                pa += p * befores[piece].to(tl.float32)
+            if MODE == 1:
+                y = befores[piece].to(tl.float32)
+                pa += p * y
+                aa += y * y
+                y = afters[piece].to(tl.float32)
+                pb += p * y
+                bb += y * y
+        pp, py, yy, pa, aa, pb, bb = _row_sums(pp, py, yy, pa, aa, pb, bb)
+        own_inverse = tl.rsqrt(tl.maximum(yy, FLOOR * FLOOR))
         own_factor = own_weight * own_inverse
-        before_factor = before_weight / tl.maximum(tl.sqrt(aa), FLOOR)
-        after_factor = after_weight / tl.maximum(tl.sqrt(bb), FLOOR)
-        if MODE == 0:
-            pz = own_factor * py
-        elif MODE == 1:
-            pz = own_factor * py + before_factor * pa + after_factor * pb
-        else:
+        pz = own_factor * py
+        if MODE == 1:
+            before_factor = before_weight * tl.rsqrt(tl.maximum(aa, FLOOR * FLOOR))
+            after_factor = after_weight * tl.rsqrt(tl.maximum(bb, FLOOR * FLOOR))
+            pz += before_factor * pa + after_factor * pb
+        if MODE == 2:
             pz = pa
         if PARTS:
             tl.store(parts + row * 3, pp, mask=inside)
             tl.store(parts + row * 3 + 1, pz, mask=inside)
             tl.store(parts + row * 3 + 2, own_inverse * py, mask=inside)
         if GRADIENT:
-            norm = tl.sqrt(pp)
-            inverse = 1 / tl.maximum(norm, FLOOR)
             # Below the floor the row is divided by a constant: nothing to project out.
-            floored = norm <= FLOOR
-            along = tl.where(floored, 0, pz * inverse * inverse)
+            floored = pp <= FLOOR * FLOOR
+            inverse = tl.rsqrt(tl.maximum(pp, FLOOR * FLOOR))
             share = tl.load(shares + pair * 4, mask=inside, other=0) * share_scale
-            counted = inside & (share != 0)
-            factor = share * inverse
-            inverse_std = tl.where(counted, inverse_std, 0)
-            kind = projected.dtype.element_ty
-            out = projected + local[:, None] * features
-            dp = _row_gradient(p, y, a, b, own_factor, before_factor, after_factor, along, factor, counted, MODE)
-            low_offset_grad += tl.sum(dp, axis=0)
-            along_offset = tl.sum(dp * c, axis=1)
-            q = narrowed(dp * inverse_std[:, None], kind)
-            tl.store(out + column[None, :], q, mask=inside[:, None])
-            if HI > 0:
-                dp = _row_gradient(
-                    hp, hy, ha, hb, own_factor, before_factor, after_factor, along, factor, counted, MODE
-                )
-                dp = tl.where((tail < features)[None, :], dp, 0)
-                high_offset_grad += tl.sum(dp, axis=0)
-                along_offset += tl.sum(dp * hc, axis=1)
-                q = narrowed(dp * inverse_std[:, None], kind)
-                tl.store(out + tail[None, :], q, mask=inside[:, None] & (tail < features)[None, :])
+            factor = share * inverse * inverse_std
+            along = factor * tl.where(floored, 0, pz * inverse * inverse)
+            own_factor *= factor
+            if MODE == 1:
+                before_factor *= factor
+                after_factor *= factor
+            # From r dp back to dp.
+            std = tl.where(share != 0, 1 / inverse_std, 0)
+            along_offset = tl.zeros([ROWS, COLUMNS], tl.float32)
+            new_grads: tl.tuple = ()
+            for piece in tl.static_range(PIECES):
+                if MODE == 2:
+                    q = factor[:, None] * befores[piece].to(tl.float32) - along[:, None] * ps[piece]
+                else:
+                    q = own_factor[:, None] * ys[piece].to(tl.float32) - along[:, None] * ps[piece]
+                if MODE == 1:
+                    q += before_factor[:, None] * befores[piece].to(tl.float32)
+                    q += after_factor[:, None] * afters[piece].to(tl.float32)
+                if MASKED:
+                    q = tl.where((share != 0)[:, None], q, 0)
+                new_grads += (offset_grads[piece] + tl.sum(q * std[:, None], axis=0)[None, :],)
+                along_offset += q * _load(offset, columns[piece], features, piece < WHOLE)
+                keep = inside[:, None]
+                if piece == WHOLE:
+                    keep = keep & (columns[piece] < features)
+                tl.store(out + columns[piece], narrowed(q, projected.dtype.element_ty), mask=keep)
+            offset_grads = new_grads
             if FOLDED:
+                # <dp, p> is 0 but below the floor; along_offset carries r once already.
                 along_p = tl.where(floored, factor * pz, 0)
-                slope = inverse_std * inverse_std * (along_offset - along_p) * inverse_width
-                tl.store(slope_out + row, tl.where(counted, slope, 0), mask=inside)
+                slope = inverse_std * (tl.sum(along_offset, axis=1) - along_p) * inverse_width
+                if MASKED:
+                    slope = tl.where(share != 0, slope, 0)
+                tl.store(slope_out + row, slope, mask=inside)
     if GRADIENT:
         part = offset_parts + tl.program_id(0).to(tl.int64) * features
-        tl.store(part + column, low_offset_grad)
-        if HI > 0:
-            tl.store(part + tail, high_offset_grad, mask=tail < features)
+        for piece in tl.static_range(PIECES):
+            tl.store(part + columns[piece], offset_grads[piece], mask=columns[piece] < features)
 
 
 @dataclass(frozen=True)
@@ -202,7 +227,7 @@ class RowInputs:
 
     Attributes:
         teacher: (B, S, M, E), last axis contiguous.
-        combined: z of the chunk, (rows, E), where ``neighbour_mode`` is COMBINED.
+        combined: z of the chunk, (rows, E), where it is made: ``neighbour_mode`` is COMBINED.
         clip: sizes and frame options.
         tables: numbers per frame.
         folded: the projector's weights.
@@ -217,6 +242,11 @@ class RowInputs:
     statistics: tuple[torch.Tensor, torch.Tensor] | None
 
 
+def row_programs(rows: int, tile: RowTile, device: torch.device) -> int:
+    """Programs of ``compare_rows``, each with a share of ``rows``."""
+    return min(triton.cdiv(rows, tile.rows), tile.programs * multiprocessors(device))
+
+
 def compare_rows(
     projected: torch.Tensor,
     chunk: RowChunk,
@@ -224,43 +254,38 @@ def compare_rows(
     tile: RowTile,
     parts: torch.Tensor | None,
     slope: torch.Tensor | None = None,
-    gradient: bool = False,
-) -> torch.Tensor:
-    """p.p, p.z and p.y of each row of ``projected`` (rows, E), the bare product; with ``gradient`` r dp in its place.
+    offset_parts: torch.Tensor | None = None,
+) -> None:
+    """p.p, p.z and p.y of each row of ``projected`` (rows, E), the bare product; r dp in its place if it is wanted.
 
     The gradient is that of ``-loss x B T M`` and carries each frame's share: of the size of one token's.
 
     Args:
         parts: (rows of the call, 1, 3) fp32, the sums of this chunk's rows are written; None: not wanted.
         slope: (rows of the call,) fp32: ``r^2 <dp, c> / D``, LayerNorm's term, for raw tokens.
-
-    Returns:
-        (n, E) fp32, parts of the sum of dp over the rows; n = 0 without ``gradient``.
+        offset_parts: (``row_programs``, E) fp32, parts of the sum of dp over the rows; None: no gradient is wanted.
     """
     clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
     rows, features = projected.shape
-    low, high = split_width(features)
-    programs = min(triton.cdiv(rows, tile.rows), tile.programs)
-    offset_parts = projected.new_empty((programs if gradient else 0, features), dtype=torch.float32)
-    mode = neighbour_mode(clip)
+    columns = min(tile.columns, triton.next_power_of_2(features))
     dummy = tables.weights
-    fp32 = 4 * rows
-    read: list[torch.Tensor | int] = [projected, rows * features * teacher.element_size()]
-    read += [] if inputs.combined is None else [inputs.combined]
-    written: list[torch.Tensor | int] = [projected, offset_parts] if gradient else []
-    written += [3 * fp32] if parts is not None else []
+    combined = () if inputs.combined is None else (inputs.combined,)
+    read = (projected, rows * features * teacher.element_size(), *combined)
+    written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
+    written += [12 * rows] if parts is not None else []
     launch(
-        "rows", _row_kernel, (programs,), Cost(tuple(read), tuple(written)), warps=tile.warps,
-        projected=projected, shift=folded.shift, offset=folded.offset,
+        "rows", _row_kernel, (row_programs(rows, tile, projected.device),), Cost(read, tuple(written)),
+        warps=tile.warps, projected=projected, shift=folded.shift, offset=folded.offset,
         mean_in=dummy if inputs.statistics is None else inputs.statistics[0],
         inverse_std_in=dummy if inputs.statistics is None else inputs.statistics[1], teacher=teacher,
         combined=dummy if inputs.combined is None else inputs.combined, teacher_frame=tables.teacher_frame,
         distance=tables.distance, weights=tables.weights, shares=tables.shares,
         parts=dummy if parts is None else parts, slope_out=dummy if slope is None else slope,
-        offset_parts=offset_parts, rows=rows, first_row=chunk.first_row, clip_rows=clip.rows, start=clip.start,
-        frames=clip.frames, tokens=clip.tokens, features=features, clip_stride=teacher.stride(0),
-        frame_stride=teacher.stride(1), token_stride=teacher.stride(2), share_scale=float(clip.batch * clip.frames),
-        inverse_width=1.0 / folded.weight.shape[1], FOLDED=inputs.statistics is not None, MODE=mode,
-        PARTS=parts is not None, GRADIENT=gradient, ROWS=tile.rows, LO=low, HI=high,
+        offset_parts=dummy if offset_parts is None else offset_parts, rows=rows, first_row=chunk.first_row,
+        clip_rows=clip.rows, start=clip.start, frames=clip.frames, tokens=clip.tokens, features=features,
+        clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
+        share_scale=float(clip.batch * clip.frames), inverse_width=1.0 / folded.weight.shape[1],
+        FOLDED=inputs.statistics is not None, MODE=neighbour_mode(clip), PARTS=parts is not None,
+        GRADIENT=offset_parts is not None, MASKED=tables.mask is not None, ROWS=tile.rows, COLUMNS=columns,
+        PIECES=triton.cdiv(features, columns), WHOLE=features // columns,
     )  # fmt: skip
-    return offset_parts

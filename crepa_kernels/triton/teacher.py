@@ -47,11 +47,23 @@ def inverse_norms(teacher: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def near_frames(table, counted, k, highest, clip_frames):
+    """Of student frames f and k below ``highest``: weights (f, k), which k some f weighs, and their teacher frames.
+
+    A frame that nothing weighs may hold anything.
+    """
+    there = k < highest
+    weight = tl.load(table[:, None] + k[None, :], mask=counted[:, None] & there[None, :], other=0)
+    near = there & (tl.max((weight != 0).to(tl.int32), axis=0) != 0)
+    return weight, near, tl.load(clip_frames + k, mask=near, other=0).to(tl.int64)
+
+
+@triton.jit
 def _combine_kernel(
     teacher, norms, teacher_frame, weights, combined,
     first_clip, first_frame, last_frame, first_row, chunk_rows, clip_rows, start, frames, teacher_frames, tokens,
     features, reach, clip_stride, frame_stride, token_stride,
-    ALL_FRAMES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     clip = first_clip + tl.program_id(2)
@@ -63,34 +75,15 @@ def _combine_kernel(
     row = clip.to(tl.int64) * clip_rows + place - first_row
     keep_row = (f < last_frame) & (place >= 0) & (place < clip_rows) & (row >= 0) & (row < chunk_rows)
     base = teacher + clip.to(tl.int64) * clip_stride + token * token_stride
-    table = weights + (clip * frames + f).to(tl.int64)[:, None] * frames
-    if ALL_FRAMES:
-        lowest = 0
-        highest = frames
-        k = tl.arange(0, BLOCK_T)
-        source = tl.load(teacher_frame + clip * frames + k, mask=k < frames, other=0).to(tl.int64) * frame_stride
-        squares = tl.zeros([BLOCK_T], tl.float32)
-        for column_start in tl.range(0, features, BLOCK_E):
-            column = column_start + tl.arange(0, BLOCK_E)
-            keep = (k < frames)[:, None] & (column < features)[None, :]
-            value = tl.load(base + source[:, None] + column[None, :], mask=keep, other=0).to(tl.float32)
-            squares += tl.sum(value * value, axis=1)
-        known_inverse = 1 / tl.maximum(tl.sqrt(squares), FLOOR)
+    table = weights + (clip * frames + f).to(tl.int64) * frames
+    clip_norms = norms + clip.to(tl.int64) * teacher_frames * tokens + token
     for column_start in tl.range(0, features, BLOCK_E):
         column = column_start + tl.arange(0, BLOCK_E)
         total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for frame_start in tl.range(lowest, highest, BLOCK_T):
             k = frame_start + tl.arange(0, BLOCK_T)
-            near = k < highest
-            weight = tl.load(table + k[None, :], mask=(f < last_frame)[:, None] & near[None, :], other=0)
-            # A frame that no row of the tile weighs may hold anything.
-            near = near & (tl.max((weight != 0).to(tl.int32), axis=0) != 0)
-            frame = tl.load(teacher_frame + clip * frames + k, mask=near, other=0).to(tl.int64)
-            if ALL_FRAMES:
-                inverse = tl.where(near, known_inverse, 0)
-            else:
-                norm_row = (clip.to(tl.int64) * teacher_frames + frame) * tokens + token
-                inverse = tl.load(norms + norm_row, mask=near, other=0)
+            weight, near, frame = near_frames(table, f < last_frame, k, highest, teacher_frame + clip * frames)
+            inverse = tl.load(clip_norms + frame * tokens, mask=near, other=0)
             keep = near[:, None] & (column < features)[None, :]
             near_rows = base + (frame * frame_stride)[:, None] + column[None, :]
             rows = tl.load(near_rows, mask=keep, other=0).to(tl.float32)
@@ -102,7 +95,7 @@ def _combine_kernel(
 
 def combine_neighbours(
     teacher: torch.Tensor,
-    norms: torch.Tensor | None,
+    norms: torch.Tensor,
     clip: Clip,
     tables: FrameTables,
     chunk: RowChunk,
@@ -110,28 +103,27 @@ def combine_neighbours(
 ) -> torch.Tensor:
     """z[f] = sum over k of w[f, k] unit(y[k]), own frame included, for the rows of ``chunk``: (rows, E) in ``dtype``.
 
-    ``norms`` (B, S, M): inverse norms, needed where ``combine_needs_norms``.
+    ``norms`` (B, S, M): inverse norms of the teacher's rows.
     """
     features = teacher.shape[3]
     combined = teacher.new_empty((chunk.rows, features), dtype=dtype)
     chunk_frames = chunk.last_frame - chunk.first_frame
-    all_frames = not combine_needs_norms(clip)
-    block = 16 if (clip.frames if all_frames else chunk_frames) <= 16 else 32
-    nvidia = teacher.device.type != "cpu" and torch.version.hip is None
+    block = 16 if chunk_frames <= 16 else 32
     launch(
         "combine", _combine_kernel, (clip.tokens, triton.cdiv(chunk_frames, block), chunk.clips),
-        Cost((teacher,), (combined,)), teacher=teacher, norms=tables.weights if norms is None else norms,
+        Cost((teacher,), (combined,)), teacher=teacher, norms=norms,
         teacher_frame=tables.teacher_frame, weights=tables.weights, combined=combined, first_clip=chunk.first_clip,
         first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
         clip_rows=clip.rows, start=clip.start, frames=clip.frames, teacher_frames=clip.teacher_frames,
         tokens=clip.tokens, features=features, reach=min(clip.neighbours.distance, clip.frames - 1),
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        ALL_FRAMES=all_frames, BLOCK_T=block, BLOCK_E=max(16, min(128, triton.next_power_of_2(features))),
-        PRECISION="tf32x3" if nvidia and not INTERPRETED else "ieee",
+        BLOCK_T=block, BLOCK_E=max(16, min(128, triton.next_power_of_2(features))),
+        PRECISION=precision(teacher.device),
     )  # fmt: skip
     return combined
 
 
-def combine_needs_norms(clip: Clip) -> bool:
-    """Whether the clip has more frames than one tile holds, so that norms cannot be summed beside the product."""
-    return clip.frames > 32
+def precision(device: torch.device) -> str:
+    """Of products with fp32 weights: three products of 10-bit parts where a GPU has those, exact to about 21 bits."""
+    nvidia = device.type != "cpu" and torch.version.hip is None
+    return "tf32x3" if nvidia and not INTERPRETED else "ieee"

@@ -27,11 +27,24 @@ VENDOR: Literal["vendor"] = "vendor"
 
 @dataclass(frozen=True)
 class RowTile:
-    """A kernel over whole rows: rows a step, warps a program, and programs at most where they loop over rows."""
+    """A kernel over whole rows.
+
+    Attributes:
+        rows: a step.
+        warps: a program.
+        programs: on each of the device's multiprocessors where they loop over rows: as many as its registers hold.
+        lanes: a warp.
+    """
 
     rows: int
     warps: int
-    programs: int = 1056
+    programs: int = 6
+    lanes: int = 32
+
+    @property
+    def columns(self) -> int:
+        """Numbers of 16 bits that a program loads at once, 16 bytes a lane."""
+        return 8 * self.lanes * self.warps
 
 
 @dataclass(frozen=True)
@@ -112,14 +125,15 @@ def heuristic(
     dx, one_pass = fit(dx, element_size, shared_memory), fit(one_pass, element_size, shared_memory)
     inference: PathName = "one_pass" if element_size == 2 else "split"
     lanes = 64 if hip else 32
-    tokens, rows = _rows_of(hidden_size, 16 * lanes), _rows_of(feature_size, 24 * lanes)
+    tokens, rows = _rows_of(hidden_size, 16, lanes), _rows_of(feature_size, 24, lanes)
     vendor = not hip and capability >= (10, 0)
     return Choice("split", inference, tokens, rows, VENDOR if vendor else dx, one_pass)
 
 
-def _rows_of(width: int, per_warp: int) -> RowTile:
-    """With so many numbers a warp at least, of which each lane loads 16 bytes at a time."""
-    return RowTile(1, min(8, max(1, 1 << max(0, math.ceil(math.log2(width / per_warp))))))
+def _rows_of(width: int, per_lane: int, lanes: int) -> RowTile:
+    """With so many numbers a lane at most, up to 8 warps, of which each loads 16 bytes at a time."""
+    warps = min(8, 1 << max(0, math.ceil(math.log2(width / (per_lane * lanes)))))
+    return RowTile(1, warps, max(1, 12 // warps), lanes)
 
 
 def fit(tile: ProductTile, element_size: int, shared_memory: int) -> ProductTile:
@@ -206,6 +220,14 @@ def device_heuristic(properties: Any, hidden_size: int, feature_size: int, eleme
     shared, hip = device_shared_memory(properties), torch.version.hip is not None
     capability = (properties.major, properties.minor)
     return heuristic(hidden_size, feature_size, element_size, shared, hip, capability)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's where tensors have no memory, and 1 for the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 1
 
 
 def device_shared_memory(properties: Any) -> int:
