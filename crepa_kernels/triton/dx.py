@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, dot_type, launch, narrowed, product, split_width
+from .launch import Cost, ceil_div, dot_type, launch, narrowed, product, split_width
 from .projector import fold_projector
 from .tiles import VENDOR, Choice, ProductTile
 
@@ -151,14 +151,14 @@ def token_gradient(
     if not isinstance(choice.dx, ProductTile):
         row_tile, (low, high) = choice.tokens, split_width(width)
         launch(
-            "layer_norm_term", _layer_norm_term_kernel, (triton.cdiv(rows, row_tile.rows),), Cost((tokens,), (out,)),
+            "layer_norm_term", _layer_norm_term_kernel, (ceil_div(rows, row_tile.rows),), Cost((tokens,), (out,)),
             warps=row_tile.warps, **shared, ROWS=row_tile.rows, LO=low, HI=high,
         )  # fmt: skip
         product("dx", grad, weight, out=out, add=True)
         return
     tile = choice.dx
     launch(
-        "dx", _dx_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n),),
+        "dx", _dx_kernel, (ceil_div(rows, tile.m) * ceil_div(width, tile.n),),
         Cost((grad, weight, tokens), (out,), 2 * rows * features * width), warps=tile.warps, stages=tile.stages,
         grad=grad, weight=weight, features=features, **shared, DOT=dot_type(grad.dtype),
         EVEN_K=features % tile.k == 0, EVEN_N=width % tile.n == 0, GROUP=8,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .chunks import RowChunk
 from .frames import FLOOR, Clip
-from .launch import INTERPRETED, Cost, launch, narrowed
+from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
 from .rows import COMBINED, RowInputs, neighbour_mode
 from .teacher import precision
 
@@ -116,7 +116,7 @@ def _frame_rows_kernel(
 
 def frame_grid(clip: Clip, chunk: RowChunk) -> tuple[int, int, int]:
     """Programs of ``compare_frames``: by tokens, tiles of frames and clips."""
-    return clip.tokens, triton.cdiv(chunk.last_frame - chunk.first_frame, _block(chunk)), chunk.clips
+    return clip.tokens, ceil_div(chunk.last_frame - chunk.first_frame, _block(chunk)), chunk.clips
 
 
 def _block(chunk: RowChunk) -> int:
@@ -142,7 +142,7 @@ def compare_frames(
     # Two parts hold 16 bits, twice those of a bf16 product; three all 24. The interpreter has no 16-bit products.
     split = teacher.dtype == torch.bfloat16 and not INTERPRETED
     terms = (3 if projected.dtype == torch.float32 else 2) if split else 0
-    most, width = 64 if split else 32, triton.next_power_of_2(features)
+    most, width = 64 if split else 32, power_of_2(features)
     read = (projected, rows * features * teacher.element_size())
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
     written += [12 * rows] if parts is not None else []

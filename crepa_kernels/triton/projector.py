@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Cost, launch, narrowed, operator, split_width
+from .launch import Cost, ceil_div, launch, narrowed, operator, split_width
 
 
 class FoldedProjector(NamedTuple):
@@ -213,12 +213,12 @@ def unfold_gradients(
     weight = weight.contiguous()
     rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4
     if centred:
-        rows, steps, (low, high), warps = 1, triton.cdiv(features, _PROGRAMS), split_width(width), 8
-    programs = triton.cdiv(features, rows * steps)
+        rows, steps, (low, high), warps = 1, ceil_div(features, _PROGRAMS), split_width(width), 8
+    programs = ceil_div(features, rows * steps)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     parts = weight.new_empty((2, programs, width) if need_affine else (2, 0, 0), dtype=torch.float32)
     launch(
-        "weight_gradients", _weight_gradient_kernel, (programs, 1 if centred else triton.cdiv(width, low)),
+        "weight_gradients", _weight_gradient_kernel, (programs, 1 if centred else ceil_div(width, low)),
         Cost((folded_grad, weight), (weight_grad, parts)), warps=warps,
         folded_grad=folded_grad, offset_grad=offset_grad, scale_in=scale, weight=weight,
         gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta, weight_grad=weight_grad,

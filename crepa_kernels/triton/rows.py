@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .chunks import RowChunk
 from .frames import FLOOR, Clip, FrameTables
-from .launch import INTERPRETED, Cost, launch, narrowed
+from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
 from .projector import FoldedProjector
 from .tiles import RowTile, multiprocessors
 
@@ -244,7 +244,7 @@ class RowInputs:
 
 def row_programs(rows: int, tile: RowTile, device: torch.device) -> int:
     """Programs of ``compare_rows``, each with a share of ``rows``."""
-    return min(triton.cdiv(rows, tile.rows), tile.programs * multiprocessors(device))
+    return min(ceil_div(rows, tile.rows), tile.programs * multiprocessors(device))
 
 
 def compare_rows(
@@ -267,7 +267,7 @@ def compare_rows(
     """
     clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
     rows, features = projected.shape
-    columns = min(tile.columns, triton.next_power_of_2(features))
+    columns = min(tile.columns, power_of_2(features))
     dummy = tables.weights
     combined = () if inputs.combined is None else (inputs.combined,)
     read = (projected, rows * features * teacher.element_size(), *combined)
@@ -287,5 +287,5 @@ def compare_rows(
         share_scale=float(clip.batch * clip.frames), inverse_width=1.0 / folded.weight.shape[1],
         FOLDED=inputs.statistics is not None, MODE=neighbour_mode(clip), PARTS=parts is not None,
         GRADIENT=offset_parts is not None, MASKED=tables.mask is not None, ROWS=tile.rows, COLUMNS=columns,
-        PIECES=triton.cdiv(features, columns), WHOLE=features // columns,
+        PIECES=ceil_div(features, columns), WHOLE=features // columns,
     )  # fmt: skip

@@ -202,7 +202,7 @@ class Student:
 
 def within(rows: torch.Tensor, span: slice) -> torch.Tensor:
     """``rows[span]``, without a view where that is all of them."""
-    return rows if span.stop - span.start == len(rows) else rows[span]
+    return rows if span.stop - span.start == rows.shape[0] else rows[span]
 
 
 def _in_loss(chunk: RowChunk, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .chunks import RowChunk
 from .frames import FLOOR, Clip, FrameTables
-from .launch import INTERPRETED, Cost, launch, narrowed, split_width
+from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2, split_width
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def inverse_norms(teacher: torch.Tensor) -> torch.Tensor:
     # So that each lane, of up to 64 a warp, has 16 bytes to load at a time.
     warps, rows = (2 if low >= 1024 else 1), (16 if INTERPRETED else max(1, 512 // low))
     launch(
-        "teacher_norms", _inverse_norms_kernel, (triton.cdiv(out.numel(), rows),), Cost((teacher,), (out,)),
+        "teacher_norms", _inverse_norms_kernel, (ceil_div(out.numel(), rows),), Cost((teacher,), (out,)),
         warps=warps, teacher=teacher, out=out, rows=out.numel(), tokens=tokens, frames=frames, features=features,
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
         ROWS=rows, LO=low, HI=high,
@@ -110,14 +110,14 @@ def combine_neighbours(
     chunk_frames = chunk.last_frame - chunk.first_frame
     block = 16 if chunk_frames <= 16 else 32
     launch(
-        "combine", _combine_kernel, (clip.tokens, triton.cdiv(chunk_frames, block), chunk.clips),
+        "combine", _combine_kernel, (clip.tokens, ceil_div(chunk_frames, block), chunk.clips),
         Cost((teacher,), (combined,)), teacher=teacher, norms=norms,
         teacher_frame=tables.teacher_frame, weights=tables.weights, combined=combined, first_clip=chunk.first_clip,
         first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
         clip_rows=clip.rows, start=clip.start, frames=clip.frames, teacher_frames=clip.teacher_frames,
         tokens=clip.tokens, features=features, reach=min(clip.neighbours.distance, clip.frames - 1),
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        BLOCK_T=block, BLOCK_E=max(16, min(128, triton.next_power_of_2(features))),
+        BLOCK_T=block, BLOCK_E=max(16, min(128, power_of_2(features))),
         PRECISION=precision(teacher.device),
     )  # fmt: skip
     return combined
