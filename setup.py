@@ -93,7 +93,7 @@ def cuda_half(wanted: str, toolkit: Path | None, torch: Any, cpp_extension: Any)
     if release and torch.version.cuda and release.group(1) != torch.version.cuda.split(".")[0]:
         raise RuntimeError(
             f"{nvcc} is CUDA {release.group().split()[1]}, torch is built with CUDA {torch.version.cuda}: their major "
-            "versions must be the same (CUDA_HOME names another toolkit)"
+            "versions must be the same (set CUDA_HOME to such a toolkit)"
         )
     architectures = gencode(nvcc, torch, cpp_extension)
     targets = [target for flag in architectures for target in re.findall(r",code=(\w+)", flag)]

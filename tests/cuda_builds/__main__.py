@@ -70,7 +70,7 @@ def copied(environment: Path) -> Build:
         source, ignored = ROOT / name, shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(source, root / name, ignore=ignored) if source.is_dir() else shutil.copy(source, root)
     python = environment.absolute() / "bin" / "python"
-    return Build(python, root, *run([python, "-c", FACTS], root).split())
+    return Build(python, root, *run([python, "-c", FACTS], root).splitlines()[-1].split())
 
 
 def built(build: Build, toolkit: Toolkit) -> None:
@@ -91,7 +91,7 @@ def built_without(build: Build, other: Toolkit, like: Build) -> None:
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
     ]
-    includes = run([build.python, "-c", INCLUDES], build.root).split()
+    includes = run([build.python, "-c", INCLUDES], build.root).splitlines()[-1].split()
     run([*compile_only, *includes, "-c", "csrc/cuda/operators.cu", "-o", "build/operators.o"], build.root)
     (half,) = (like.root / "crepa_kernels").glob("_cuda*.so")
     shutil.copy(half, build.root / "crepa_kernels")
