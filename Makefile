@@ -38,7 +38,7 @@ test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
 aot: $(VENV)/.test
 	$(PYTEST) tests/test_ahead_of_time.py
 
-# The extension beside CUDA builds of torch, without a GPU: it builds, loads and registers.
+# The extension beside CUDA builds of torch, without a GPU: it builds, loads and registers, and the GPU script runs dry.
 cuda-builds: $(if $(CUDA_ENVS),,$(CUDA_TORCH:%=$(VENV)/cuda-%/.made))
 	$(PYTHON) tests/cuda_builds $(or $(CUDA_ENVS),$(CUDA_TORCH:%=$(VENV)/cuda-%))
 

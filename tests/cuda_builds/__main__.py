@@ -23,7 +23,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "crepa_kernels", "python", "benches", "tests")
 # What the Python of each environment runs in its copy of the sources; a step that fails exits with another status.
-STEPS = {"loads, registers": ["tests/cuda_builds/loads.py"]}
+# The second is what a GPU would be given, with launches recorded instead of carried out.
+STEPS = {
+    "loads, registers": ["tests/cuda_builds/loads.py"],
+    "GPU script, dry": ["-m", "benches.gpu.hour", "--dry", "--only", "gate", "table", "choices", "--out", "build/dry"],
+}
 FACTS = "import torch, importlib.metadata as m; print(torch.__version__, torch.version.cuda, m.version('triton'))"
 INCLUDES = "from torch.utils.cpp_extension import include_paths as p; print(*(f'-I{each}' for each in p()))"
 
@@ -85,12 +89,8 @@ def built_without(build: Build, other: Toolkit, like: Build) -> None:
     if len(said) != 1 or "major versions must be the same" not in said[0]:
         raise SystemExit(f"setup.py said {said} of {other}, torch {build.torch}")
     print(f"torch {build.torch}: {said[0]}", flush=True)
-    compile_only = [
-        other.folder / "bin" / "nvcc",
-        "-std=c++17",
-        "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
+    nvcc = other.folder / "bin" / "nvcc"
+    compile_only = [nvcc, "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     includes = run([build.python, "-c", INCLUDES], build.root).splitlines()[-1].split()
     run([*compile_only, *includes, "-c", "csrc/cuda/operators.cu", "-o", "build/operators.o"], build.root)
     (half,) = (like.root / "crepa_kernels").glob("_cuda*.so")
