@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -20,6 +19,7 @@ from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
+from .launcher import check_launcher, launched_processes, speaks, training_device
 from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
@@ -55,7 +55,7 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not speaks():
         console = Console(quiet=True)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
@@ -68,22 +68,16 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
 
-def launched_processes() -> int:
-    """The number of processes as torchrun or accelerate says, before they know of each other."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
     """Prints what the run will do, from configs and the videos' first frames; returns what it found.
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
+    _check_launcher(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    device = torch.accelerator.current_accelerator()
-    device_type = device.type if device is not None and torch.accelerator.is_available() else "cpu"
-    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=device_type)
+    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
     print_plan(console, plan)
     return family, found
 
@@ -91,14 +85,12 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
 
-    ValueError where it was launched with weights that are sharded, or cannot have the precision.
+    ValueError where the launcher's environment says something else, as `check_launcher`.
     """
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and settings.mixed_precision == "fp16":
-        raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")
+    _check_launcher(settings)
     accelerator = Accelerator(
         # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
-        cpu=on_cpu,
+        cpu=training_device() == "cpu",
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
@@ -113,6 +105,12 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
     return accelerator
+
+
+def _check_launcher(settings: RunSettings) -> None:
+    check_launcher(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps
+    )
 
 
 def train_on(
