@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .stopping import Stopped, stopped_by_signals
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,10 +22,18 @@ FILE_WIDTH = 250  # columns of what is printed elsewhere than to a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. An error that the user can put right is one line on stderr and exit code 2."""
+    """Runs one command; returns its exit status.
+
+    An error that the user can put right is one line on stderr and 2, a stop by SIGINT or SIGTERM one and 130 or 143.
+    """
     with _logging_left_as_it_was():
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
+            with stopped_by_signals():
+                return _run(sys.argv[1:] if argv is None else argv)
+        except Stopped as stopped:
+            if _first_process():
+                print(f"crepa-train: {stopped.line}", file=sys.stderr)
+            return stopped.status
         except ModuleNotFoundError as error:
             _complain(f"{error}: pip install crepa-kernels[trainer]")
         except (ValueError, OSError, FloatingPointError) as error:
@@ -160,6 +170,10 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
     run_demo(options, config, console)
 
 
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -173,7 +187,7 @@ def _console(debug: bool) -> Console:
     from rich.logging import RichHandler
 
     # One of several processes speaks for all; errors are everybody's own.
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = _first_process()
     # In a file nothing is gained by breaking lines, least of all in the middle of a path.
     console = Console(quiet=not first, width=None if sys.stdout.isatty() else FILE_WIDTH)
     handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)

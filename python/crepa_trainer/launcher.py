@@ -20,11 +20,6 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
-    """Whether this is the one of several processes that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def training_device() -> str:
     """The type of the device that accelerate will train on, which its config may put on the CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -19,12 +21,13 @@ from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
-from .launcher import check_launcher, launched_processes, speaks, training_device
+from .launcher import check_launcher, launched_processes, training_device
 from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
 from .progress import training_progress
 from .sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
+from .stopping import Stopped, stop_kept
 from .student import make_average, make_student, trained_parameters
 from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from .cache import CachedClips
     from .settings import RunSettings
 
+_STOP = "stop"  # the signal's number among a step's values, where they are added up over processes
 # One process encodes, samples and exports while the others wait.
 PATIENCE = timedelta(days=1)
 _PLAIN = {
@@ -55,7 +59,7 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    if not speaks():
+    if os.environ.get("RANK", "0") != "0":
         console = Console(quiet=True)
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
@@ -151,8 +155,10 @@ def train_on(
         console.print("there is no checkpoint yet: starting at step 0", highlight=False)
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(first_step, console)
-    if accelerator.is_main_process:
+    stopped = TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(
+        first_step, console
+    )
+    if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
         full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
@@ -164,6 +170,8 @@ def train_on(
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if stopped is not None:
+        raise stopped
 
 
 def _fingerprint(clips: CachedClips) -> str:
@@ -192,14 +200,19 @@ class TrainingRun:
             seed=self.settings.seed,
         )
         self.transformer = self.accelerator.unwrap_model(self.student.transformer)
+        self._stopped: int | None = None  # the signal that has reached any of several processes
 
-    def steps(self, first_step: int, console: Console) -> None:
-        """All steps from `first_step` on, with their checkpoints and validations."""
+    def steps(self, first_step: int, console: Console) -> Stopped | None:
+        """All steps from `first_step` on, with their checkpoints and validations; or up to a signal, with a checkpoint.
+
+        One that reaches any of several processes stops all, a step later.
+        """
         settings, total = self.settings, self.settings.max_train_steps
         self.student.transformer.train()
         positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
         device = self.accelerator.device
         with (
+            stop_kept() as asked,
             training_progress(console, total, first_step) as show,
             StepReports(self.accelerator, self.student, lambda step, values: self._report(step, values, show)) as late,
             micro_batches(
@@ -211,16 +224,23 @@ class TrainingRun:
         ):
             for step in range(first_step, total):
                 positions.without_teacher = self._untaught
-                late.send(step, self._step(step, batches))
+                values = self._step(step, batches)
+                if self.accelerator.num_processes > 1:
+                    values.add({_STOP: torch.full((), asked.number or 0, device=device)})
+                late.send(step, values)
                 done = step + 1
-                validates = settings.validation_every and done % settings.validation_every == 0
-                saves = done % settings.checkpoint_every == 0 or done == total
+                stopped = asked.number if self.accelerator.num_processes == 1 else self._stopped
+                validates = settings.validation_every and done % settings.validation_every == 0 and not stopped
+                saves = done % settings.checkpoint_every == 0 or done == total or stopped
                 if validates or saves:
                     late.flush()
                 if validates:
                     self._validate(done)
                 if saves:
                     self.checkpoints.save(done)
+                if stopped:
+                    return Stopped(stopped, f" after step {done} of {total}: go on with --resume latest")
+        return None
 
     @property
     def _untaught(self) -> bool:
@@ -229,6 +249,9 @@ class TrainingRun:
 
     def _report(self, step: int, values: Mapping[str, float], show: Callable[[int, Mapping[str, float]], None]) -> None:
         values = {"epoch": self.order.epoch(Position(step, 0, 0)), **values}
+        # A mean over processes, of which one may have had SIGINT and another nothing.
+        if mean := values.pop(_STOP, 0):
+            self._stopped = signal.SIGINT if mean == signal.SIGINT else signal.SIGTERM
         self.accelerator.log(values, step=step)
         show(step, values)
 
