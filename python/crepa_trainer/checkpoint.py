@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
         folder = complete[-1]
     else:
         folder = Path(settings.resume)
-    found = _read(folder)
+    found = read_checkpoint(folder)
     keys = sorted({*identity, *found.identity})
     differing = [
         f"{key} = {json.dumps(identity.get(key))} (checkpoint: {json.dumps(found.identity.get(key))})"
@@ -147,7 +147,13 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
-def _read(folder: Path) -> Checkpoint:
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest in a run's output folder."""
+    return next(reversed(_complete(output / FOLDER)), None)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint with all its parts. ValueError for one that lacks a part, or has one cut short."""
     file = folder / STATE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: {STATE_FILE} is missing")
@@ -169,10 +175,11 @@ class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
     Through accelerate: optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average;
-    of the transformer the trained weights only.
+    of the transformer the trained weights only, and a LoRA also as stock pipelines load it from there.
 
     Args:
         accelerator: that prepared the student.
+        save_lora: writes the LoRA into a folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
         identity: of the run, kept in each checkpoint.
@@ -184,11 +191,12 @@ class Checkpoints:
         student: Student,
         average: EMAModel | None,
         *,
+        save_lora: Callable[[Path], object] | None,
         output: Path,
         kept: int,
         identity: Mapping[str, Any],
     ) -> None:
-        self._accelerator, self._average = accelerator, average
+        self._accelerator, self._average, self._save_lora = accelerator, average, save_lora
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
         accelerator.register_save_state_pre_hook(self._save_weights)
@@ -258,6 +266,8 @@ class Checkpoints:
             trained = trained_parameters(self._transformer)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
             save_file(tensors, Path(folder) / WEIGHTS_FILE)
+            if self._save_lora is not None:
+                self._save_lora(Path(folder))
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         models.clear()

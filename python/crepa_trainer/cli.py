@@ -72,6 +72,7 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command]] = {
         "run": (_add_run_options, _run_training),
+        "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
     }
     run = commands.add_parser(
@@ -80,6 +81,13 @@ def _run(argv: Sequence[str]) -> int:
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
         "is an option too, which goes before the file; values are read as JSON.",
+        allow_abbrev=False,
+    )
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's trained weights for other programs",
+        description="Writes the LoRA of a checkpoint, or its whole transformer where all weights were trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     demo = commands.add_parser(
@@ -91,7 +99,7 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = {"run": run, "demo": demo}.get(argv[0] if argv else "")
+    chosen = {"run": run, "export": export, "demo": demo}.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -122,6 +130,27 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
     from .run import run
 
     run(settings, config, console)
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="its folder, or a run's output folder for the newest")
+    add("--output", type=Path, metavar="FOLDER", help="where to write, exported/step-... in the run's folder when none")
+    add("--format", choices=("diffusers", "peft"), default="diffusers", help="of a LoRA")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
+
+
+def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    import torch
+
+    from .export import export_checkpoint
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[given.dtype]
+    console = _console(given.debug)
+    line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:

@@ -138,10 +138,12 @@ def train_on(
     student = make_student(accelerator, family, settings, config)
     transformer = accelerator.unwrap_model(student.transformer)
     average = make_average(transformer, settings.ema_decay)
+    full = settings.training == "full"
     checkpoints = Checkpoints(
         accelerator,
         student,
         average,
+        save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
         output=settings.output,
         kept=settings.checkpoints_kept,
         identity=identity,
@@ -160,12 +162,9 @@ def train_on(
     )
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
-        how = (
-            ", for load_lora_weights with load_into_transformer_2=True" if settings.expert == "low" and not full else ""
-        )
-        console.print(f"The trained weights are in {folder}{how}", highlight=False, markup=False, soft_wrap=True)
+        where = export.where(folder, full=full, expert=settings.expert)
+        console.print(where, highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
