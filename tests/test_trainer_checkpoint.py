@@ -150,6 +150,11 @@ def test_a_missing_or_shortened_part_is_named(models: Path, output: Path, part: 
 
 
 def test_a_folder_that_is_no_checkpoint_is_an_error(models: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match=r'elsewhere: no such folder; it is "latest" or a checkpoint.s folder'):
+        found(models, output, resume=str(output / "elsewhere"))
+    with pytest.raises(ValueError, match=r"did you mean .*/step-00000005\?$"):
+        found(models, output, resume="step-00000005")
+    (output / "elsewhere").mkdir()
     with pytest.raises(ValueError, match=rf"elsewhere is not a complete checkpoint: {STATE_FILE} is missing"):
         found(models, output, resume=str(output / "elsewhere"))
     state = output / FOLDER / "step-00000005" / STATE_FILE
@@ -194,6 +199,17 @@ def test_a_run_may_be_made_longer_where_nothing_is_stretched_over_it(
 def test_a_checkpoint_past_the_runs_end_is_an_error(models: Path, output: Path) -> None:
     with pytest.raises(ValueError, match="is at step 5, past max_train_steps = 3"):
         found(models, output, max_train_steps=3)
+
+
+def test_a_checkpoint_that_was_half_removed_goes_and_stops_nothing(models: Path, output: Path) -> None:
+    folder = output / FOLDER
+    (folder / "step-00000002").mkdir()
+    (folder / "step-00000002" / "optimizer.bin").write_bytes(b"left over")
+    shutil.copytree(folder / "step-00000005", folder / "step-00000006")
+    (folder / "step-00000006" / STATE_FILE).unlink()
+    train(tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 6}, resume="latest"), tiny_config(models))
+    assert names(output) == ["step-00000005", "step-00000006"]
+    assert found(models, output, max_train_steps=6).step == 6
 
 
 def test_other_clips_are_an_error_before_any_weight_is_loaded(models: Path, output: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             return None
         folder = complete[-1]
     else:
-        folder = Path(settings.resume)
+        folder = _named(settings.resume, complete)
     found = read_checkpoint(folder)
     keys = sorted({*identity, *found.identity})
     differing = [
@@ -114,6 +115,17 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             "to it, or go on from the newest with resume = latest"
         )
     return found
+
+
+def _named(resume: str, complete: Sequence[Path]) -> Path:
+    """The checkpoint's folder that `settings.resume` names. ValueError with the nearest where there is none."""
+    folder = Path(resume)
+    if folder.is_dir():
+        return folder
+    known = {"latest": "latest", **{path.name: str(path) for path in reversed(complete)}}
+    match = difflib.get_close_matches(folder.name, known, n=1)
+    hint = f"did you mean {known[match[0]]}?" if match else 'it is "latest" or a checkpoint\'s folder'
+    raise ValueError(f"resume = {resume}: no such folder; {hint}")
 
 
 def videos_identity(found: FoundClips) -> dict[str, list[str]]:
@@ -145,6 +157,15 @@ def _complete(folder: Path) -> list[Path]:
     found = (path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
     # A copy that somebody keeps under a name of its own is theirs.
     return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
+
+
+def _partial(folder: Path) -> list[Path]:
+    """Folders in a checkpoint's place that are none, as a kill leaves one that was being removed."""
+    return [
+        path
+        for path in folder.glob("step-*")
+        if path.name.removeprefix("step-").isdecimal() and not (path / STATE_FILE).exists()
+    ]
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -243,7 +264,7 @@ class Checkpoints:
 
     def _clear(self, temporary: Path) -> None:
         if self._accelerator.is_main_process:
-            for leftover in self._folder.glob(f"{_WRITING}*"):
+            for leftover in (*self._folder.glob(f"{_WRITING}*"), *_partial(self._folder)):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
@@ -257,8 +278,9 @@ class Checkpoints:
             _to_disk(path)
         os.replace(temporary, target)
         _to_disk(self._folder)
-        for old in (*_complete(self._folder)[: -self._kept], *self._folder.glob(f"{_WRITING}*")):
-            shutil.rmtree(old)
+        for old in _complete(self._folder)[: -self._kept]:
+            # Out of the way first: a kill while it is removed leaves nothing that looks like a checkpoint.
+            shutil.rmtree(old.replace(self._folder / f"{_WRITING}{old.name}"))
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()

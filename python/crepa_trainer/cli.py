@@ -156,7 +156,7 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     from crepa_kernels import CrepaConfig
 
-    from .demo import DemoOptions
+    from .demo import DEMO_CREPA, DemoOptions
 
     defaults = DemoOptions(output=Path("runs/demo"))
     add = parser.add_argument
@@ -166,7 +166,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
     add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
     add("--strict", action="store_true", help="stop at a video that cannot be used")
-    CrepaConfig.add_arguments(parser)
+    CrepaConfig.add_arguments(parser, DEMO_CREPA)
 
 
 def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:

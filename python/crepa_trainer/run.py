@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
+from .folders import check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
 from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
 from .plan import make_plan
@@ -59,8 +61,14 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    if os.environ.get("RANK", "0") != "0":
-        console = Console(quiet=True)
+    _check_launcher(settings)
+    check_folders(settings)
+    first = os.environ.get("RANK", "0") == "0"
+    with one_run_in(settings.output) if first else nullcontext():
+        _run(settings, config, console if first else Console(quiet=True))
+
+
+def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
@@ -78,6 +86,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
     _check_launcher(settings)
+    check_folders(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
