@@ -196,12 +196,15 @@ class CrepaConfig(BaseModel):
         if not isinstance(mapping, Mapping):
             raise ConfigError([f"settings must be a mapping of keys to values, not {type(mapping).__name__}"])
         values = {key: value for key, value in mapping.items() if isinstance(key, str) and key.startswith(PREFIX)}
+        recommended = False
         if family is not None and values.get("crepa_block_index") is None:
             index = recommended_block_index(family)
             if values.get("crepa_enabled") is True:
-                values["crepa_block_index"] = index
+                recommended, values["crepa_block_index"] = True, index
                 logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
-        return cls(**values)
+        config = cls(**values)
+        config._keep_family(family if recommended else None)
+        return config
 
     @classmethod
     def from_json(cls, path: str | Path, *, family: str | None = None) -> CrepaConfig:
@@ -226,13 +229,14 @@ class CrepaConfig(BaseModel):
         return cls.from_dict(merge(PRESETS[name], overrides), family=family)
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+    def add_arguments(cls, parser: argparse.ArgumentParser, base: Mapping[str, Any] | None = None) -> None:
         """Add one `--crepa_*` option for each key, in a group of their own.
 
         Values are read as JSON; what is not JSON is a string; an option without a value means true. Options
-        that are not given leave nothing in the namespace. Give the namespace to `from_args`.
+        that are not given leave nothing in the namespace. Give the namespace to `from_args`. `base`: values that the
+        help shows as defaults.
         """
-        add_options(parser, cls.model_fields)
+        add_options(parser, cls.model_fields, base or {})
 
     @classmethod
     def from_args(
@@ -276,7 +280,9 @@ class CrepaConfig(BaseModel):
 
     def replace(self, **overrides: Any) -> CrepaConfig:
         """A validated copy with other values; `None` puts a key back to its default."""
-        return type(self)(**merge({key: getattr(self, key) for key in self.model_fields_set}, overrides))
+        config = type(self)(**merge({key: getattr(self, key) for key in self.model_fields_set}, overrides))
+        config._keep_family(None if "crepa_block_index" in overrides else self.block_is_of)
+        return config
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CrepaConfig:
         """`replace`: pydantic's own would not validate."""
@@ -285,6 +291,16 @@ class CrepaConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as JSON can hold it; `from_dict` gives the same configuration back."""
         return {key: getattr(self, key) for key in type(self).model_fields}
+
+    def _keep_family(self, family: str | None) -> None:
+        # No field: two configurations of the same values are equal, wherever the block came from.
+        self.__dict__["_family"] = family
+
+    @property
+    def block_is_of(self) -> str | None:
+        """The family for which `crepa_block_index` was taken as the recommended one; None where it was given."""
+        family: str | None = self.__dict__.get("_family")
+        return family
 
     @property
     def spatial_align(self) -> SpatialAlign:

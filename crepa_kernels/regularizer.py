@@ -87,6 +87,12 @@ class CrepaRegularizer:
                 "encode them before training, or set it to false"
             )
         self._family = family_of(transformer)
+        if self.config.block_is_of not in (None, self._family.name):
+            raise ValueError(
+                f"crepa_block_index = {self.config.crepa_block_index} is the recommended block for "
+                f"{self.config.block_is_of}, and the transformer is of {self._family.name}: "
+                f'give family="{self._family.name}" with the preset, or the block'
+            )
         blocks = {"crepa_block_index": self._block_index}
         if self.config.crepa_feature_source == "backbone":
             blocks["crepa_teacher_block_index"] = self._teacher_block_index

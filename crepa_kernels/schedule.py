@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .host_copy import several_ranks
 from .measurement import Measurement
 
 if TYPE_CHECKING:
@@ -131,11 +133,18 @@ class CrepaSchedule:
         self._tell_threshold()
 
     def _tell_threshold(self) -> None:
+        from .config_rules import PRESETS
+
         other = self.config.threshold_on_other_scale()
-        if other is not None:
+        # One of several processes says it.
+        if other is not None and not (several_ranks() and dist.get_rank()):
             threshold, metric = self.config.crepa_similarity_threshold, self.config.crepa_similarity_metric
-            # A warning, so that it is seen where logging was not configured.
-            logger.warning("crepa_similarity_threshold: %g on %s is %.3g on %s", threshold, metric, other[1], other[0])
+            # A warning, so that it is seen where logging was not configured; not of the values that are shipped.
+            keys = ("crepa_similarity_threshold", "crepa_similarity_metric")
+            shipped = (threshold, metric) in [tuple(map(preset.get, keys)) for preset in PRESETS.values()]
+            level = logging.INFO if shipped else logging.WARNING
+            words = "crepa_similarity_threshold: %g on %s is %.3g on %s"
+            logger.log(level, words, threshold, metric, other[1], other[0])
 
     def weight(self, step: int) -> float:
         """The scheduled weight at `step`, whatever the similarity: a pure function, see `crepa_weight`."""

@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 import pytest
+from tiny_families import FAMILIES
 
+from crepa_kernels import CrepaRegularizer
 from crepa_kernels.config import ConfigError, CrepaConfig, presets, recommended_block_index
 from crepa_kernels.config_rules import neighbour_weight_sum
 
@@ -143,6 +145,17 @@ def test_preset_values() -> None:
     assert set(presets()) == set(expected)
     for name, values in expected.items():
         assert CrepaConfig.preset(name) == CrepaConfig(**values)
+
+
+def test_a_recommended_block_is_for_its_family_alone() -> None:
+    hunyuan = FAMILIES["hunyuan_video"].make()
+    for config in (CrepaConfig.preset("t2v"), CrepaConfig.preset("t2v", family="wan").replace(crepa_lambda=0.1)):
+        with pytest.raises(ValueError, match=r"crepa_block_index = 8 is the recommended block for wan, and the tran"):
+            CrepaRegularizer(config, hunyuan)
+    given = CrepaConfig.preset(
+        "t2v", crepa_block_index=1, crepa_lambda=0.0, crepa_feature_source="backbone", crepa_teacher_block_index=2
+    )
+    assert CrepaRegularizer(given, hunyuan, max_train_steps=10).projector is not None
 
 
 def test_presets_are_copies() -> None:

@@ -195,9 +195,17 @@ def test_without_a_threshold_nothing_is_observed() -> None:
 
 
 def test_the_threshold_is_told_once_on_the_other_scale(caplog: pytest.LogCaptureFixture) -> None:
-    crepa = CrepaSchedule(CrepaConfig.preset("t2v"), 1000)
+    # Of a preset as it is shipped it is no warning.
+    CrepaSchedule(CrepaConfig.preset("t2v"), 1000)
+    assert not caplog.records
+    caplog.set_level(logging.INFO)
+    CrepaSchedule(CrepaConfig.preset("t2v"), 1000)
+    assert [r.levelno for r in caplog.records if "threshold" in r.getMessage()] == [logging.INFO]
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    crepa = CrepaSchedule(CrepaConfig.preset("t2v", crepa_similarity_threshold=0.8500001), 1000)
     run(crepa, [0.1] * 5)
-    assert len(caplog.records) == 1
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "0.85" in caplog.text
     assert "0.49 on similarity" in caplog.text
     caplog.clear()

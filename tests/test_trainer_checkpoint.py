@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, find_checkpoint, run_identity
+from crepa_trainer.cli import main
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from said import everything_said
 from training_runs import (
     TinyClips,
     command,
@@ -78,6 +84,55 @@ def test_only_trained_weights_are_in_a_checkpoint(output: Path) -> None:
     assert not (checkpoint / "model.safetensors").exists()
 
 
+def test_a_checkpoints_lora_loads_in_the_stock_pipeline_and_is_exported_again(
+    models: Path, output: Path, tmp_path: Path
+) -> None:
+    checkpoint = output / FOLDER / "step-00000005"
+    pipeline = WanPipeline.from_pretrained(models / "wan")
+    with everything_said() as said:
+        pipeline.load_lora_weights(checkpoint)
+    assert said == []
+    loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
+    lora = load_file(output / "trained" / "pytorch_lora_weights.safetensors")
+    assert {f"transformer.{name}": tensor.tolist() for name, tensor in loaded.items()} == {
+        name: tensor.tolist() for name, tensor in lora.items()
+    }
+    # The newest of the run, beside its checkpoints.
+    assert main(["export", str(output)]) == 0
+    again = load_file(output / "exported" / "step-00000005" / "pytorch_lora_weights.safetensors")
+    assert again.keys() == lora.keys()
+    assert all(torch.equal(again[name], lora[name]) for name in lora)
+    # An adapter for peft, in another type.
+    assert (
+        main(["export", str(checkpoint), "--output", str(tmp_path / "peft"), "--format", "peft", "--dtype", "bf16"])
+        == 0
+    )
+    transformer = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer")
+    with everything_said() as said:
+        adapted: Any = PeftModel.from_pretrained(transformer, tmp_path / "peft")
+    assert said == []
+    own = get_peft_model_state_dict(adapted)
+    assert {name.removeprefix("base_model.model.") for name in own} == set(loaded)
+    for name, tensor in own.items():
+        assert torch.equal(tensor.bfloat16(), loaded[name.removeprefix("base_model.model.")].bfloat16())
+
+
+def test_a_whole_transformer_is_exported_from_its_checkpoint(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(tiny_settings(models, output, training="full", max_train_steps=1, learning_rate=1e-3), tiny_config(models))
+    assert main(["export", str(output), "--output", str(tmp_path / "a")]) == 0
+    last, again = (
+        WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+        for folder in (output / "trained", tmp_path / "a")
+    )
+    assert all(torch.equal(again[name], last[name]) for name in last)
+
+
+def test_what_cannot_be_exported_is_one_line(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not a complete checkpoint: {STATE_FILE} is missing" in capsys.readouterr().err
+
+
 def test_without_a_checkpoint_latest_is_a_run_that_starts(models: Path, tmp_path: Path) -> None:
     assert found(models, tmp_path) is None
 
@@ -95,6 +150,11 @@ def test_a_missing_or_shortened_part_is_named(models: Path, output: Path, part: 
 
 
 def test_a_folder_that_is_no_checkpoint_is_an_error(models: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match=r'elsewhere: no such folder; it is "latest" or a checkpoint.s folder'):
+        found(models, output, resume=str(output / "elsewhere"))
+    with pytest.raises(ValueError, match=r"did you mean .*/step-00000005\?$"):
+        found(models, output, resume="step-00000005")
+    (output / "elsewhere").mkdir()
     with pytest.raises(ValueError, match=rf"elsewhere is not a complete checkpoint: {STATE_FILE} is missing"):
         found(models, output, resume=str(output / "elsewhere"))
     state = output / FOLDER / "step-00000005" / STATE_FILE
@@ -139,6 +199,17 @@ def test_a_run_may_be_made_longer_where_nothing_is_stretched_over_it(
 def test_a_checkpoint_past_the_runs_end_is_an_error(models: Path, output: Path) -> None:
     with pytest.raises(ValueError, match="is at step 5, past max_train_steps = 3"):
         found(models, output, max_train_steps=3)
+
+
+def test_a_checkpoint_that_was_half_removed_goes_and_stops_nothing(models: Path, output: Path) -> None:
+    folder = output / FOLDER
+    (folder / "step-00000002").mkdir()
+    (folder / "step-00000002" / "optimizer.bin").write_bytes(b"left over")
+    shutil.copytree(folder / "step-00000005", folder / "step-00000006")
+    (folder / "step-00000006" / STATE_FILE).unlink()
+    train(tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 6}, resume="latest"), tiny_config(models))
+    assert names(output) == ["step-00000005", "step-00000006"]
+    assert found(models, output, max_train_steps=6).step == 6
 
 
 def test_other_clips_are_an_error_before_any_weight_is_loaded(models: Path, output: Path) -> None:

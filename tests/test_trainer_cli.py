@@ -75,11 +75,37 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, message: str, capsy
 
 def test_a_missing_file_and_a_wrong_word_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", "no/such.json"]) == 2
-    assert capsys.readouterr().err == "crepa-train: error: [Errno 2] No such file or directory: 'no/such.json'\n"
+    assert capsys.readouterr().err == "crepa-train: error: no/such.json: no such file\n"
     words = ["--model", "wan", "--data", "d", "--output", "o", "--max_train_steps", "1"]
     assert main(["run", *words, "--learnign_rate", "1"]) == 2
     expected = "crepa-train: error: the command line: --learnign_rate: unknown option; did you mean --learning_rate?\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*words: str) -> str:
+        assert main(["run", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("crepa-train: error: ")
+
+    needed = {"model": "a/b", "data": "d", "output": str(tmp_path / "run"), "max_train_steps": 1}
+    (tmp_path / "config.json").write_text(json.dumps(needed))
+    (tmp_path / "config.yaml").write_text("model: wan\n")
+    assert error("--config", f"{tmp_path}/confg.json") == (
+        f"{tmp_path}/confg.json: no such file; did you mean {tmp_path}/config.json?"
+    )
+    assert error("--config", str(tmp_path)) == f"{tmp_path}: is a folder, not a file of settings"
+    assert error("--config", f"{tmp_path}/config.yaml").endswith("settings are read from JSON, not from .yaml files")
+    given = ("--config", f"{tmp_path}/config.json")
+    assert "--optimizer: unknown key; it is AdamW: see learning_rate" in error(*given, "--optimizer", "prodigy")
+    assert error(*given, "--caption_dropout", "0.1").endswith(
+        "--caption_dropout: unknown key; captions are not dropped"
+    )
+    assert error(*given, "--resume", "lastest") == "resume = lastest: no such folder; did you mean latest?"
+    for place in (tmp_path / "config.json" / "run", tmp_path / "config.json"):
+        assert error(*given, "--output", str(place)) == f"output = {place}: {tmp_path}/config.json is not a folder"
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,6 +228,9 @@ def test_the_plan_says_what_issue_and_user_ask_for(folder: Path) -> None:
     ):
         assert words in text, text
     assert "CREPA off" in printed(planned(folder, CrepaConfig()))
+    assert "CREPA off" in printed(planned(folder, CrepaConfig(crepa_enabled=False, crepa_lambda=0.1)))
+    idle = printed(planned(folder, CrepaConfig(crepa_lambda=0.1, crepa_block_index=1)))
+    assert "OFF: neither crepa_enabled nor a preset is given, without which crepa_block_index, crepa_lambda" in idle
 
 
 @pytest.mark.parametrize(

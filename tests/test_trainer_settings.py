@@ -179,7 +179,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"cache_teacher": "pixels"}, ['cache_teacher = "pixels": ', '"frames" or "features"']),
     ({"checkpoints_kept": 0}, ["checkpoints_kept = 0: "]),
     ({"validation_prompts": [""]}, ['validation_prompts = [""]: ']),
-    ({"validation_prompts": ["a cat"]}, ['validation_prompts = ["a cat"]: ', "validation_every is 0"]),
+    ({"validation_prompts": ["a cat"]}, ['validation_prompts = ["a cat"]: ', "validation_every is not given"]),
     ({"validation_every": 5}, ["validation_every = 5: ", "validation_prompts is empty"]),
     ({"resume": True}, ["resume = true: ", '"latest"']),
     ({"preset": "t2w"}, ['preset = "t2w": ', "did you mean 't2v'?"]),
@@ -258,3 +258,20 @@ def test_the_schedulers_are_those_of_diffusers_that_need_no_rule_string() -> Non
 
     names = get_args(RunSettings.model_fields["lr_scheduler"].annotation)
     assert {*names, "piecewise_constant"} == {kind.value for kind in SchedulerType}
+
+
+def test_validation_every_0_is_never_beside_prompts_too() -> None:
+    settings = RunSettings(**REQUIRED, validation_prompts=["a cat"], validation_every=0)
+    assert settings.validation_every == 0
+
+
+def test_paths_on_a_command_line_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--data", "2024", "--output=~/run", "--model", "~/wan", "--resume", "3", "--cache", "true"]
+    words += ["--max_train_steps", "4", "--crepa_encoder", "~/7"]
+    settings, config = load_settings(None, given_values(parser.parse_args(words)))
+    assert (settings.data, settings.output, settings.cache) == (Path("2024"), Path("/home/me/run"), Path("true"))
+    assert (settings.model, settings.resume, settings.max_train_steps) == ("/home/me/wan", "3", 4)
+    assert config.crepa_encoder == "/home/me/7"

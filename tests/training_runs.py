@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.checkpoint import find_checkpoint, run_identity
 from crepa_trainer.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.run import launched_processes, make_accelerator, train_on
+from crepa_trainer.launcher import launched_processes
+from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.trackers import read_csv
 from rich.console import Console

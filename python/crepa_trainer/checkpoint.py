@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,8 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             return None
         folder = complete[-1]
     else:
-        folder = Path(settings.resume)
-    found = _read(folder)
+        folder = _named(settings.resume, complete)
+    found = read_checkpoint(folder)
     keys = sorted({*identity, *found.identity})
     differing = [
         f"{key} = {json.dumps(identity.get(key))} (checkpoint: {json.dumps(found.identity.get(key))})"
@@ -115,6 +116,17 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             "to it, or go on from the newest with resume = latest"
         )
     return found
+
+
+def _named(resume: str, complete: Sequence[Path]) -> Path:
+    """The checkpoint's folder that `settings.resume` names. ValueError with the nearest where there is none."""
+    folder = Path(resume)
+    if folder.is_dir():
+        return folder
+    known = {"latest": "latest", **{path.name: str(path) for path in reversed(complete)}}
+    match = difflib.get_close_matches(folder.name, known, n=1)
+    hint = f"did you mean {known[match[0]]}?" if match else 'it is "latest" or a checkpoint\'s folder'
+    raise ValueError(f"resume = {resume}: no such folder; {hint}")
 
 
 def videos_identity(found: FoundClips) -> dict[str, list[str]]:
@@ -148,7 +160,22 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
-def _read(folder: Path) -> Checkpoint:
+def _partial(folder: Path) -> list[Path]:
+    """Folders in a checkpoint's place that are none, as a kill leaves one that was being removed."""
+    return [
+        path
+        for path in folder.glob("step-*")
+        if path.name.removeprefix("step-").isdecimal() and not (path / STATE_FILE).exists()
+    ]
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest in a run's output folder."""
+    return next(reversed(_complete(output / FOLDER)), None)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint with all its parts. ValueError for one that lacks a part, or has one cut short."""
     file = folder / STATE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: {STATE_FILE} is missing")
@@ -170,10 +197,11 @@ class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
     Through accelerate: optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average;
-    of the transformer the trained weights only.
+    of the transformer the trained weights only, and a LoRA also as stock pipelines load it from there.
 
     Args:
         accelerator: that prepared the student.
+        save_lora: writes the LoRA into a folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
         identity: of the run, kept in each checkpoint.
@@ -185,11 +213,12 @@ class Checkpoints:
         student: Student,
         average: EMAModel | None,
         *,
+        save_lora: Callable[[Path], object] | None,
         output: Path,
         kept: int,
         identity: Mapping[str, Any],
     ) -> None:
-        self._accelerator, self._average = accelerator, average
+        self._accelerator, self._average, self._save_lora = accelerator, average, save_lora
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
         accelerator.register_save_state_pre_hook(self._save_weights)
@@ -236,7 +265,7 @@ class Checkpoints:
 
     def _clear(self, temporary: Path) -> None:
         if self._accelerator.is_main_process:
-            for leftover in self._folder.glob(f"{_WRITING}*"):
+            for leftover in (*self._folder.glob(f"{_WRITING}*"), *_partial(self._folder)):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
@@ -250,8 +279,9 @@ class Checkpoints:
             _to_disk(path)
         os.replace(temporary, target)
         _to_disk(self._folder)
-        for old in (*_complete(self._folder)[: -self._kept], *self._folder.glob(f"{_WRITING}*")):
-            shutil.rmtree(old)
+        for old in _complete(self._folder)[: -self._kept]:
+            # Out of the way first: a kill while it is removed leaves nothing that looks like a checkpoint.
+            shutil.rmtree(old.replace(self._folder / f"{_WRITING}{old.name}"))
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()
@@ -259,6 +289,8 @@ class Checkpoints:
             trained = trained_parameters(self._transformer)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
             save_file(tensors, Path(folder) / WEIGHTS_FILE)
+            if self._save_lora is not None:
+                self._save_lora(Path(folder))
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         models.clear()

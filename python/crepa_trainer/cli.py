@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .stopping import Stopped, stopped_by_signals
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,10 +22,18 @@ FILE_WIDTH = 250  # columns of what is printed elsewhere than to a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. An error that the user can put right is one line on stderr and exit code 2."""
+    """Runs one command; returns its exit status.
+
+    An error that the user can put right is one line on stderr and 2, a stop by SIGINT or SIGTERM one and 130 or 143.
+    """
     with _logging_left_as_it_was():
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
+            with stopped_by_signals():
+                return _run(sys.argv[1:] if argv is None else argv)
+        except Stopped as stopped:
+            if _first_process():
+                print(f"crepa-train: {stopped.line}", file=sys.stderr)
+            return stopped.status
         except ModuleNotFoundError as error:
             _complain(f"{error}: pip install crepa-kernels[trainer]")
         except (ValueError, OSError, FloatingPointError) as error:
@@ -62,6 +72,7 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command]] = {
         "run": (_add_run_options, _run_training),
+        "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
     }
     run = commands.add_parser(
@@ -70,6 +81,13 @@ def _run(argv: Sequence[str]) -> int:
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
         "is an option too, which goes before the file; values are read as JSON.",
+        allow_abbrev=False,
+    )
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's trained weights for other programs",
+        description="Writes the LoRA of a checkpoint, or its whole transformer where all weights were trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     demo = commands.add_parser(
@@ -81,7 +99,7 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = {"run": run, "demo": demo}.get(argv[0] if argv else "")
+    chosen = {"run": run, "export": export, "demo": demo}.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -114,10 +132,31 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
     run(settings, config, console)
 
 
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="its folder, or a run's output folder for the newest")
+    add("--output", type=Path, metavar="FOLDER", help="where to write, exported/step-... in the run's folder when none")
+    add("--format", choices=("diffusers", "peft"), default="diffusers", help="of a LoRA")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
+
+
+def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    import torch
+
+    from .export import export_checkpoint
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[given.dtype]
+    console = _console(given.debug)
+    line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     from crepa_kernels import CrepaConfig
 
-    from .demo import DemoOptions
+    from .demo import DEMO_CREPA, DemoOptions
 
     defaults = DemoOptions(output=Path("runs/demo"))
     add = parser.add_argument
@@ -127,7 +166,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
     add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
     add("--strict", action="store_true", help="stop at a video that cannot be used")
-    CrepaConfig.add_arguments(parser)
+    CrepaConfig.add_arguments(parser, DEMO_CREPA)
 
 
 def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
@@ -160,6 +199,10 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
     run_demo(options, config, console)
 
 
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -173,7 +216,7 @@ def _console(debug: bool) -> Console:
     from rich.logging import RichHandler
 
     # One of several processes speaks for all; errors are everybody's own.
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = _first_process()
     # In a file nothing is gained by breaking lines, least of all in the middle of a path.
     console = Console(quiet=not first, width=None if sys.stdout.isatty() else FILE_WIDTH)
     handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)

@@ -24,6 +24,7 @@ from crepa_kernels import CrepaRegularizer
 
 from .data import ClipSet, ClipSpec, list_videos, load_clips, sample_videos
 from .evaluate import Alignment, Evaluator, Features
+from .launcher import check_launcher
 from .loop import Student, parameter_groups, train, training_step
 from .models import ModelFolders, add_lora, encode_latents, load_transformer, load_vae, save_demo_models, save_lora
 from .plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
@@ -72,6 +73,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
 
     ValueError for what the user can put right, FloatingPointError when training diverges.
     """
+    check_launcher(mixed_precision="no", gradient_accumulation_steps=1)
     found = load_clips(
         sample_videos() if options.data is None else list_videos(options.data),
         options.clips,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import WEIGHTS_FILE, newest_checkpoint, read_checkpoint
 from .student import trained_parameters
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.training_utils import EMAModel
-    from torch import nn
+    from torch import Tensor, nn
 
     from crepa_kernels import CrepaRegularizer
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 FOLDER = "trained"
 AVERAGE = "ema"
+EXPORTED = "exported"
+FORMS = ("diffusers", "peft")
 
 
 def export(
@@ -57,6 +63,69 @@ def averaged(transformer: nn.Module, average: EMAModel | None) -> Iterator[None]
         yield
     finally:
         average.restore(weights)
+
+
+def where(folder: Path, *, full: bool, expert: str | None) -> str:
+    """A line that says where the trained weights are, and how they are loaded where that is not as usual."""
+    how = ", for load_lora_weights with load_into_transformer_2=True" if expert == "low" and not full else ""
+    return f"The trained weights are in {folder}{how}"
+
+
+def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.dtype) -> str:
+    """Writes a checkpoint's trained weights in `dtype` into `folder`, None: `exported/step-...` beside the checkpoints.
+
+    place: a checkpoint, or a run's output folder, whose newest is taken. form: of `FORMS`; "peft" is an adapter's
+    folder for PeftModel.from_pretrained. Returns a line that says where they are.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, "peft" of one without a LoRA; where all weights were trained also as
+            `TrainingFamily.of`, whose model is loaded.
+    """
+    place = newest_checkpoint(place) or place
+    checkpoint = read_checkpoint(place)
+    folder = place.resolve().parent.parent / EXPORTED / place.resolve().name if folder is None else folder
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(place / WEIGHTS_FILE).items()}
+    identity = checkpoint.identity
+    full = identity["training"] == "full"
+    if full and form != "diffusers":
+        raise ValueError(f"--format {form}: {place} has no LoRA, all weights were trained")
+    folder.mkdir(parents=True, exist_ok=True)
+    if full:
+        _write_transformer(identity, weights, folder)
+    else:
+        lora = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
+        _LORA_WRITERS[form](lora, folder)
+    return where(folder, full=full, expert=identity["expert"])
+
+
+def _write_transformer(identity: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> None:
+    from .families import TrainingFamily
+
+    family = TrainingFamily.of(identity["model"], identity["task"], None, identity["expert"])
+    dtype = next(iter(weights.values())).dtype
+    transformer: Any = family.load_transformer(dtype)
+    transformer.load_state_dict({**transformer.state_dict(), **weights})
+    transformer.save_pretrained(folder / family.transformer_part)
+
+
+def _write_for_diffusers(lora: Mapping[str, Tensor], folder: Path) -> None:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    named = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+    save_file(named, folder / LORA_WEIGHT_NAME_SAFE, {"format": "pt"})
+
+
+def _write_for_peft(lora: Mapping[str, Tensor], folder: Path) -> None:
+    from peft import LoraConfig
+
+    ranks = {name.split(".lora_A.")[0]: len(tensor) for name, tensor in lora.items() if ".lora_A." in name}
+    (rank,) = set(ranks.values())
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks)).save_pretrained(str(folder))
+    named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+_LORA_WRITERS = dict(zip(FORMS, (_write_for_diffusers, _write_for_peft), strict=True))
 
 
 def _write(family: TrainingFamily, transformer: Any, full: bool, folder: Path) -> None:

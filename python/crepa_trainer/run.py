@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -20,11 +22,14 @@ from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
+from .folders import check_folders, one_run_in
+from .launcher import check_launcher, launched_processes, training_device
 from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
 from .plan import make_plan
 from .plan_table import print_plan
 from .progress import training_progress
 from .sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
+from .stopping import Stopped, stop_kept
 from .student import make_average, make_student, trained_parameters
 from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from .cache import CachedClips
     from .settings import RunSettings
 
+_STOP = "stop"  # the signal's number among a step's values, where they are added up over processes
 # One process encodes, samples and exports while the others wait.
 PATIENCE = timedelta(days=1)
 _PLAIN = {
@@ -55,8 +61,14 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    if os.environ.get("RANK", "0") != "0":
-        console = Console(quiet=True)
+    _check_launcher(settings)
+    check_folders(settings)
+    first = os.environ.get("RANK", "0") == "0"
+    with one_run_in(settings.output) if first else nullcontext():
+        _run(settings, config, console if first else Console(quiet=True))
+
+
+def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
@@ -68,22 +80,17 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
 
-def launched_processes() -> int:
-    """The number of processes as torchrun or accelerate says, before they know of each other."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
     """Prints what the run will do, from configs and the videos' first frames; returns what it found.
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
+    _check_launcher(settings)
+    check_folders(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    device = torch.accelerator.current_accelerator()
-    device_type = device.type if device is not None and torch.accelerator.is_available() else "cpu"
-    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=device_type)
+    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
     print_plan(console, plan)
     return family, found
 
@@ -91,14 +98,12 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
 
-    ValueError where it was launched with weights that are sharded, or cannot have the precision.
+    ValueError where the launcher's environment says something else, as `check_launcher`.
     """
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and settings.mixed_precision == "fp16":
-        raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")
+    _check_launcher(settings)
     accelerator = Accelerator(
         # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
-        cpu=on_cpu,
+        cpu=training_device() == "cpu",
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
@@ -113,6 +118,12 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
     return accelerator
+
+
+def _check_launcher(settings: RunSettings) -> None:
+    check_launcher(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps
+    )
 
 
 def train_on(
@@ -136,10 +147,12 @@ def train_on(
     student = make_student(accelerator, family, settings, config)
     transformer = accelerator.unwrap_model(student.transformer)
     average = make_average(transformer, settings.ema_decay)
+    full = settings.training == "full"
     checkpoints = Checkpoints(
         accelerator,
         student,
         average,
+        save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
         output=settings.output,
         kept=settings.checkpoints_kept,
         identity=identity,
@@ -153,19 +166,20 @@ def train_on(
         console.print("there is no checkpoint yet: starting at step 0", highlight=False)
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(first_step, console)
-    if accelerator.is_main_process:
+    stopped = TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(
+        first_step, console
+    )
+    if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        full = settings.training == "full"
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
-        how = (
-            ", for load_lora_weights with load_into_transformer_2=True" if settings.expert == "low" and not full else ""
-        )
-        console.print(f"The trained weights are in {folder}{how}", highlight=False, markup=False, soft_wrap=True)
+        where = export.where(folder, full=full, expert=settings.expert)
+        console.print(where, highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if stopped is not None:
+        raise stopped
 
 
 def _fingerprint(clips: CachedClips) -> str:
@@ -194,14 +208,19 @@ class TrainingRun:
             seed=self.settings.seed,
         )
         self.transformer = self.accelerator.unwrap_model(self.student.transformer)
+        self._stopped: int | None = None  # the signal that has reached any of several processes
 
-    def steps(self, first_step: int, console: Console) -> None:
-        """All steps from `first_step` on, with their checkpoints and validations."""
+    def steps(self, first_step: int, console: Console) -> Stopped | None:
+        """All steps from `first_step` on, with their checkpoints and validations; or up to a signal, with a checkpoint.
+
+        One that reaches any of several processes stops all, a step later.
+        """
         settings, total = self.settings, self.settings.max_train_steps
         self.student.transformer.train()
         positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
         device = self.accelerator.device
         with (
+            stop_kept() as asked,
             training_progress(console, total, first_step) as show,
             StepReports(self.accelerator, self.student, lambda step, values: self._report(step, values, show)) as late,
             micro_batches(
@@ -213,16 +232,23 @@ class TrainingRun:
         ):
             for step in range(first_step, total):
                 positions.without_teacher = self._untaught
-                late.send(step, self._step(step, batches))
+                values = self._step(step, batches)
+                if self.accelerator.num_processes > 1:
+                    values.add({_STOP: torch.full((), asked.number or 0, device=device)})
+                late.send(step, values)
                 done = step + 1
-                validates = settings.validation_every and done % settings.validation_every == 0
-                saves = done % settings.checkpoint_every == 0 or done == total
+                stopped = asked.number if self.accelerator.num_processes == 1 else self._stopped
+                validates = settings.validation_every and done % settings.validation_every == 0 and not stopped
+                saves = done % settings.checkpoint_every == 0 or done == total or stopped
                 if validates or saves:
                     late.flush()
                 if validates:
                     self._validate(done)
                 if saves:
                     self.checkpoints.save(done)
+                if stopped:
+                    return Stopped(stopped, f" after step {done} of {total}: go on with --resume latest")
+        return None
 
     @property
     def _untaught(self) -> bool:
@@ -231,6 +257,9 @@ class TrainingRun:
 
     def _report(self, step: int, values: Mapping[str, float], show: Callable[[int, Mapping[str, float]], None]) -> None:
         values = {"epoch": self.order.epoch(Position(step, 0, 0)), **values}
+        # A mean over processes, of which one may have had SIGINT and another nothing.
+        if mean := values.pop(_STOP, 0):
+            self._stopped = signal.SIGINT if mean == signal.SIGINT else signal.SIGTERM
         self.accelerator.log(values, step=step)
         show(step, values)
 

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from crepa_kernels.host_copy import moved
 
+from .stopping import leave_signals_to_the_trainer
+
 # Of an item, the teacher's side.
 TEACHER_NAMES = ("pixels", "features", "feature_grid")
 # Micro-batches that each worker makes ahead; all of them are in memory.
@@ -217,6 +219,7 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=MADE_AHEAD if workers else None,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
         # Of its own, so that starting it draws nothing from the state that checkpoints keep.
         generator=torch.Generator(),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -26,11 +27,27 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value
 
 
-Folder = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
+def at_home(value: Any) -> Any:
+    """A path with its ~ replaced: a shell does not where it is in a file or behind a "="."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str, BeforeValidator(at_home)]
+Folder = Annotated[
+    Path, BeforeValidator(lambda value: Path(at_home(value)) if isinstance(value, str) and value else value)
+]
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
+
+
+# What other trainers have under these names, and this one in another way or not at all.
+_OTHERS = {
+    "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
+    "caption_dropout": "unknown key; captions are not dropped",
+    "config": "the file of settings is given on the command line, as --config FILE",
+}
 
 
 class RunSettings(BaseModel):
@@ -42,7 +59,7 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    model: str = Field(min_length=1, description="pipeline folder in the hub's layout, or hub id; required")
+    model: Place = Field(min_length=1, description="pipeline folder in the hub's layout, or hub id; required")
     data: Folder = Field(description="folder of videos with captions beside them (name.mp4, name.txt); required")
     output: Folder = Field(description="folder for checkpoints, logs and the trained weights; required")
     family: str | None = Field(
@@ -123,7 +140,7 @@ class RunSettings(BaseModel):
     )
     checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
     checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
-    resume: str | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')
+    resume: Place | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')
     validation_prompts: Words = Field(
         (), description='prompts of the clips sampled in between; must be a list of text such as ["a red square"]'
     )
@@ -148,7 +165,7 @@ class RunSettings(BaseModel):
         fields = type(self).model_fields
         given = {key: value for key, value in data.items() if value is not None}
         problems = [
-            describe(key, value, unknown_key(key, [*fields, PRESET, *CrepaConfig.model_fields]))
+            describe(key, value, _OTHERS.get(key) or unknown_key(key, [*fields, PRESET, *CrepaConfig.model_fields]))
             for key, value in given.items()
             if key not in fields
         ]
@@ -190,8 +207,9 @@ def _contradictions(settings: RunSettings) -> list[str]:
     if settings.validation_every and not settings.validation_prompts:
         rule = "validation_prompts is empty: give what to sample, or 0"
         found.append(describe("validation_every", settings.validation_every, rule))
-    if settings.validation_prompts and not settings.validation_every:
-        rule = "validation_every is 0: give the steps between validations, or no prompts"
+    # A 0 that is given means never.
+    if settings.validation_prompts and "validation_every" not in settings.model_fields_set:
+        rule = "validation_every is not given: give the steps between validations, or 0 for never"
         found.append(describe("validation_prompts", list(settings.validation_prompts), rule))
     if settings.output.resolve() == settings.data.resolve():
         rule = "must be another folder than data, whose videos are trained on"
@@ -204,8 +222,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = RunSettings.model_fields
     texts = {key: f"{field.description}{_default(field)}" for key, field in fields.items()}
     texts[PRESET] = f"crepa_* values under those that are given; must be one of {', '.join(PRESETS)}"
-    add_json_options(parser.add_argument_group("training"), texts)
+    # Their values are text in every case: a folder may be named 2024.
+    words = {key for key, field in fields.items() if {field.annotation, *get_args(field.annotation)} & _TEXT}
+    add_json_options(parser.add_argument_group("training"), texts, words)
     CrepaConfig.add_arguments(parser)
+
+
+_TEXT = {str, Path, Place, Folder}
 
 
 def _default(field: Any) -> str:
@@ -265,11 +288,13 @@ def _split(
         problems.append(describe(PRESET, name, f"must be one of {', '.join(PRESETS)}{hint}"))
     crepa = [{key: value for key, value in each.items() if key.startswith(PREFIX)} for each in (from_file, over)]
     ours = {key: value for key, value in both.items() if not key.startswith(PREFIX)}
-    return ours, merge(merge(preset, crepa[0]), crepa[1])
+    merged = merge(merge(preset, crepa[0]), crepa[1])
+    return ours, {**merged, **{key: at_home(merged[key]) for key in ("crepa_encoder", "crepa_model") if key in merged}}
 
 
 def _unknown_words(rest: Sequence[str]) -> list[str]:
-    options = unknown_options(rest, [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields], ("-",))
+    known = [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields]
+    options = unknown_options(rest, known, ("-",), _OTHERS)
     # A word after an unknown option was its value.
     return options or [f"{word}: not an option" for word in rest]
 

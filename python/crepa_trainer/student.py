@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # torch 2.13's C++ code gave wrong gradients: with convolutions laid out otherwise one of SANA-Video's first block, 100
 # times too large; with vector instructions some of HunyuanVideo's, 1.6 % off.
 COMPILER_ON_CPU = {"layout_optimization": False, "cpp.simdlen": 1}
+_TAKE_A_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -74,10 +75,14 @@ def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) ->
     from peft import LoraConfig
 
     targets = list(settings.lora_targets or family.lora_targets)
-    names = [name for name, _ in transformer.named_modules()]
-    unknown = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]
-    if unknown:
-        raise ValueError(f"lora_targets: {', '.join(unknown)} is no layer of {type(transformer).__name__}")
+    for target in targets:
+        found = [each for name, each in transformer.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"lora_targets: {target} is no layer of {type(transformer).__name__}")
+        # peft's own words show the whole layer.
+        wrong = next((type(each).__name__ for each in found if not isinstance(each, _TAKE_A_LORA)), None)
+        if wrong is not None:
+            raise ValueError(f"lora_targets: {target} is a {wrong}, and only linear and convolution layers take a LoRA")
     transformer.add_adapter(
         LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets, init_lora_weights=True)
     )

@@ -1,0 +1,59 @@
+"""What the launcher and its environment say: applied, or refused by name; never instead of the settings."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+_YES = {"1", "true", "t", "yes", "y", "on"}
+_SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def launched_processes() -> int:
+    """The number of processes as torchrun or accelerate says, before they know of each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def training_device() -> str:
+    """The type of the device that accelerate will train on, which its config may put on the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES:
+        return "cpu"
+    if named := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(named).type
+    device = torch.accelerator.current_accelerator()
+    return device.type if device is not None and torch.accelerator.is_available() else "cpu"
+
+
+def check_launcher(*, mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
+    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU.
+    """
+    refused = [
+        f"{name} = {os.environ[name]}: launched with {what}, only data parallelism is supported"
+        for name, what in _SHARDING.items()
+        if os.environ.get(name, "").lower() in _YES
+    ]
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "")
+    if backend.lower() not in ("", "no"):
+        # It would compile the whole model, whose weights then have other names.
+        rule = 'use compile_blocks, and dynamo_backend "no" in accelerate\'s config'
+        refused.append(f"ACCELERATE_DYNAMO_BACKEND = {backend}: {rule}")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if steps not in ("", str(gradient_accumulation_steps)):
+        rule = f"gradient_accumulation_steps is {gradient_accumulation_steps}; give one of them, or the same"
+        refused.append(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}: {rule}")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    # The launcher sets "no" where nobody said anything.
+    if precision not in ("", "no", mixed_precision):
+        rule = f"mixed_precision is {mixed_precision}; give one of them, or the same"
+        refused.append(f"ACCELERATE_MIXED_PRECISION = {precision}: {rule}")
+    if refused:
+        raise ValueError("; ".join(refused))
+    if mixed_precision == "fp16" and training_device() == "cpu":
+        raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")
