@@ -337,12 +337,42 @@ def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:
         prepare(settings(models, folder, frame_counts=(37,), clips_per_video=1), crepa(models))
 
 
-def test_latents_that_are_not_finite_are_never_kept(models: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("wan/vae/diffusion_pytorch_model", r"wide\.mp4: the VAE makes NaN or infinity of the clip at frame 0"),
+        ("wan/text_encoder/model", r"short\.txt: the text encoder makes NaN or infinity of it"),
+        ("dinov2/model", r"wide\.mp4: the teacher makes NaN or infinity of the clip at frame 0"),
+    ],
+    ids=["latents", "text", "teacher"],
+)
+def test_what_is_not_finite_is_never_kept(models: Path, data: Path, weights: str, message: str) -> None:
     from safetensors.torch import load_file, save_file
 
     own = data.parent / "models"
     shutil.copytree(models, own)
-    weights = own / "wan" / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: value * float("nan") for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-    with pytest.raises(DataError, match=r"wide\.mp4: the VAE makes NaN or infinity of the clip at frame 0"):
-        prepare(settings(own, data), crepa(own))
+    file = own / f"{weights}.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=message):
+        prepare(settings(own, data, cache_teacher="features"), crepa(own))
+    kept = (data.parent / "out").rglob("*.safetensors")
+    kind = {"wan/vae": "latents", "wan/text_encoder": "text", "dinov2": "teacher"}[weights.rpartition("/")[0]]
+    assert kind not in {path.parent.name for path in kept}
+
+
+@pytest.mark.parametrize("kind", ["latents", "teacher", "text"])
+def test_two_files_in_each_others_places_are_made_again(
+    models: Path, data: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = prepare(settings(models, data), crepa(models))
+    first, second = (getattr(clips.files[number], kind) for number in (0, 2))
+    both = first.read_bytes(), second.read_bytes()
+    first.write_bytes(both[1])
+    second.write_bytes(both[0])
+    with caplog.at_level(logging.WARNING, "crepa_trainer"):
+        prepare(settings(models, data), crepa(models))
+    assert sum("it was written as" in record.getMessage() for record in caplog.records) == 2
+    assert (first.read_bytes(), second.read_bytes()) == both
+    first.write_bytes(both[1])
+    with pytest.raises(ValueError, match=f"{first.name} is damaged: it was written as {second.name}"):
+        clips[0]

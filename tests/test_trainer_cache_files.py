@@ -84,13 +84,26 @@ def test_another_programs_file_is_not_taken_for_ours(tmp_path: Path) -> None:
             check(tmp_path / "a.safetensors")
 
 
+def test_a_file_in_the_place_of_another_is_found(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_tensors(first, {"a": torch.ones(3)})
+    write_tensors(second, {"a": torch.zeros(3)})
+    first.rename(tmp_path / "kept")
+    second.rename(first)
+    (tmp_path / "kept").rename(second)
+    for path in (first, second):
+        for check in (check_whole, read_tensors):
+            with pytest.raises(DamagedFile, match=rf"{path.name} is damaged: it was written as [ab]\.safetensors"):
+                check(path)
+
+
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     write_tensors(path, {"a": torch.ones(10)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: .*file\.safetensors'$"):
             write_tensors(path, {"a": torch.ones(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

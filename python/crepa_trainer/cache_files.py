@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-CHECKSUM = "crc32"
+CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 SAMPLE = 1 << 16  # bytes read at each of three places of a video file
 ABANDONED = 3600.0  # seconds after which an unfinished file belongs to nobody
 
@@ -70,12 +70,13 @@ def model_identity(model: str, *parts: str) -> list[Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` with a checksum; `path` is either whole or as it was before, whatever happens meanwhile.
+    """Writes `tensors` with a checksum and the file's name.
 
-    OSError where the disk is full or cannot be written; nothing is left behind then.
+    `path` is either whole or as it was before, whatever happens meanwhile.
+    OSError naming `path` where the disk is full or cannot be written; nothing is left behind then.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(kept, {CHECKSUM: _checksum(kept)})
+    data = save(kept, {CHECKSUM: f"{_checksum(path, kept)} {path.name}"})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
@@ -85,30 +86,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             # Otherwise a machine that loses power may keep the new name and not the bytes.
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote. DamagedFile where any byte of it is another."""
+    """What `write_tensors` wrote. DamagedFile where any byte of it is another, or it was written as another file."""
     try:
         with safe_open(path, "pt") as file:
-            checksum = (file.metadata() or {}).get(CHECKSUM)
+            checksum = _header(path, file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
-    if checksum != _checksum(tensors):
+    if checksum != _checksum(path, tensors):
         raise DamagedFile(f"{path} is damaged: its checksum is not that of its bytes")
     return tensors
 
 
 def check_whole(path: Path) -> None:
-    """DamagedFile where a file is cut off or is no file of ours; its header is read, its tensors are not."""
+    """DamagedFile where a file is cut off, is none of ours or another one; its header is read, its tensors are not."""
     try:
         with safe_open(path, "pt") as file:
-            if CHECKSUM not in (file.metadata() or {}):
-                raise DamagedFile(f"{path} is damaged: it has no checksum")
+            _header(path, file.metadata())
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
 
@@ -121,8 +123,18 @@ def remove_abandoned(folder: Path) -> None:
                 path.unlink()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    value = 0
+def _header(path: Path, metadata: Mapping[str, str] | None) -> str:
+    """The checksum; its name tells a file from another that was put in its place."""
+    checksum, _, name = (metadata or {}).get(CHECKSUM, "").partition(" ")
+    if not checksum:
+        raise DamagedFile(f"{path} is damaged: it has no checksum")
+    if name != path.name:
+        raise DamagedFile(f"{path} is damaged: it was written as {name}")
+    return checksum
+
+
+def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    value = zlib.crc32(path.name.encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
