@@ -220,13 +220,26 @@ def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatc
     assert made(crepa(own)) == set()
     write_video(data / "wide.mp4", moving_square(12, seed=5))
     assert made(crepa(own)) == {"vae", "latents", "teacher"}
-    os.utime(own / "wan" / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
+    for part in ("wan/vae/diffusion_pytorch_model", "wan/text_encoder/model", "dinov2/model"):
+        os.utime(own / f"{part}.safetensors", (1, 1))
+    assert made(crepa(own)) == set()
+    own = own.rename(data.parent / "moved")
+    assert made(crepa(own)) == set()
+    change_weights(own / "wan" / "vae" / "diffusion_pytorch_model.safetensors")
     assert made(crepa(own)) == {"vae", "latents"}
-    os.utime(own / "wan" / "text_encoder" / "model.safetensors", (1, 1))
+    change_weights(own / "wan" / "text_encoder" / "model.safetensors")
     assert made(crepa(own)) == {"text"}
-    os.utime(own / "dinov2" / "model.safetensors", (1, 1))
+    change_weights(own / "dinov2" / "model.safetensors")
     assert made(crepa(own)) == set()
     assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
+
+
+def change_weights(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    name = next(name for name, value in weights.items() if value.is_floating_point())
+    save_file({**weights, name: weights[name] * 1.5}, file, {"format": "pt"})
 
 
 def damage(path: Path, how: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crepa_trainer import cache_files
 from crepa_trainer.cache_files import (
     ABANDONED,
     SAMPLE,
@@ -205,3 +207,24 @@ def test_a_local_model_is_known_by_its_files(tmp_path: Path) -> None:
     assert model_identity(str(tmp_path), "vae") == before
     (tmp_path / "vae" / "config.json").write_text("{ }")
     assert model_identity(str(tmp_path), "vae") != before
+
+
+def test_a_copied_model_is_the_same_and_another_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.randn(200, 200) for name in ("a", "b", "c")} | {"bias": torch.randn(7)}
+    (folder := tmp_path / "model").mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    for limit in (cache_files.READ_WHOLE, 1000):
+        monkeypatch.setattr(cache_files, "READ_WHOLE", limit)
+        known = model_identity(str(folder))
+        shutil.copytree(folder, copy := tmp_path / f"copy-{limit}", copy_function=shutil.copyfile)
+        (copy / ".DS_Store").touch()
+        assert model_identity(str(copy)) == known
+        for name in tensors:
+            save_file({**tensors, name: tensors[name] * 1.01}, copy / "model.safetensors")
+            assert model_identity(str(copy)) != known
+        # Not safetensors.
+        (copy / "model.safetensors").write_bytes(os.urandom(3 << 20))
+        assert model_identity(str(copy)) not in (known, model_identity(str(folder)))

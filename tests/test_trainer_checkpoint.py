@@ -116,6 +116,16 @@ def test_each_setting_that_differs_is_named(models: Path, output: Path) -> None:
     assert message.count("checkpoint: ") == 3
 
 
+def test_a_moved_project_goes_on(models: Path, output: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(models, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert found(moved, output).step == 5
+    with (moved / "wan" / "transformer" / "diffusion_pytorch_model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x17")
+    with pytest.raises(ValueError, match=r"other settings: model = \S+ \S+ \(checkpoint: "):
+        found(moved, output)
+
+
 def test_settings_that_change_nothing_of_the_training_may_differ(models: Path, output: Path) -> None:
     free = {"workers": 1, "checkpoint_every": 7, "checkpoints_kept": 9, "matrix_every": 2, "strict": True}
     validation = {"validation_prompts": ["a"], "validation_every": 2, "validation_steps": 3, "validation_seed": 4}

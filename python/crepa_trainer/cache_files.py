@@ -11,7 +11,7 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,8 @@ from torch import Tensor
 
 CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 SAMPLE = 1 << 16  # bytes read at each of three places of a video file
+READ_WHOLE = 1 << 26  # bytes up to which a model's file is read from end to end
+PIECE = 1 << 12  # bytes read at each of three places of a tensor in a larger one
 ABANDONED = 3600.0  # seconds after which an unfinished file belongs to nobody
 
 
@@ -31,12 +33,6 @@ def file_name(content: Mapping[str, Any]) -> str:
     """The name of what is made from `content` (JSON values): another one wherever anything in it differs."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40] + ".safetensors"
-
-
-def file_identity(path: Path) -> list[Any]:
-    """Size and time of change, by which an unchanged file is known without reading it."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def content_identity(path: Path) -> str:
@@ -55,9 +51,9 @@ def content_identity(path: Path) -> str:
 
 
 def model_identity(model: str, *parts: str) -> list[Any]:
-    """What tells a model's weights from others without reading them, for a name.
+    """What tells a model's weights from others, for a name: the same for a copy, wherever it lies.
 
-    The names, sizes and times of a local folder's files, or of those in its `parts`; the commit of a hub id.
+    The names and contents of a local folder's files, or of those in its `parts`; the commit of a hub id.
     """
     if not Path(model).is_dir():
         from huggingface_hub import hf_hub_download
@@ -66,7 +62,39 @@ def model_identity(model: str, *parts: str) -> list[Any]:
         return [model, *parts, config.parts[config.parts.index("snapshots") + 1]]
     folders = [Path(model) / part for part in parts] or [Path(model)]
     files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    return [[path.relative_to(model).as_posix(), *file_identity(path)] for path in files]
+    # What a desktop or a download leaves beside them is hidden.
+    return [[path.relative_to(model).as_posix(), _weights_identity(path)] for path in files if path.name[0] != "."]
+
+
+def _weights_identity(path: Path) -> str:
+    """Digest of a model's file; of one above 64 MiB of 4 KiB at the beginning, middle and end of each tensor.
+
+    What was trained or merged is changed all over. Of other formats than safetensors: 4 KiB of each MiB.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for place, length in [(0, size)] if size <= READ_WHOLE else _places(file, size):
+            file.seek(place)
+            digest.update(file.read(length))
+    return digest.hexdigest()[:32]
+
+
+def _places(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(start - 8)) if start < size else {}
+        spans = [each["data_offsets"] for name, each in header.items() if name != "__metadata__"]
+        tensors = sorted((start + int(first), start + int(last)) for first, last in spans)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [(place, PIECE) for place in (*range(0, size, 1 << 20), size - PIECE)]
+    places = [(0, start)]
+    for first, last in tensors:
+        whole = last - first <= 3 * PIECE
+        starts = [first, (first + last - PIECE) // 2, last - PIECE]
+        places += [(first, last - first)] if whole else [(place, PIECE) for place in starts]
+    return places
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .cache_files import model_identity
 from .dataset import listed
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 from .student import trained_parameters
@@ -42,6 +43,7 @@ _ADVICE = "go on with what it had, or start anew in another output"
 # Settings that change nothing of what is trained; the family is the model's.
 _FREE = {
     "family",
+    "data",  # its videos are known by `videos_identity`
     "output",
     "resume",
     "cache",
@@ -74,9 +76,23 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
     )
     free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
     kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
-    # However they were written; a hub id stays one.
-    kept |= {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
-    return {**kept, **config.to_dict(), "processes": processes}
+    # Wherever they lie and however that was written; a hub id stays one.
+    crepa = config.to_dict()
+    return {
+        **kept,
+        **crepa,
+        "model": _of_folder(settings.model),
+        "crepa_encoder": _of_folder(crepa["crepa_encoder"]),
+        "processes": processes,
+    }
+
+
+def _of_folder(model: str) -> str:
+    """By what a local model's content is known, all parts of a pipeline included; a hub id as it is."""
+    if not Path(model).is_dir():
+        return model
+    parts = sorted(path.name for path in Path(model).iterdir() if path.is_dir() and path.name[0] != ".")
+    return f"content {json_digest(model_identity(model, *parts))[:32]}"
 
 
 def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Checkpoint | None:
