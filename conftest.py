@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Inductor keeps what it compiled by the graph alone: another state of our operators' shapes would be taken for this one.
+# Inductor keeps what it compiled by the graph alone, and another state of our operators' shapes is not in that.
 _sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("crepa_kernels/**/*.py")))
 _state = hashlib.sha256(_sources).hexdigest()[:12]
 os.environ.setdefault(

@@ -220,13 +220,26 @@ def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatc
     assert made(crepa(own)) == set()
     write_video(data / "wide.mp4", moving_square(12, seed=5))
     assert made(crepa(own)) == {"vae", "latents", "teacher"}
-    os.utime(own / "wan" / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
+    for part in ("wan/vae/diffusion_pytorch_model", "wan/text_encoder/model", "dinov2/model"):
+        os.utime(own / f"{part}.safetensors", (1, 1))
+    assert made(crepa(own)) == set()
+    own = own.rename(data.parent / "moved")
+    assert made(crepa(own)) == set()
+    change_weights(own / "wan" / "vae" / "diffusion_pytorch_model.safetensors")
     assert made(crepa(own)) == {"vae", "latents"}
-    os.utime(own / "wan" / "text_encoder" / "model.safetensors", (1, 1))
+    change_weights(own / "wan" / "text_encoder" / "model.safetensors")
     assert made(crepa(own)) == {"text"}
-    os.utime(own / "dinov2" / "model.safetensors", (1, 1))
+    change_weights(own / "dinov2" / "model.safetensors")
     assert made(crepa(own)) == set()
     assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
+
+
+def change_weights(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    name = next(name for name, value in weights.items() if value.is_floating_point())
+    save_file({**weights, name: weights[name] * 1.5}, file, {"format": "pt"})
 
 
 def damage(path: Path, how: str) -> None:
@@ -337,12 +350,42 @@ def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:
         prepare(settings(models, folder, frame_counts=(37,), clips_per_video=1), crepa(models))
 
 
-def test_latents_that_are_not_finite_are_never_kept(models: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("wan/vae/diffusion_pytorch_model", r"wide\.mp4: the VAE makes NaN or infinity of the clip at frame 0"),
+        ("wan/text_encoder/model", r"short\.txt: the text encoder makes NaN or infinity of it"),
+        ("dinov2/model", r"wide\.mp4: the teacher makes NaN or infinity of the clip at frame 0"),
+    ],
+    ids=["latents", "text", "teacher"],
+)
+def test_what_is_not_finite_is_never_kept(models: Path, data: Path, weights: str, message: str) -> None:
     from safetensors.torch import load_file, save_file
 
     own = data.parent / "models"
     shutil.copytree(models, own)
-    weights = own / "wan" / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: value * float("nan") for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-    with pytest.raises(DataError, match=r"wide\.mp4: the VAE makes NaN or infinity of the clip at frame 0"):
-        prepare(settings(own, data), crepa(own))
+    file = own / f"{weights}.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=message):
+        prepare(settings(own, data, cache_teacher="features"), crepa(own))
+    kept = (data.parent / "out").rglob("*.safetensors")
+    kind = {"wan/vae": "latents", "wan/text_encoder": "text", "dinov2": "teacher"}[weights.rpartition("/")[0]]
+    assert kind not in {path.parent.name for path in kept}
+
+
+@pytest.mark.parametrize("kind", ["latents", "teacher", "text"])
+def test_two_files_in_each_others_places_are_made_again(
+    models: Path, data: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = prepare(settings(models, data), crepa(models))
+    first, second = (getattr(clips.files[number], kind) for number in (0, 2))
+    both = first.read_bytes(), second.read_bytes()
+    first.write_bytes(both[1])
+    second.write_bytes(both[0])
+    with caplog.at_level(logging.WARNING, "crepa_trainer"):
+        prepare(settings(models, data), crepa(models))
+    assert sum("it was written as" in record.getMessage() for record in caplog.records) == 2
+    assert (first.read_bytes(), second.read_bytes()) == both
+    first.write_bytes(both[1])
+    with pytest.raises(ValueError, match=f"{first.name} is damaged: it was written as {second.name}"):
+        clips[0]

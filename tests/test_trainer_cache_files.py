@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crepa_trainer import cache_files
 from crepa_trainer.cache_files import (
     ABANDONED,
     SAMPLE,
@@ -84,13 +86,26 @@ def test_another_programs_file_is_not_taken_for_ours(tmp_path: Path) -> None:
             check(tmp_path / "a.safetensors")
 
 
+def test_a_file_in_the_place_of_another_is_found(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_tensors(first, {"a": torch.ones(3)})
+    write_tensors(second, {"a": torch.zeros(3)})
+    first.rename(tmp_path / "kept")
+    second.rename(first)
+    (tmp_path / "kept").rename(second)
+    for path in (first, second):
+        for check in (check_whole, read_tensors):
+            with pytest.raises(DamagedFile, match=rf"{path.name} is damaged: it was written as [ab]\.safetensors"):
+                check(path)
+
+
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     write_tensors(path, {"a": torch.ones(10)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: .*file\.safetensors'$"):
             write_tensors(path, {"a": torch.ones(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -192,3 +207,24 @@ def test_a_local_model_is_known_by_its_files(tmp_path: Path) -> None:
     assert model_identity(str(tmp_path), "vae") == before
     (tmp_path / "vae" / "config.json").write_text("{ }")
     assert model_identity(str(tmp_path), "vae") != before
+
+
+def test_a_copied_model_is_the_same_and_another_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.randn(200, 200) for name in ("a", "b", "c")} | {"bias": torch.randn(7)}
+    (folder := tmp_path / "model").mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    for limit in (cache_files.READ_WHOLE, 1000):
+        monkeypatch.setattr(cache_files, "READ_WHOLE", limit)
+        known = model_identity(str(folder))
+        shutil.copytree(folder, copy := tmp_path / f"copy-{limit}", copy_function=shutil.copyfile)
+        (copy / ".DS_Store").touch()
+        assert model_identity(str(copy)) == known
+        for name in tensors:
+            save_file({**tensors, name: tensors[name] * 1.01}, copy / "model.safetensors")
+            assert model_identity(str(copy)) != known
+        # Not safetensors.
+        (copy / "model.safetensors").write_bytes(os.urandom(3 << 20))
+        assert model_identity(str(copy)) not in (known, model_identity(str(folder)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from crepa_trainer import data
 from crepa_trainer.data import DataError, VideoError, VideoInfo, probe_video, read_clips, read_frames
-from crepa_trainer.dataset import Bucket, choose_bucket, clip_starts, find_clips
+from crepa_trainer.dataset import Bucket, choose_bucket, clip_starts, find_clips, read_captions
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.settings import RunSettings
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -179,6 +179,42 @@ def test_missing_and_empty_captions_are_one_error(tmp_path: Path, family: Traini
     for words in ("none.txt is missing", "empty.txt is empty", "latin.txt is not UTF-8 text"):
         assert words in message
     assert "good" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("a café".encode("utf-16-le"), "is UTF-16 or UTF-32, not UTF-8 text"),
+        ("a cafe moves".encode("utf-16-be"), "is UTF-16 or UTF-32, not UTF-8 text"),
+        ("a cafe".encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8 text"),
+        ("a cafe".encode("utf-32"), "is UTF-16 or UTF-32, not UTF-8 text"),
+        ("日本".encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8 text"),
+        (b"a square moves\0", "has NUL bytes: it is not UTF-8 text"),
+        ("\u200b".encode(), "has nothing but characters that nobody sees"),
+        ("\ufeff\ufeff \u200d\u2060\n".encode(), "has nothing but characters that nobody sees"),
+        ("\xad\x07".encode(), "has nothing but characters that nobody sees"),
+    ],
+)
+def test_what_is_no_caption_is_one_line(tmp_path: Path, content: bytes, problem: str) -> None:
+    file = add_video(tmp_path, "a.mp4").with_suffix(".txt")
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.txt {problem}$"):
+        read_captions([file.with_suffix(".mp4")])
+
+
+@pytest.mark.parametrize("text", ["\ufeffa square", "日本", "👩\u200d🚀", "a\u200b square", "7", "…"])
+def test_what_is_a_caption_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    video = add_video(tmp_path, "a.mp4")
+    video.with_suffix(".txt").write_text(text, encoding="utf-8")
+    assert read_captions([video]) == {video: text.removeprefix("\ufeff")}
+
+
+def test_a_caption_is_found_whatever_the_case_of_its_ending(tmp_path: Path) -> None:
+    videos = [add_video(tmp_path, name) for name in ("A.MP4", "b [1].mp4")]
+    for video, ending in zip(videos, (".TXT", ".Txt"), strict=True):
+        video.with_suffix(".txt").rename(video.with_suffix(ending))
+    (videos[1].parent / "b 1.TXT").write_text("of another")
+    assert read_captions(videos) == {videos[0]: "A moves", videos[1]: "b [1] moves"}
 
 
 def test_many_missing_captions_are_counted(tmp_path: Path, family: TrainingFamily) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.families import TrainingFamily
+from crepa_trainer.state_files import read_state
 from crepa_trainer.validation import Sampling, sample_clips, save_clip
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
@@ -39,8 +40,8 @@ def test_losses_and_random_state_are_those_of_a_run_without_validation(models: P
     for name, changes in (("without", {}), ("with", VALIDATION)):
         settings = tiny_settings(models, tmp_path / name, **changes, ema_decay=0.5, max_train_steps=5)
         rows.append(train(settings, tiny_config(models)))
-        saved = tmp_path / name / FOLDER / "step-00000005" / "random_states_0.pkl"
-        states.append(torch.load(saved, weights_only=False)["torch_manual_seed"])
+        saved = tmp_path / name / FOLDER / "step-00000005" / "random_state_0.safetensors"
+        states.append(read_state(saved)["cpu"])
     assert rows[0] == rows[1]
     assert torch.equal(*states)
     assert sorted(path.name for path in (tmp_path / "with" / "validation").iterdir()) == [

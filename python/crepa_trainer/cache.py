@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +22,7 @@ from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 from .cache_files import DamagedFile, check_whole, file_name, read_tensors, remove_abandoned, write_tensors
 from .cache_names import CacheNames, ClipFiles, encoder_type, teacher_frames
 from .data import DataError, VideoError, read_clips
-from .dataset import Bucket, ClipKey, FoundClips, find_clips, listed, skip_video, tell_skipped
+from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, listed, skip_video, tell_skipped
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -110,8 +110,9 @@ def prepare_cache(
     found: the result of `find_clips`, where it is at hand.
 
     Raises:
-        ValueError: as `find_clips`; with `settings.strict` also a video that cannot be decoded; a cache folder that
-            the processes do not share.
+        ValueError: as `find_clips`; with `settings.strict` also a video that cannot be decoded, or of which the VAE or
+            the teacher makes NaN; a text of which the text encoder does; a cache folder that the processes do not
+            share.
         OSError: the folder cannot be written.
     """
     found = find_clips(settings, family) if found is None else found
@@ -132,16 +133,23 @@ def prepare_cache(
     if not clips:
         raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
     prompts = _validation_texts(settings.validation_prompts, clips, names)
-    filler.encode_texts([*(_Text(key.caption, each.text, each.latents) for key, each in clips.items()), *prompts])
+    captions = [
+        _Text(key.caption, str(caption_file(found.folder / key.video)), each.text, each.latents)
+        for key, each in clips.items()
+    ]
+    filler.encode_texts([*captions, *prompts])
     embeddings = [_in_fp32(_read_or_remove(text.file)) for text in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A prompt, the file of its embedding, and the latents' file of the clip that it is for; None: of no clip."""
+    """A prompt, what to call it in a message, the file of its embedding, and the latents' file of the clip that it is
+    for; None: of no clip.
+    """
 
     prompt: str
+    source: str
     file: Path
     clip: Path | None
 
@@ -156,10 +164,10 @@ def _validation_texts(prompts: Sequence[str], clips: dict[ClipKey, ClipFiles], n
     if not prompts:
         return []
     keys = list(clips)
-    texts = [_Text(NEGATIVE_PROMPT, names.text(NEGATIVE_PROMPT), None)]
+    texts = [_Text(NEGATIVE_PROMPT, "the empty prompt", names.text(NEGATIVE_PROMPT), None)]
     for number, prompt in enumerate(prompts):
         key = keys[clip_of_prompt(number, len(keys))]
-        texts.append(_Text(prompt, names.text(prompt, key), clips[key].latents))
+        texts.append(_Text(prompt, f"validation prompt {prompt!r}", names.text(prompt, key), clips[key].latents))
     return texts
 
 
@@ -254,6 +262,8 @@ class _Filler:
             if parts is None:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
             for text, embedding in zip(share, self._embeddings(parts, share), strict=True):
+                if not _finite(embedding):
+                    raise DataError(f"{text.source}: the text encoder makes NaN or infinity of it")
                 write_tensors(text.file, embedding)
         if parts is not None:
             del parts
@@ -298,11 +308,14 @@ class _Filler:
             files = clips[keys[start]]
             if files.latents in missing:
                 tensors = encoders.latents(pixels)
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                if not _finite(tensors):
                     raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
                 write_tensors(files.latents, tensors)
             if files.teacher is not None and files.teacher in missing:
-                write_tensors(files.teacher, self._teacher_side(encoders, pixels, bucket))
+                tensors = self._teacher_side(encoders, pixels, bucket)
+                if not _finite(tensors):
+                    raise VideoError(f"the teacher makes NaN or infinity of the clip at frame {start}")
+                write_tensors(files.teacher, tensors)
 
     def _teacher_side(self, encoders: _Encoders, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
         if self.names.settings.cache_teacher == "features":
@@ -324,6 +337,10 @@ class _Filler:
                 self.state.wait_for_everyone()
                 progress.advance(task, len(each))
         logger.info("encoded %d %s into %s", total, what, self.names.folder)
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def _chunks(items: list[T], size: int) -> list[list[T]]:

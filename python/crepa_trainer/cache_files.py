@@ -11,15 +11,17 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-CHECKSUM = "crc32"
+CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 SAMPLE = 1 << 16  # bytes read at each of three places of a video file
+READ_WHOLE = 1 << 26  # bytes up to which a model's file is read from end to end
+PIECE = 1 << 12  # bytes read at each of three places of a tensor in a larger one
 ABANDONED = 3600.0  # seconds after which an unfinished file belongs to nobody
 
 
@@ -31,12 +33,6 @@ def file_name(content: Mapping[str, Any]) -> str:
     """The name of what is made from `content` (JSON values): another one wherever anything in it differs."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40] + ".safetensors"
-
-
-def file_identity(path: Path) -> list[Any]:
-    """Size and time of change, by which an unchanged file is known without reading it."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def content_identity(path: Path) -> str:
@@ -55,9 +51,9 @@ def content_identity(path: Path) -> str:
 
 
 def model_identity(model: str, *parts: str) -> list[Any]:
-    """What tells a model's weights from others without reading them, for a name.
+    """What tells a model's weights from others, for a name: the same for a copy, wherever it lies.
 
-    The names, sizes and times of a local folder's files, or of those in its `parts`; the commit of a hub id.
+    The names and contents of a local folder's files, or of those in its `parts`; the commit of a hub id.
     """
     if not Path(model).is_dir():
         from huggingface_hub import hf_hub_download
@@ -66,16 +62,49 @@ def model_identity(model: str, *parts: str) -> list[Any]:
         return [model, *parts, config.parts[config.parts.index("snapshots") + 1]]
     folders = [Path(model) / part for part in parts] or [Path(model)]
     files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    return [[path.relative_to(model).as_posix(), *file_identity(path)] for path in files]
+    # What a desktop or a download leaves beside them is hidden.
+    return [[path.relative_to(model).as_posix(), _weights_identity(path)] for path in files if path.name[0] != "."]
+
+
+def _weights_identity(path: Path) -> str:
+    """Digest of a model's file; of one above 64 MiB of 4 KiB at the beginning, middle and end of each tensor.
+
+    What was trained or merged is changed all over. Of other formats than safetensors: 4 KiB of each MiB.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for place, length in [(0, size)] if size <= READ_WHOLE else _places(file, size):
+            file.seek(place)
+            digest.update(file.read(length))
+    return digest.hexdigest()[:32]
+
+
+def _places(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(start - 8)) if start < size else {}
+        spans = [each["data_offsets"] for name, each in header.items() if name != "__metadata__"]
+        tensors = sorted((start + int(first), start + int(last)) for first, last in spans)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [(place, PIECE) for place in (*range(0, size, 1 << 20), size - PIECE)]
+    places = [(0, start)]
+    for first, last in tensors:
+        whole = last - first <= 3 * PIECE
+        starts = [first, (first + last - PIECE) // 2, last - PIECE]
+        places += [(first, last - first)] if whole else [(place, PIECE) for place in starts]
+    return places
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` with a checksum; `path` is either whole or as it was before, whatever happens meanwhile.
+    """Writes `tensors` with a checksum and the file's name.
 
-    OSError where the disk is full or cannot be written; nothing is left behind then.
+    `path` is either whole or as it was before, whatever happens meanwhile.
+    OSError naming `path` where the disk is full or cannot be written; nothing is left behind then.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(kept, {CHECKSUM: _checksum(kept)})
+    data = save(kept, {CHECKSUM: f"{_checksum(path, kept)} {path.name}"})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
@@ -85,30 +114,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             # Otherwise a machine that loses power may keep the new name and not the bytes.
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote. DamagedFile where any byte of it is another."""
+    """What `write_tensors` wrote. DamagedFile where any byte of it is another, or it was written as another file."""
     try:
         with safe_open(path, "pt") as file:
-            checksum = (file.metadata() or {}).get(CHECKSUM)
+            checksum = _header(path, file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
-    if checksum != _checksum(tensors):
+    if checksum != _checksum(path, tensors):
         raise DamagedFile(f"{path} is damaged: its checksum is not that of its bytes")
     return tensors
 
 
 def check_whole(path: Path) -> None:
-    """DamagedFile where a file is cut off or is no file of ours; its header is read, its tensors are not."""
+    """DamagedFile where a file is cut off, is none of ours or another one; its header is read, its tensors are not."""
     try:
         with safe_open(path, "pt") as file:
-            if CHECKSUM not in (file.metadata() or {}):
-                raise DamagedFile(f"{path} is damaged: it has no checksum")
+            _header(path, file.metadata())
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
 
@@ -121,8 +151,18 @@ def remove_abandoned(folder: Path) -> None:
                 path.unlink()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    value = 0
+def _header(path: Path, metadata: Mapping[str, str] | None) -> str:
+    """The checksum; its name tells a file from another that was put in its place."""
+    checksum, _, name = (metadata or {}).get(CHECKSUM, "").partition(" ")
+    if not checksum:
+        raise DamagedFile(f"{path} is damaged: it has no checksum")
+    if name != path.name:
+        raise DamagedFile(f"{path} is damaged: it was written as {name}")
+    return checksum
+
+
+def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    value = zlib.crc32(path.name.encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .families import TrainingFamily
     from .settings import RunSettings
 
-FORMAT = 1  # part of every file's name; another one makes all files again
+FORMAT = 2  # part of every file's name; another one makes all files again
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,25 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from .cache_files import model_identity
 from .dataset import listed
+from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 from .student import trained_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    from crepa_kernels import CrepaConfig, CrepaRegularizer
+    from crepa_kernels import CrepaConfig
 
     from .dataset import FoundClips
     from .loop import Student
@@ -34,11 +37,14 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 _WRITING = ".writing-"
+_ANEW = "start anew in another output"
+_OLDER = f"remove it to go on from the one before it, or {_ANEW}"
 _ADVICE = "go on with what it had, or start anew in another output"
 
 # Settings that change nothing of what is trained; the family is the model's.
 _FREE = {
     "family",
+    "data",  # its videos are known by `videos_identity`
     "output",
     "resume",
     "cache",
@@ -58,11 +64,15 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. `step`: optimiser steps done; `identity`: of the run that wrote it."""
+    """A complete checkpoint on disk.
+
+    `step`: optimiser steps done; `identity`: of the run that wrote it; `model`: where that found its model.
+    """
 
     folder: Path
     step: int
     identity: Mapping[str, Any]
+    model: str
 
 
 def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> dict[str, Any]:
@@ -71,10 +81,24 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
         config.crepa_enabled and config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0
     )
     free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
-    given = settings.model_dump(mode="json") | config.to_dict() | {"processes": processes}
-    kept = {key: value for key, value in given.items() if key not in free}
-    # However they were written; a hub id stays one.
-    return kept | {key: str(Path(kept[key]).resolve()) for key in ("model", "data") if Path(kept[key]).is_dir()}
+    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
+    # Wherever they lie and however that was written; a hub id stays one.
+    crepa = config.to_dict()
+    return {
+        **kept,
+        **crepa,
+        "model": _of_folder(settings.model),
+        "crepa_encoder": _of_folder(crepa["crepa_encoder"]),
+        "processes": processes,
+    }
+
+
+def _of_folder(model: str) -> str:
+    """By what a local model's content is known, all parts of a pipeline included; a hub id as it is."""
+    if not Path(model).is_dir():
+        return model
+    parts = sorted(path.name for path in Path(model).iterdir() if path.is_dir() and path.name[0] != ".")
+    return f"content {json_digest(model_identity(model, *parts))[:32]}"
 
 
 def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Checkpoint | None:
@@ -175,29 +199,43 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint with all its parts. ValueError for one that lacks a part, or has one cut short."""
+    """A checkpoint of which every byte is as it was written, parts of other steps or under other names included."""
     file = folder / STATE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: {STATE_FILE} is missing")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        step, identity, parts = state["step"], state["identity"], state["parts"]
-    except (ValueError, KeyError, TypeError) as error:
+        digest = state.pop("digest", None)
+        step, identity, model = int(state["step"]), dict(state["identity"]), str(state.get("model"))
+        # One without digests is of a version whose parts were pickles; it would have to be trusted.
+        parts = {} if digest is None else {str(name): (size, sum_) for name, (size, sum_) in state["parts"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
+    if digest is None:
+        raise ValueError(f"{folder} is of an earlier version, in files that can hold code: it is not opened; {_ANEW}")
+    if digest != json_digest(state):
+        raise ValueError(f"{file} is damaged: its digest is not that of what it says")
+    named = folder.name.removeprefix("step-")
+    if step < 0 or (named.isdecimal() and int(named) != step):
+        raise ValueError(f"{folder} holds a checkpoint of step {step}: it was renamed or damaged")
     missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not a complete checkpoint: {', '.join(missing)} missing")
-    short = [name for name, size in parts.items() if (folder / name).stat().st_size != size]
+    short = [name for name, (size, _) in parts.items() if (folder / name).stat().st_size != size]
     if short:
         raise ValueError(f"{folder} is not a complete checkpoint: {', '.join(short)} of another size than was written")
-    return Checkpoint(folder, step, identity)
+    other = [name for name, (_, sum_) in parts.items() if file_digest(folder / name) != sum_]
+    if other:
+        raise ValueError(f"{folder} is damaged: {', '.join(other)} with other bytes than were written; {_OLDER}")
+    return Checkpoint(folder, step, identity, model)
 
 
 class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
-    Through accelerate: optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average;
-    of the transformer the trained weights only, and a LoRA also as stock pipelines load it from there.
+    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average; of the transformer the
+    trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
+    checkpoint that somebody else made runs none of their code.
 
     Args:
         accelerator: that prepared the student.
@@ -205,6 +243,7 @@ class Checkpoints:
         output: the run's folder.
         kept: how many of the newest are left there.
         identity: of the run, kept in each checkpoint.
+        model: where the run found it; kept too, and free to change.
     """
 
     def __init__(
@@ -217,14 +256,13 @@ class Checkpoints:
         output: Path,
         kept: int,
         identity: Mapping[str, Any],
+        model: str,
     ) -> None:
-        self._accelerator, self._average, self._save_lora = accelerator, average, save_lora
+        self._accelerator, self._student, self._average = accelerator, student, average
+        self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
-        self._crepa = None if student.crepa is None else _StateOfAllRanks(student.crepa)
-        accelerator.register_for_checkpointing(*(each for each in (self._crepa, average) if each is not None))
+        self._random_file = f"random_state_{accelerator.process_index}.safetensors"
 
     def save(self, step: int) -> Path:
         """The state after `step` optimiser steps; returns its folder.
@@ -233,18 +271,38 @@ class Checkpoints:
             OSError: it could not be written; the checkpoints before it are as they were.
         """
         target, temporary = self._folder / f"step-{step:08d}", self._folder / f"{_WRITING}{step:08d}"
-        if self._crepa is not None:
-            self._crepa.take()
+        # All ranks add CREPA's state up together: before writing, where one of them may fail.
+        states = {name: part.state_dict() for name, part in self._parts().items()}
         self._together(target, lambda: self._clear(temporary))
-        self._together(target, lambda: self._accelerator.save_state(str(temporary)))
+        self._together(target, lambda: self._write(temporary, states))
         self._together(target, lambda: self._finish(temporary, target, step))
         return target
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Puts everything back as it was."""
-        self._accelerator.load_state(str(checkpoint.folder))
+        """Puts everything back as it was. ValueError naming a file that is of another model or run."""
+        folder = checkpoint.folder
+        self._load_weights(folder / WEIGHTS_FILE)
+        for name, part in self._parts().items():
+            file = folder / f"{name}.safetensors"
+            state = read_state(file)
+            _put_back(file, partial(_give, name, part, state))
         if self._average is not None:
             self._average.to(self._accelerator.device)
+        file = folder / self._random_file
+        numbers = read_state(file)
+        _put_back(file, lambda: set_random_state(numbers, self._accelerator.device))
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, by the name of its file."""
+        student = self._student
+        parts = {
+            "optimizer": student.optimizer,
+            "scheduler": student.scheduler,
+            "scaler": self._accelerator.scaler,
+            "crepa": student.crepa,
+            "average": self._average,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _together(self, target: Path, work: Any) -> None:
         """Does a piece of work in every process, and fails in every process if it fails in one."""
@@ -269,13 +327,29 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
+    def _write(self, temporary: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
+        # Of one rank on another machine the folder may not be visible yet.
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_state(temporary / self._random_file, random_state(self._accelerator.device))
+        if not self._accelerator.is_main_process:
+            return
+        trained = trained_parameters(self._transformer)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
+        save_file(tensors, temporary / WEIGHTS_FILE)
+        if self._save_lora is not None:
+            self._save_lora(temporary)
+        for name, state in states.items():
+            write_state(temporary / f"{name}.safetensors", state)
+
     def _finish(self, temporary: Path, target: Path, step: int) -> None:
         if not self._accelerator.is_main_process:
             return
-        parts = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        state = {"step": step, "identity": self._identity, "parts": parts}
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        parts = {path.relative_to(temporary).as_posix(): [path.stat().st_size, file_digest(path)] for path in files}
+        state = {"step": step, "identity": self._identity, "model": self._model, "parts": parts}
+        text = json.dumps({**state, "digest": json_digest(state)}, indent=2) + "\n"
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+        for path in (*temporary.rglob("*"), temporary):
             _to_disk(path)
         os.replace(temporary, target)
         _to_disk(self._folder)
@@ -283,45 +357,55 @@ class Checkpoints:
             # Out of the way first: a kill while it is removed leaves nothing that looks like a checkpoint.
             shutil.rmtree(old.replace(self._folder / f"{_WRITING}{old.name}"))
 
-    def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if self._accelerator.is_main_process:
-            trained = trained_parameters(self._transformer)
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
-            save_file(tensors, Path(folder) / WEIGHTS_FILE)
-            if self._save_lora is not None:
-                self._save_lora(Path(folder))
-
-    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        saved, trained = load_file(Path(folder) / WEIGHTS_FILE), trained_parameters(self._transformer)
+    def _load_weights(self, file: Path) -> None:
+        trained = trained_parameters(self._transformer)
+        try:
+            saved = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
         wrong = sorted(
             name
             for name in {*saved, *trained}
             if name not in saved or name not in trained or saved[name].shape != trained[name].shape
         )
         if wrong:
-            raise ValueError(f"{folder}: {WEIGHTS_FILE} is of another model, first at {wrong[0]}")
+            raise ValueError(f"{file} is of another model, first at {wrong[0]}")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
 
 
-class _StateOfAllRanks:
-    """CREPA's state, which all ranks add up together: taken before writing, where one of them may fail."""
+def _put_back(file: Path, work: Callable[[], object]) -> None:
+    try:
+        work()
+    # Each kind of state has its own way to say that it is of something else.
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is of another run: {error}") from error
 
-    def __init__(self, crepa: CrepaRegularizer) -> None:
-        self._crepa = crepa
-        self._state: dict[str, Any] = {}
 
-    def take(self) -> None:
-        self._state = self._crepa.state_dict()
+def _give(name: str, part: Any, state: dict[str, Any]) -> None:
+    # Neither the optimiser nor the average looks at shapes: they would fail in their next step.
+    if name == "optimizer":
+        state = _numbered(state, part)
+    elif name == "average":
+        old, new = ([each.shape for each in shadows] for shadows in (state["shadow_params"], part.shadow_params))
+        if old != new:
+            raise ValueError("its weights have other shapes")
+    part.load_state_dict(state)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._crepa.load_state_dict(state)
+def _numbered(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state with its parameters numbered again (JSON has text for keys).
+
+    ValueError where a moment is not of its parameter's shape.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {int(number): each for number, each in state["state"].items()}
+    for number, tensors in moments.items():
+        shape = parameters[number].shape
+        if any(isinstance(each, Tensor) and each.ndim and each.shape != shape for each in tensors.values()):
+            raise ValueError(f"its parameter {number} is not of the shape {tuple(shape)}")
+    return {**state, "state": moments}
 
 
 def _to_disk(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import glob
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +145,7 @@ def _check_validation_prompts(settings: RunSettings, family: TrainingFamily) -> 
 
 
 def _check_captions(captions: Mapping[Path, str], family: TrainingFamily) -> None:
-    problems = {path.with_suffix(".txt"): _problem(family.check_prompt, text) for path, text in captions.items()}
+    problems = {caption_file(path): _problem(family.check_prompt, text) for path, text in captions.items()}
     found = [f"{file}: {problem}" for file, problem in problems.items() if problem]
     if found:
         raise DataError(f"{len(found)} of {len(captions)} captions cannot be used: {listed(found)}")
@@ -163,27 +166,53 @@ def _is_ours(path: Path, settings: RunSettings) -> bool:
     return any(folder.is_relative_to(data) and path.resolve().is_relative_to(folder) for folder in ours)
 
 
+def caption_file(video: Path) -> Path:
+    """The `name.txt` beside `name.mp4`, also in capitals; where there is none, what it should be called."""
+    usual = video.with_suffix(".txt")
+    if usual.exists():
+        return usual
+    others = (path for path in video.parent.glob(f"{glob.escape(video.stem)}.*") if path.suffix.lower() == ".txt")
+    return min((path for path in others if path.stem == video.stem), default=usual)
+
+
 def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
     """The text of `name.txt` beside each `name.mp4`, without space around it.
 
-    Raises DataError naming every caption that is missing, empty or not UTF-8 text.
+    Raises DataError naming every caption that is missing, empty, not UTF-8 text, or of characters that nobody sees.
     """
     captions: dict[Path, str] = {}
     problems = []
     for path in videos:
-        file = path.with_suffix(".txt")
+        file = caption_file(path)
         try:
-            captions[path] = file.read_bytes().decode("utf-8-sig").strip()
+            captions[path] = _caption(file)
         except FileNotFoundError:
             problems.append(f"{file} is missing")
-        except UnicodeDecodeError:
-            problems.append(f"{file} is not UTF-8 text")
-        else:
-            if not captions[path]:
-                problems.append(f"{file} is empty")
+        except (OSError, ValueError) as error:
+            problems.append(f"{file} {error.strerror if isinstance(error, OSError) else error}")
     if problems:
         raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {listed(problems)}")
     return captions
+
+
+def _caption(file: Path) -> str:
+    """ValueError saying what a file is that holds no caption."""
+    content = file.read_bytes()
+    # Without a mark at its beginning, UTF-16 of Latin letters is UTF-8 too, with a NUL at every other place.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or content.count(b"\0") * 3 > len(
+            content
+        )
+        raise ValueError("is UTF-16 or UTF-32, not UTF-8 text" if utf16 else "has NUL bytes: it is not UTF-8 text")
+    try:
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8 text") from error
+    if not text:
+        raise ValueError("is empty")
+    if all(unicodedata.category(letter)[0] in "CZ" for letter in text):
+        raise ValueError("has nothing but characters that nobody sees")
+    return text
 
 
 def choose_bucket(info: VideoInfo, resolutions: Sequence[tuple[int, int]], frame_counts: Sequence[int]) -> Bucket:

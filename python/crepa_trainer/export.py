@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import WEIGHTS_FILE, newest_checkpoint, read_checkpoint
+from .checkpoint import WEIGHTS_FILE, Checkpoint, newest_checkpoint, read_checkpoint
 from .student import trained_parameters
 
 if TYPE_CHECKING:
@@ -91,17 +91,17 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
         raise ValueError(f"--format {form}: {place} has no LoRA, all weights were trained")
     folder.mkdir(parents=True, exist_ok=True)
     if full:
-        _write_transformer(identity, weights, folder)
+        _write_transformer(checkpoint, weights, folder)
     else:
         lora = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
         _LORA_WRITERS[form](lora, folder)
     return where(folder, full=full, expert=identity["expert"])
 
 
-def _write_transformer(identity: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> None:
+def _write_transformer(checkpoint: Checkpoint, weights: Mapping[str, Tensor], folder: Path) -> None:
     from .families import TrainingFamily
 
-    family = TrainingFamily.of(identity["model"], identity["task"], None, identity["expert"])
+    family = TrainingFamily.of(checkpoint.model, checkpoint.identity["task"], None, checkpoint.identity["expert"])
     dtype = next(iter(weights.values())).dtype
     transformer: Any = family.load_transformer(dtype)
     transformer.load_state_dict({**transformer.state_dict(), **weights})

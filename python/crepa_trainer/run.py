@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -156,6 +157,7 @@ def train_on(
         output=settings.output,
         kept=settings.checkpoints_kept,
         identity=identity,
+        model=str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model,
     )
     first_step = 0
     if checkpoint is not None:
