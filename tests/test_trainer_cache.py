@@ -17,9 +17,10 @@ import pytest
 import torch
 from crepa_trainer.cache import Bucket, CachedClips, prepare_cache
 from crepa_trainer.cache_names import teacher_frames
-from crepa_trainer.data import DataError, VideoError, probe_video, read_clips
+from crepa_trainer.data import read_clips
 from crepa_trainer.families import TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
+from crepa_trainer.video import DataError, VideoError, probe_video
 from rich.console import Console
 from tiny import tiny_dinov2, tiny_wan
 from tiny_pipelines import save_tiny_wan_pipeline

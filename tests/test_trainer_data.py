@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crepa_trainer.data import ClipSpec, DataError, VideoError, list_videos, load_clips, read_frames, sample_videos
+from crepa_trainer.data import ClipSpec, load_clips, read_frames, sample_videos
+from crepa_trainer.listing import list_videos
+from crepa_trainer.video import DataError, VideoError
 from videos import moving_square, write_video
 
 SMALL = ClipSpec(frames=5, height=32, width=48, stride=3, clips_per_video=4)
@@ -146,7 +148,7 @@ def test_videos_of_a_folder_are_found_below_it_in_a_fixed_order(tmp_path: Path) 
     for name in ("b.mp4", "a.MKV", "notes.txt", "deeper/c.webm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.name for path in list_videos(tmp_path)] == ["a.MKV", "b.mp4", "c.webm"]
+    assert [path.name for path in list_videos(tmp_path).videos] == ["a.MKV", "b.mp4", "c.webm"]
 
 
 def test_an_empty_and_a_missing_folder_are_named(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from crepa_trainer import data
-from crepa_trainer.data import DataError, VideoError, VideoInfo, probe_video, read_clips, read_frames
+from crepa_trainer.data import read_clips, read_frames
 from crepa_trainer.dataset import Bucket, choose_bucket, clip_starts, find_clips, read_captions
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.settings import RunSettings
+from crepa_trainer.video import DataError, VideoError, VideoInfo, probe_video
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
@@ -115,9 +116,9 @@ def test_a_probe_decodes_one_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     original = av.open
 
     class Counting:
-        def __init__(self, *args: Any) -> None:
-            self.container = original(*args)
-            self.streams = self.container.streams
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.container = original(*args, **options)
+            self.streams, self.format = self.container.streams, self.container.format
 
         def __enter__(self) -> Any:
             return self
@@ -150,7 +151,7 @@ def test_clips_are_cut_where_they_start(tmp_path: Path) -> None:
 
 def test_only_the_frames_of_open_clips_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "long.mp4", moving_square(60))
-    shrunk, most = data._resize_and_crop, 0
+    shrunk, most = data.upright, 0
     made: list[weakref.ref[np.ndarray]] = []
 
     def counted(*args: Any) -> np.ndarray:
@@ -160,7 +161,7 @@ def test_only_the_frames_of_open_clips_are_held(tmp_path: Path, monkeypatch: pyt
         most = max(most, sum(ref() is not None for ref in made))
         return picture
 
-    monkeypatch.setattr(data, "_resize_and_crop", counted)
+    monkeypatch.setattr(data, "upright", counted)
     assert len(list(read_clips(path, 48, 80, [0, 3, 30, 50], 5))) == 4
     # Two clips share frames 3 and 4; frames between clips are never shrunk.
     assert len(made) == 8 + 5 + 5

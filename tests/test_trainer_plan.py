@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from corner_videos import corners, write
 from crepa_trainer import plan as plan_module
 from crepa_trainer.cli import main
 from crepa_trainer.dataset import find_clips
@@ -42,9 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, config: CrepaConfig, *, device_type: str = "cpu", processes: int = 1, **changes: Any) -> Plan:
-    settings = RunSettings(
-        model=str(folder / "wan"), data=folder / "data", output=folder / "out", **{**REQUIRED, **changes}
-    )
+    places = {"model": str(folder / "wan"), "data": folder / "data", "output": folder / "out"}
+    settings = RunSettings(**{**places, **REQUIRED, **changes})
     family = TrainingFamily.of(settings.model)
     return make_plan(
         settings, config, family, find_clips(settings, family), processes=processes, device_type=device_type
@@ -92,7 +93,7 @@ def test_epochs_and_checkpoints_count_every_process(folder: Path) -> None:
         checkpoint_every=3, validation_every=2, validation_prompts=("a square",),
     )  # fmt: skip
     assert plan.epochs == 7 * 3 * 2 / 3
-    assert (plan.clips_a_step, plan.checkpoints, plan.validations) == (12, 3, 3)
+    assert (plan.clips_a_step, plan.checkpoints, plan.validations) == (8, 3, 3)
     from crepa_trainer.sampler import ClipOrder, Position
 
     order = ClipOrder([key.bucket for key in plan.found.keys], batch_size=2, accumulation=3, world=2, seed=0)
@@ -221,7 +222,8 @@ def test_the_plan_says_what_issue_and_user_ask_for(folder: Path) -> None:
         f"teacher {folder / 'dinov2'}, 5x5 patches a frame",
         "frames encoded 3 of 9, 2 of 5 of a clip, each time it is seen",
         "extra memory ",
-        "steps 10 (4 clips a step, 2 processes), 6.67 epochs",
+        "steps 10 (2.67 clips a step on average, in micro-batches of 1 to 2, 2 processes), 6.67 epochs",
+        "frame rates 25 (4 videos) a second",
         "checkpoints 1, every 500 steps and at the end, the last 3 kept",
         "validation 2 times, 1 prompt",
         "workers none: ",
@@ -302,6 +304,34 @@ def test_what_cannot_be_run_is_one_line_before_any_weight_is_loaded(
         assert error.startswith("crepa-train: error: ")
         assert all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_becomes_of_pictures_and_times_is_said(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    tags = {"colorspace": 9, "color_range": 1, "color_trc": 18, "color_primaries": 9}
+    write(data / "a.mp4", [corners()] * 12)
+    write(data / "hdr.mov", [np.full((96, 160, 3), 512, np.uint16)] * 12, pixels="yuv420p10le", tags=tags)
+    write(data / "portrait.mp4", [corners(384, 216)] * 12, rate=60)
+    write(data / "small.mp4", [corners(16, 24)] * 12)
+    write(data / "vfr.mkv", [corners()] * 12, times=[n * (n + 1) for n in range(12)])
+    for name in ("a", "hdr", "portrait", "small", "vfr", "alone"):
+        (data / f"{name}.txt").write_text("corners")
+    sizes = {"data": data, "resolutions": ((32, 48),), "batch_size": 4}
+    text = printed(planned(folder, CrepaConfig(), **sizes))
+    for words in (
+        "5 clips of 5 videos",
+        "passed over 1 captions without a video",
+        "frame rates 25 (3 videos), 60 (1 video), variable (1 video) a second; frame by frame",
+        "cropped portrait.mp4 loses 62% of its picture",
+        "enlarged small.mp4 2 times",
+        "HDR tone-mapped to SDR: hdr.mov (HLG)",
+        "2.5 clips a step on average, in micro-batches of 1 to 4",
+    ):
+        assert words in text, text
+    plan = planned(folder, CrepaConfig(), **{**sizes, "fps": 50, "hdr": "skip", "strict": True})
+    assert dict(plan.found.skipped) == {str(data / "hdr.mov"): 'HDR (HLG), and hdr is "skip"'}
+    assert "frame rates taken at 50 a second; found: 25 (2 videos), 60 (1 video), variable (1 video)" in printed(plan)
 
 
 def test_a_plan_is_printed_and_nothing_else_happens(

@@ -21,8 +21,9 @@ from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 from .cache_files import DamagedFile, check_whole, file_name, read_tensors, remove_abandoned, write_tensors
 from .cache_names import CacheNames, ClipFiles, encoder_type, teacher_frames
-from .data import DataError, VideoError, read_clips
+from .data import read_clips
 from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, listed, skip_video, tell_skipped
+from .video import DataError, VideoError
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -304,7 +305,8 @@ class _Filler:
         first = next(iter(clips))
         keys, bucket = {key.start: key for key in clips}, first.bucket
         path = self.names.found.folder / first.video
-        for start, pixels in read_clips(path, bucket.height, bucket.width, list(keys), bucket.frames):
+        starts, fps = list(keys), self.names.settings.fps
+        for start, pixels in read_clips(path, bucket.height, bucket.width, starts, bucket.frames, fps):
             files = clips[keys[start]]
             if files.latents in missing:
                 tensors = encoders.latents(pixels)

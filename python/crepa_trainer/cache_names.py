@@ -75,6 +75,7 @@ class CacheNames:
             "format": FORMAT,
             "video": self._video(key.video),
             "clip": [key.start, bucket.height, bucket.width, bucket.frames],
+            **self._rate,
         }
         latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
         teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
@@ -90,10 +91,16 @@ class CacheNames:
             content["video"] = self._video(key.video)
             content["first_frame"] = [key.start, key.bucket.height, key.bucket.width]
             content["options"] = dict(self.family.text_image_options)
+            content |= self._rate
         return self.folder / "text" / file_name(content)
 
     def _video(self, name: str) -> list[str]:
         return [name, self.found.contents[name]]
+
+    @property
+    def _rate(self) -> dict[str, float]:
+        """By which frames of a video are numbered, where it is not its own."""
+        return {} if self.settings.fps is None else {"fps": float(self.settings.fps)}
 
     @cached_property
     def _encoders_of_clips(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import logging
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +16,8 @@ from crepa_kernels.config import ConfigError
 from crepa_kernels.config_rules import describe
 
 from .cache_files import content_identity
-from .data import DataError, VideoError, VideoInfo, list_videos, probe_video
+from .listing import list_videos
+from .video import DataError, VideoError, VideoInfo, probe_video
 
 if TYPE_CHECKING:
     from .families import TrainingFamily
@@ -59,13 +60,16 @@ class ClipKey:
 class FoundClips:
     """The clips of a run, in the order of their videos' names, and the videos that gave none with the reason.
 
-    `contents`: by what the content of each video that clips are cut from is known.
+    `contents`: by what the content of each video that clips are cut from is known; `infos`: what it is like;
+    `passed_over`: how many files and folders of each kind are no videos to train on.
     """
 
     folder: Path
     keys: tuple[ClipKey, ...]
     skipped: Mapping[str, str]
     contents: Mapping[str, str]
+    infos: Mapping[str, VideoInfo] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def videos(self) -> int:
@@ -92,28 +96,34 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
     """
     _check_buckets(settings, family)
     _check_validation_prompts(settings, family)
-    videos = [path for path in list_videos(settings.data) if not _is_ours(path, settings)]
+    listing = list_videos(settings.data, (settings.output, settings.cache_folder))
+    videos = listing.videos
     captions = read_captions(videos)
     _check_captions(captions, family)
     keys: list[ClipKey] = []
     skipped: dict[str, str] = {}
     contents: dict[str, str] = {}
+    infos: dict[str, VideoInfo] = {}
     for path in videos:
         try:
-            info = probe_video(path)
+            info = probe_video(path, settings.fps)
+            if info.hdr and settings.hdr == "skip":
+                # Asked for: with `strict` no error either.
+                skipped[str(path)] = f'HDR ({info.hdr}), and hdr is "skip"'
+                continue
             bucket = choose_bucket(info, settings.resolutions, settings.frame_counts)
         except VideoError as error:
             skip_video(skipped, path, error, strict=settings.strict)
             continue
         name = path.relative_to(settings.data).as_posix()
-        contents[name] = content_identity(path)
+        contents[name], infos[name] = content_identity(path), info
         starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
         keys += [ClipKey(name, start, bucket, captions[path]) for start in starts]
     tell_skipped(skipped, len(videos))
     if not keys:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
-    return FoundClips(settings.data, tuple(keys), skipped, contents)
+    return FoundClips(settings.data, tuple(keys), skipped, contents, infos, listing.passed_over)
 
 
 def skip_video(skipped: dict[str, str], path: Path, error: VideoError, *, strict: bool) -> None:
@@ -157,13 +167,6 @@ def _problem(check: Callable[[T], None], value: T) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _is_ours(path: Path, settings: RunSettings) -> bool:
-    """Whether a run wrote it: validation videos, where the output folder is inside the data folder."""
-    data = settings.data.resolve()
-    ours = [folder.resolve() for folder in (settings.output, settings.cache_folder)]
-    return any(folder.is_relative_to(data) and path.resolve().is_relative_to(folder) for folder in ours)
 
 
 def caption_file(video: Path) -> Path:
@@ -233,6 +236,16 @@ def choose_bucket(info: VideoInfo, resolutions: Sequence[tuple[int, int]], frame
 
     height, width = min(resolutions, key=preference)
     return Bucket(height, width, max(counts))
+
+
+def enlargement(info: VideoInfo, bucket: Bucket) -> float:
+    """How many times as large as it is shown a video's picture becomes in a bucket."""
+    return max(bucket.height / info.height, bucket.width / info.width)
+
+
+def cropped_share(info: VideoInfo, bucket: Bucket) -> float:
+    """Which share of a video's picture is outside its clips."""
+    return 1 - bucket.height * bucket.width / (info.height * info.width * enlargement(info, bucket) ** 2)
 
 
 def clip_starts(frames: int, clip: int, count: int) -> list[int]:

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from crepa_kernels import CrepaRegularizer
 
-from .data import ClipSet, ClipSpec, list_videos, load_clips, sample_videos
+from .data import ClipSet, ClipSpec, load_clips, sample_videos
 from .evaluate import Alignment, Evaluator, Features
 from .launcher import check_launcher
+from .listing import list_videos
 from .loop import Student, parameter_groups, train, training_step
 from .models import ModelFolders, add_lora, encode_latents, load_transformer, load_vae, save_demo_models, save_lora
 from .plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
@@ -75,7 +76,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
     """
     check_launcher(mixed_precision="no", gradient_accumulation_steps=1)
     found = load_clips(
-        sample_videos() if options.data is None else list_videos(options.data),
+        sample_videos() if options.data is None else list_videos(options.data).videos,
         options.clips,
         strict=options.strict,
     )

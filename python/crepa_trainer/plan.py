@@ -103,9 +103,16 @@ class Plan:
         return self.settings.max_train_steps // every if every else 0
 
     @property
-    def clips_a_step(self) -> int:
-        settings = self.settings
-        return settings.batch_size * settings.gradient_accumulation_steps * self.processes
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Clips of each micro-batch of an epoch; a bucket's last is what is left."""
+        size = self.settings.batch_size
+        return tuple(min(size, each.clips - n) for each in self.buckets for n in range(0, each.clips, size))
+
+    @property
+    def clips_a_step(self) -> float:
+        """On average."""
+        micro_batches = self.settings.gradient_accumulation_steps * self.processes
+        return sum(self.batch_sizes) / len(self.batch_sizes) * micro_batches
 
 
 def make_plan(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from .cache_names import teacher_is_encoder
+from .dataset import FoundClips, cropped_share, enlargement, listed
+from .listing import counted
 from .plan import BucketPlan, Plan
 from .sampler import MADE_AHEAD
+from .video import VideoInfo
 
 Rows = list[tuple[str, str]]
+
+# What the plan says of a video's picture: the share that cropping takes, and the times that it is blown up.
+MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -48,7 +55,33 @@ def _data_rows(plan: Plan) -> Rows:
         tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
         clips = _several(each.clips, "clip")
         rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
-    return rows
+    return [*rows, *_footage_rows(found, plan.settings.fps)]
+
+
+def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
+    """What is passed over, and what becomes of the pictures and the times of what is not."""
+    buckets = {key.video: key.bucket for key in found.keys}
+    videos = [(name, found.infos[name], buckets[name]) for name in buckets if name in found.infos]
+    cropped = [(name, share) for name, info, bucket in videos if (share := cropped_share(info, bucket)) > MUCH_CROPPED]
+    larger = [(name, times) for name, info, bucket in videos if (times := enlargement(info, bucket)) > MUCH_ENLARGED]
+    hdr = [f"{name} ({info.hdr})" for name, info, _ in videos if info.hdr]
+    rows = {
+        "passed over": counted(found.passed_over),
+        "frame rates": _rates([info for _, info, _ in videos], fps),
+        "cropped": listed(f"{name} loses {share:.0%} of its picture" for name, share in cropped),
+        "enlarged": listed(f"{name} {times:.2g} times" for name, times in larger),
+        "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
+    }
+    return [(name, text) for name, text in rows.items() if text]
+
+
+def _rates(infos: Sequence[VideoInfo], fps: float | None) -> str:
+    kinds = Counter("variable" if not info.constant else f"{info.rate:.5g}" for info in infos)
+    found = ", ".join(f"{rate} ({_several(number, 'video')})" for rate, number in sorted(kinds.items()))
+    if fps is not None:
+        return f"taken at {fps:g} a second; found: {found}"
+    mixed = "; frame by frame, whatever lies between: fps takes all at one rate" if len(kinds) > 1 else ""
+    return f"{found} a second{mixed}" if found else ""
 
 
 def _crepa_rows(plan: Plan) -> Rows:
@@ -87,7 +120,7 @@ def _encoded(plan: Plan) -> str:
 
 def _step_rows(plan: Plan) -> Rows:
     settings = plan.settings
-    each = [f"{_several(plan.clips_a_step, 'clip')} a step"]
+    each = [_clips_a_step(plan)]
     if settings.gradient_accumulation_steps > 1:
         each.append(f"{settings.gradient_accumulation_steps} micro-batches")
     if plan.processes > 1:
@@ -102,6 +135,13 @@ def _step_rows(plan: Plan) -> Rows:
         prompts = _several(len(settings.validation_prompts), "prompt")
         rows.append(("validation", f"{_several(plan.validations, 'time')}, {prompts}"))
     return rows
+
+
+def _clips_a_step(plan: Plan) -> str:
+    sizes = set(plan.batch_sizes)
+    if len(sizes) == 1:
+        return f"{_several(round(plan.clips_a_step), 'clip')} a step"
+    return f"{plan.clips_a_step:.3g} clips a step on average, in micro-batches of {min(sizes)} to {max(sizes)}"
 
 
 def _workers(plan: Plan) -> str:

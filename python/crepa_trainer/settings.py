@@ -153,6 +153,17 @@ class RunSettings(BaseModel):
     matrix_every: Integer = Field(
         0, ge=0, description="steps between similarity matrices in TensorBoard, 0 for never; must be an integer >= 0"
     )
+    fps: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="frames a second at which clips are taken, each video's own when null; "
+        "must be a number > 0, at most 1000",
+    )
+    hdr: Literal["tonemap", "skip"] = Field(
+        "tonemap",
+        description='what becomes of HDR videos (PQ, HLG), tone-mapped to SDR or left out; must be "tonemap" or "skip"',
+    )
     strict: bool = Field(False, description="stop at a video that cannot be used; must be true or false")
     workers: Integer | None = Field(
         None,

@@ -1,0 +1,117 @@
+"""Which files below a folder are videos, and what else is there, by kind."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .video import DataError
+
+# Of containers that the decoder opens and that hold pictures in motion.
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".264", ".265", ".3g2", ".3gp", ".3gpp", ".amv", ".apng", ".asf", ".av1", ".avc",
+        ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".gxf", ".h264", ".h265", ".hevc",
+        ".insv", ".ivf", ".lrv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg",
+        ".mjpg", ".mk3d", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts",
+        ".mxf", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".tod",
+        ".trp", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+    }
+)  # fmt: skip
+# What a run leaves beside its metrics, some of it videos.
+_OF_A_RUN = ("cache", "checkpoints", "trained", "validation")
+CAPTION = ".txt"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The videos below a folder, sorted, so that runs agree on the order, and how many of what else there is."""
+
+    videos: tuple[Path, ...]
+    passed_over: dict[str, int]
+
+
+def list_videos(folder: Path, ours: tuple[Path, ...] = ()) -> Listing:
+    """Every video file below `folder`, links to files and folders followed, each folder once.
+
+    ours: folders that this run writes into. Those of other runs are known by what is in them.
+    Raises DataError for no folder, and for one without a video.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--data {folder}: no such folder")
+    search = _Search({each.resolve() for each in ours})
+    search.folder(folder)
+    passed = search.passed_over()
+    if not search.videos:
+        there = f"; passed over: {counted(passed)}" if passed else ""
+        raise DataError(f"--data {folder}: no video in this folder ({' '.join(sorted(VIDEO_SUFFIXES))}){there}")
+    return Listing(tuple(sorted(search.videos)), passed)
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """How many of each kind, in one line."""
+    return ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+
+
+class _Search:
+    def __init__(self, ours: set[Path]) -> None:
+        self.ours, self.seen = ours, set[Path]()
+        self.videos: list[Path] = []
+        self.captions: list[Path] = []
+        self.kinds: Counter[str] = Counter()
+
+    def folder(self, folder: Path) -> None:
+        self.seen.add(folder.resolve())
+        # A folder itself before links to it, whose names would be other ones.
+        for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+            kind = self._kind(path)
+            if kind is not None:
+                self.kinds[kind] += 1
+            elif path.is_dir():
+                self.folder(path)
+
+    def _kind(self, path: Path) -> str | None:
+        """What a path is passed over as; None for what was taken, and for folders to look into."""
+        name = path.name
+        if name.startswith("._"):
+            return "AppleDouble (._*)"
+        if name in ("@eaDir", ".ipynb_checkpoints"):
+            return name
+        if name.startswith("."):
+            return "hidden"
+        if path.is_dir():
+            return self._kind_of_folder(path)
+        if not path.exists():
+            return "broken links"
+        if not path.is_file():
+            return "pipes and devices"
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            self.videos.append(path)
+        elif path.suffix.lower() == CAPTION:
+            self.captions.append(path)
+        else:
+            return "files of other kinds"
+        return None
+
+    def _kind_of_folder(self, path: Path) -> str | None:
+        whole = path.resolve()
+        if whole in self.ours or _is_of_a_run(path):
+            return "output folders of this trainer"
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return "folders with a video's name"
+        if whole in self.seen:
+            return "links to folders that were seen"
+        return None if os.access(path, os.R_OK | os.X_OK) else "folders that cannot be read"
+
+    def passed_over(self) -> dict[str, int]:
+        stems = {video.with_suffix("") for video in self.videos}
+        alone = sum(caption.with_suffix("") not in stems for caption in self.captions)
+        kinds = dict(sorted(self.kinds.items()))
+        return {**kinds, "captions without a video": alone} if alone else kinds
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    return (folder / "metrics.csv").is_file() and any((folder / name).is_dir() for name in _OF_A_RUN)

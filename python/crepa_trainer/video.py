@@ -1,0 +1,271 @@
+"""A video file as a player shows it: its frames, upright and with square pixels, and when each is shown."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import VideoReformatter
+
+from .color import to_rgb, transfer
+
+# Demuxers of text that names other files.
+PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "sdp", "rtsp"})
+# Each of their packets is a frame, in the containers that are told apart below.
+_FRAME_A_PACKET = frozenset(
+    {"av1", "dnxhd", "ffv1", "h264", "hevc", "libaom-av1", "libdav1d", "mjpeg", "prores", "rawvideo", "vp9"}
+)
+_MOV, _MATROSKA = "mov", "matroska"
+_SLACK = 1e-3  # seconds: some containers count in milliseconds
+
+
+class DataError(ValueError):
+    """No training data can be had from what was given; the message is one line for the user."""
+
+
+class VideoError(DataError):
+    """One video file cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video's length in frames, and the size of its upright picture in square pixels.
+
+    Attributes:
+        rate: frames a second on average, 0 where the file does not say.
+        constant: whether all frames are shown equally long.
+        hdr: "PQ", "HLG" or None.
+    """
+
+    frames: int
+    height: int
+    width: int
+    rate: float = field(default=0.0, compare=False)
+    constant: bool = field(default=True, compare=False)
+    hdr: str | None = field(default=None, compare=False)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream. Whatever the decoder raises inside is a VideoError."""
+    if not path.is_file():
+        # A pipe would be waited for, without an end.
+        raise VideoError("no such file" if not path.exists() else "not a regular file")
+    try:
+        # The name is a path, whatever it looks like, and what is in the file reaches no network.
+        whole = f"file:{path.absolute()}"
+        with av.open(whole, metadata_errors="replace", container_options={"protocol_whitelist": "file"}) as container:
+            if PLAYLISTS.intersection(container.format.name.split(",")):
+                raise VideoError(f"a playlist ({container.format.name}), not a video")
+            # Not the picture on the cover.
+            stream = container.streams.best("video")
+            if stream is None:
+                raise VideoError("no video stream")
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except VideoError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"cannot be decoded ({reason})") from error
+
+
+def frames_of(container: Any, stream: Any, fps: float | None = None) -> Iterator[av.VideoFrame]:
+    """The frames that are shown, in order; with `fps` those at its times, some left out or repeated."""
+    frames = _intact_frames(container, stream)
+    return frames if fps is None else _at_rate(frames, fps, stream)
+
+
+def probe_video(path: Path, fps: float | None = None) -> VideoInfo:
+    """How long a video is and how large, of which one frame is decoded where the container can be believed.
+
+    It can be in MP4 and MOV, whose index is read (fragments: their packets), and in Matroska, whose packets are
+    counted; elsewhere, where codecs hide frames in packets, and after a beginning that shows nothing, all is decoded.
+
+    Raises VideoError where there is no first frame. A damage further in shows only when that is decoded.
+    """
+    with opened(path) as (container, stream):
+        kind = container.format.name.split(",")[0]
+        times = _indexed_times(path, stream) if kind == _MOV else None
+        sure = kind in (_MOV, _MATROSKA) and stream.codec_context.name in _FRAME_A_PACKET
+        first, shown, begun = None, [], False
+        for packet in container.demux(stream):
+            if packet.size:
+                sure, begun = sure and (begun or (packet.is_keyframe and not packet.is_corrupt)), True
+                # Edit lists leave out packets that others still need.
+                if not _is_left_out(packet):
+                    shown.append(packet.pts)
+            if not sure:
+                break
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            elif times is not None:
+                break
+        times = shown if times is None else times
+        base = float(stream.time_base or 0)
+        info = None if first is None or not sure or None in times else _info(first, stream, times, base, fps)
+    return _decoded_info(path, fps) if info is None else info
+
+
+def _decoded_info(path: Path, fps: float | None) -> VideoInfo:
+    with opened(path) as (container, stream):
+        first, times = None, []
+        for frame in _intact_frames(container, stream):
+            first = frame if first is None else first
+            times.append(frame.pts)
+        if first is None:
+            raise VideoError("no frame in its video stream")
+        if None in times or len(set(times)) < len(times):
+            times = list(range(len(times)))
+            return _info(first, stream, times, 1 / _guessed_rate(stream), fps)
+        return _info(first, stream, times, float(stream.time_base or 0), fps)
+
+
+def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, fps: float | None) -> VideoInfo:
+    """times: of each frame that is shown, in units of `base` seconds, in any order."""
+    seconds = [time * base for time in sorted(times)]
+    lasts = [after - before for before, after in itertools.pairwise(seconds)] or [1 / _guessed_rate(stream)]
+    usual = statistics.median(lasts)
+    even = [each for each in lasts if abs(each - usual) <= max(0.1 * usual, 2 * _SLACK)]
+    # Where a video was cut, one may last longer.
+    constant = len(even) >= 0.95 * len(lasts)
+    span = seconds[-1] - seconds[0]
+    rate = len(even) / sum(even) if constant else (len(seconds) - 1) / span
+    frames = len(seconds) if fps is None else max(math.ceil((span + lasts[-1] - _SLACK) * fps), 1)
+    height, width = shown_size(first, stream)
+    return VideoInfo(frames, height, width, rate, constant, transfer(first, stream))
+
+
+def _guessed_rate(stream: Any) -> float:
+    return float(stream.guessed_rate or stream.average_rate or 25)
+
+
+def _is_left_out(packet: Any) -> bool:
+    return bool(getattr(packet, "is_discard", False))
+
+
+def _indexed_times(path: Path, stream: Any) -> list[int] | None:
+    """When each frame that is shown is decoded, from an MP4's index; None where that is not all of it."""
+    entries = list(getattr(stream, "index_entries", ()))
+    if not entries or len(entries) != stream.frames or _has_fragments(path):
+        return None
+    times = [entry.timestamp for entry in entries if not entry.is_discard]
+    lasts = {after - before for before, after in itertools.pairwise(times)}
+    # Frames are decoded in another order than they are shown: only of equal steps are the times those of showing.
+    return times if lasts and max(lasts) - min(lasts) <= 1 else None
+
+
+def _has_fragments(path: Path) -> bool:
+    """Whether an MP4 goes on after its header, in `moof` boxes."""
+    with path.open("rb") as file:
+        while len(header := file.read(8)) == 8:
+            size, name = struct.unpack(">I4s", header)
+            if name == b"moof":
+                return True
+            read = 8
+            if size == 1:
+                size, read = int.from_bytes(file.read(8), "big"), 16
+            if size < read:  # 0: to the end of the file
+                return False
+            file.seek(size - read, 1)
+    return False
+
+
+def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    decoded = 0
+    # A recording of a broadcast begins and ends anywhere.
+    recording = container.format.name.split(",")[0] == "mpegts"
+    pending: str | None = None
+    for packet in container.demux(stream):
+        if pending is not None and packet.size:
+            raise VideoError(pending)
+        if packet.is_corrupt:
+            # A file that was cut off ends with a damaged packet and decodes without an error up to there.
+            if not recording:
+                raise VideoError(f"damaged or cut off after frame {decoded}")
+            pending = None if decoded == 0 else f"damaged after frame {decoded}"
+            continue
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            if recording and decoded == 0:
+                continue
+            raise
+        for frame in frames:
+            if frame.is_corrupt:
+                if recording and decoded == 0:
+                    continue
+                raise VideoError(f"frame {decoded} is corrupt")
+            decoded += 1
+            yield frame
+
+
+def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterator[av.VideoFrame]:
+    """At each multiple of 1 / fps after the first frame, the one that is shown then."""
+    lasts = 1 / _guessed_rate(stream)
+    start = time = 0.0
+    shown: av.VideoFrame | None = None
+    taken = 0
+    for frame in frames:
+        if shown is None:
+            start = time = frame.time or 0.0
+        else:
+            now = time + lasts if frame.time is None or frame.time <= time else frame.time
+            time, lasts = now, now - time
+            while start + taken / fps + _SLACK < time:
+                yield shown
+                taken += 1
+        shown = frame
+    while shown is not None and start + taken / fps + _SLACK < time + lasts:
+        yield shown
+        taken += 1
+
+
+def shown_size(frame: av.VideoFrame, stream: Any) -> tuple[int, int]:
+    """Height and width of the upright picture in square pixels."""
+    height, width = frame.height, max(1, round(frame.width * _pixel_aspect(stream)))
+    return (width, height) if _turn(frame)[0] else (height, width)
+
+
+def upright(frame: av.VideoFrame, stream: Any, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8 of the picture that is shown, its aspect kept and its centre cropped."""
+    transposed, flip_down, flip_right = _turn(frame)
+    if transposed:
+        height, width = width, height
+    aspect = _pixel_aspect(stream)
+    scale = max(height / frame.height, width / (frame.width * aspect))
+    tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
+    picture = to_rgb(frame, stream, scaler, tall, wide)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    picture = picture[top : top + height, left : left + width]
+    picture = picture.swapaxes(0, 1) if transposed else picture
+    return picture[:: -1 if flip_down else 1, :: -1 if flip_right else 1]
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """How much wider than tall a stored pixel is shown."""
+    return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+
+
+def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether the stored picture is transposed, and then flipped upside down and left to right.
+
+    From the display matrix: a stored point (x, y) is shown at (a x + c y, b x + d y).
+    """
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0

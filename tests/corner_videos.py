@@ -1,0 +1,93 @@
+"""Videos whose four corners have colours that are known, stored as cameras and tools store them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+# As a player shows them.
+CORNERS = {"red": (220, 40, 40), "green": (40, 200, 60), "yellow": (230, 220, 50), "blue": (50, 60, 220)}
+HEIGHT, WIDTH = 96, 160
+IDENTITY = (1, 0, 0, 1)
+
+
+def corners(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """(height, width, 3) uint8: red and green above blue and yellow."""
+    red, green, yellow, blue = (np.array(color, np.uint8) for color in CORNERS.values())
+    picture = np.empty((height, width, 3), np.uint8)
+    picture[: height // 2, : width // 2], picture[: height // 2, width // 2 :] = red, green
+    picture[height // 2 :, width // 2 :], picture[height // 2 :, : width // 2] = yellow, blue
+    return picture
+
+
+def corner_error(pixels: Any) -> float:
+    """How far the worst channel of the four corners of (3, H, W) is from what it is shown as, of 255."""
+    pixels = np.asarray(pixels, np.float32)
+    height, width = pixels.shape[1:]
+    near, down, right = slice(3, 11), slice(height - 11, height - 3), slice(width - 11, width - 3)
+    places = ((near, near), (near, right), (down, right), (down, near))
+    means = [pixels[(slice(None), *place)].mean((1, 2)) for place in places]
+    return float(max(np.abs(mean - color).max() for mean, color in zip(means, CORNERS.values(), strict=True)))
+
+
+def write(
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    *,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    times: Sequence[int] | None = None,
+    rate: int = 25,
+    aspect: Fraction | None = None,
+    matrix: Sequence[int] = IDENTITY,
+    options: Mapping[str, str] | None = None,
+    mux: Mapping[str, str] | None = None,
+    format: str | None = None,
+    tags: Mapping[str, int] | None = None,
+) -> Path:
+    """Pictures (H, W, 3) uint8 in RGB, or (H, W, 3) uint16 of YUV 4:4:4 in 10 bits, as a video.
+
+    times: of each frame in units of 1 / `rate`. matrix: a, b, c, d of an MP4's display matrix.
+    """
+    with av.open(str(path), "w", format=format, options=dict(mux or {})) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt, stream.options = pixels, dict(options or {})
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        for number, picture in enumerate(pictures):
+            frame = _frame(picture)
+            frame.pts, frame.time_base = number if times is None else times[number], Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    if tuple(matrix) != IDENTITY:
+        _set_matrix(path, matrix)
+    return path
+
+
+def _frame(picture: np.ndarray) -> av.VideoFrame:
+    if picture.dtype == np.uint8:
+        return av.VideoFrame.from_ndarray(picture, format="rgb24")
+    frame = av.VideoFrame(picture.shape[1], picture.shape[0], "yuv444p10le")
+    for plane, values in zip(frame.planes, np.moveaxis(picture, -1, 0), strict=True):
+        rows = np.zeros((plane.height, plane.line_size // 2), "<u2")
+        rows[:, : values.shape[1]] = values
+        plane.update(rows.tobytes())
+    return frame
+
+
+def _set_matrix(path: Path, matrix: Sequence[int]) -> None:
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (each << 16 for each in matrix)
+    header = data.index(b"tkhd")
+    # After version and flags, times, track, duration, layer and volume.
+    data[header + 44 : header + 80] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
