@@ -41,13 +41,14 @@ def results(case: Case, tensors: Tensors, backend: str) -> Results:
 
 
 def turned(values: dict[str, Any], order: int) -> dict[str, Any]:
-    """The channels of h and of the features, of inputs or of results, in another order that undoes itself.
+    """The channels of h and of the features, or the tokens, of inputs or of results, in an order that undoes itself.
 
-    ``order`` 0 leaves them alone, 1 mirrors both widths, 2 mirrors that of the features alone.
+    ``order`` 0 leaves them alone, 1 mirrors both widths, 2 that of the features alone, 3 the grids on both axes, 4 all.
     """
     axes = {"h": (-1,), "gamma": (-1,), "beta": (-1,), "weight": (-2, -1), "bias": (-1,), "y": (-1,)}
     of_features = {"weight": (-2,), "bias": (-1,), "y": (-1,)}
-    flips = ({}, axes, of_features)[order]
+    tokens = {"h": (-2,), "y": (-2,)}
+    flips = ({}, axes, of_features, tokens, {**axes, "h": (-2, -1), "y": (-2, -1)})[order]
     return {name: t if t is None else t.flip(flips.get(name, ())) for name, t in values.items()}
 
 
@@ -62,9 +63,9 @@ def errors(exact: Truth, found: Results, floored: bool) -> dict[str, float]:
 def yardstick(exact: Truth, eager: Callable[[Tensors], Results], tensors: Tensors, floored: bool) -> dict[str, float]:
     """Errors of eager arithmetic in the same type.
 
-    One error is a draw, of a single number often 0 by luck, so it is the largest over three orders of summation.
+    One error is a draw, of a single number often 0 by luck, so it is the largest over five orders of summation.
     """
-    draws = [errors(exact, turned(eager(turned(tensors, order)), order), floored) for order in range(3)]
+    draws = [errors(exact, turned(eager(turned(tensors, order)), order), floored) for order in range(5)]
     return {name: max((e[name] for e in draws if e[name] == e[name]), default=0.0) for name in draws[0]}
 
 

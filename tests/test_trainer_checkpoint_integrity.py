@@ -66,7 +66,8 @@ class Payload:
 
 
 def test_a_checkpoint_is_safetensors_and_json(models: Path, checkpoint: Path) -> None:
-    assert {path.name for path in checkpoint.iterdir()} == {STATE_FILE, *(f"{part}.safetensors" for part in PARTS)}
+    names = {STATE_FILE, "pytorch_lora_weights.safetensors", *(f"{part}.safetensors" for part in PARTS)}
+    assert {path.name for path in checkpoint.iterdir()} == names
     assert found(models, checkpoint) is not None
     for path in checkpoint.glob("*.safetensors"):
         load_file(path)

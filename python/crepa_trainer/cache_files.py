@@ -84,7 +84,9 @@ def _places(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     file.seek(0)
     start = 8 + int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(file.read(start - 8)) if start < size else {}
+        if start > size:
+            raise ValueError("its header would be longer than the file")
+        header = json.loads(file.read(start - 8))
         spans = [each["data_offsets"] for name, each in header.items() if name != "__metadata__"]
         tensors = sorted((start + int(first), start + int(last)) for first, last in spans)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

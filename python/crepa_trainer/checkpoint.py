@@ -81,16 +81,10 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
         config.crepa_enabled and config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0
     )
     free = _FREE if lengths_matter else _FREE | {"max_train_steps"}
-    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in free}
+    given = settings.model_dump(mode="json") | config.to_dict() | {"processes": processes}
+    kept = {key: value for key, value in given.items() if key not in free}
     # Wherever they lie and however that was written; a hub id stays one.
-    crepa = config.to_dict()
-    return {
-        **kept,
-        **crepa,
-        "model": _of_folder(settings.model),
-        "crepa_encoder": _of_folder(crepa["crepa_encoder"]),
-        "processes": processes,
-    }
+    return kept | {key: _of_folder(kept[key]) for key in ("model", "crepa_encoder")}
 
 
 def _of_folder(model: str) -> str:
