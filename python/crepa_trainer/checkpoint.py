@@ -89,8 +89,8 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
 
 def _of_folder(model: str) -> str:
     """By what a local model's content is known, all parts of a pipeline included; a hub id as it is."""
-    if not Path(model).is_dir():
-        return model
+    if not any((Path(model) / name).is_file() for name in ("model_index.json", "config.json")):
+        return model  # also of a folder that holds no model, which is refused where it is loaded
     parts = sorted(path.name for path in Path(model).iterdir() if path.is_dir() and path.name[0] != ".")
     return f"content {json_digest(model_identity(model, *parts))[:32]}"
 
