@@ -5,6 +5,7 @@ Triton is imported when one of them runs; the operators are there without it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -116,13 +117,18 @@ def _call(arguments: tuple[Any, ...]) -> tuple[Call, Options]:
     return call, options
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Entering PyTorch's own takes as long as a launch; it is left out where autocast is off already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 @torch.library.impl("crepa_kernels::frame_alignment", "CompositeExplicitAutograd")
 def _align(*arguments: Any) -> tuple[Tensor, ...]:
     """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
     from ..triton.pipeline import forward
 
     call, options = _call(arguments)
-    with torch.cuda.device_of(call.tokens), torch.autocast(call.tokens.device.type, enabled=False):
+    with torch.cuda.device_of(call.tokens), _without_autocast(call.tokens.device.type):
         loss, metrics, frame_similarity, kept = forward(call, options.keep, options.keep_aligned, options.recompute)
     return (loss, metrics, frame_similarity, *kept)
 
@@ -156,7 +162,7 @@ def _align_backward(grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *a
     from ..triton.pipeline import Kept, Needs, backward
 
     call, _ = _call(arguments)
-    with torch.cuda.device_of(call.tokens), torch.autocast(call.tokens.device.type, enabled=False):
+    with torch.cuda.device_of(call.tokens), _without_autocast(call.tokens.device.type):
         grads = backward(call, Kept(*kept), grad_loss, Needs(*needs))
     return tuple(call.tokens.new_empty(0) if grad is None else grad for grad in grads)
 
