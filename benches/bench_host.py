@@ -27,7 +27,7 @@ def measure() -> dict[str, float]:
     import torch
 
     from crepa_kernels import CrepaProjector, crepa_loss
-    from crepa_kernels.triton import launch
+    from crepa_kernels.backends.triton import launch
 
     # Adding up what a launch moves belongs to the recording, not to a step.
     launch._bytes = lambda parts: 0

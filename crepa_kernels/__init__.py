@@ -10,10 +10,10 @@ from .loss import CrepaOutput, available_backends, crepa_loss, similarity_matrix
 from .projector import CrepaProjector
 
 if TYPE_CHECKING:
-    from .config import CrepaConfig
-    from .families import image_to_video_mask, supported_families
-    from .regularizer import CrepaRegularizer
-    from .schedule import CrepaSchedule
+    from .config.schema import CrepaConfig
+    from .models.families import image_to_video_mask, supported_families
+    from .regularizer.crepa import CrepaRegularizer
+    from .regularizer.schedule import CrepaSchedule
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 import torch
 
 from . import __version__
+from .backends.triton.availability import cuda_devices, interpreting, why_no_triton, why_not_triton_for
+from .backends.triton.self_check import self_check
 from .loss import requested_backend
 from .ops.extension import why_no_extension
-from .shape_classes import SHAPE_CLASSES
-from .triton.availability import cuda_devices, interpreting, why_no_triton, why_not_triton_for
-from .triton.self_check import self_check
+from .shapes import SHAPE_CLASSES
 
 
 def _version(package: str) -> str:
@@ -89,7 +89,7 @@ def tile_choices() -> Iterator[str]:
     if why_no_triton() is not None:
         return
     try:
-        from .triton.tiles import choice_source, choose
+        from .backends.triton.tiles import choice_source, choose
     except Exception as error:  # what a Triton that is not supported raises when it is used
         yield f"unknown: {type(error).__name__}: {error}"
         return

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .compiling import constant_when_compiled
+from .backends.reference import crepa_reference, reference_matrix
+from .backends.torch.autograd import crepa_torch
+from .backends.triton.availability import why_no_triton, why_not_triton_for
+from .backends.triton.backend import crepa_triton
+from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
+from .inputs import CrepaOutput, Problem, build_problem
 from .neighbours import Neighbours
-from .problem import CrepaOutput, Problem, build_problem
+from .ops.compiling import constant_when_compiled
 from .projector import CrepaProjector
-from .reference import crepa_reference, reference_matrix
-from .torch_backend import crepa_torch
-from .triton.availability import why_no_triton, why_not_triton_for
-from .triton.self_check import prefers_triton
-from .triton_backend import crepa_triton
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .problem import CrepaOutput, Problem
+from .inputs import CrepaOutput, Problem
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .backends.triton.availability import why_not_triton_for
 from .clock import CaptureError, Clock, Step, Times, first_line
 from .loss import crepa_loss
 from .projector import CrepaProjector
-from .shape_classes import SHAPE_CLASSES, ShapeClass
-from .triton.availability import why_not_triton_for
+from .shapes import SHAPE_CLASSES, ShapeClass
 
 if TYPE_CHECKING:
-    from .triton.tiles import Choice
+    from .backends.triton.tiles import Choice
 
 
 def candidates(choice: Choice, shape: ShapeClass, shared_memory: int, hip: bool) -> dict[str, list[Choice]]:
     """Choices to compare, by what they change, in the order to fix them in."""
-    from .triton.tiles import VENDOR, ProductTile, RowTile
+    from .backends.triton.tiles import VENDOR, ProductTile, RowTile
 
     products = [
         ProductTile(m, n, k, warps, stages)
@@ -63,7 +63,7 @@ def compare(step: Step, choices: Sequence[Choice], clock: Clock) -> list[Times |
 
 
 def _captured(step: Step, choice: Choice, clock: Clock) -> Step | str:
-    from .triton.tiles import forced
+    from .backends.triton.tiles import forced
 
     try:
         with forced(choice):
@@ -136,7 +136,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         return 1
     import triton
 
-    from .triton.tiles import device_heuristic, device_shared_memory, device_slug, tile_folders, write_entries
+    from .backends.triton.tiles import device_heuristic, device_shared_memory, device_slug, tile_folders, write_entries
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     shared, hip = device_shared_memory(properties), torch.version.hip is not None

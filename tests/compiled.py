@@ -69,7 +69,7 @@ class Request:
 
 def choice_for(request: Request) -> Any:
     """The tiles that the target's devices take, with the request's own in their place."""
-    from crepa_kernels.triton.tiles import Choice, heuristic
+    from crepa_kernels.backends.triton.tiles import Choice, heuristic
 
     # fp16 that needs a gradient is multiplied in fp32.
     size = 2 if (request.compute or request.dtype) == "bfloat16" else 4
@@ -86,13 +86,13 @@ def choice_for(request: Request) -> Any:
 
 def launches_of(request: Request) -> list[Any]:
     """Every launch and vendor product of forward and backward, from tensors without memory."""
+    from crepa_kernels.backends.triton.frames import Clip
+    from crepa_kernels.backends.triton.launch import recorded
+    from crepa_kernels.backends.triton.pipeline import Call, Needs, backward, forward
+    from crepa_kernels.backends.triton.student import Spatial
+    from crepa_kernels.backends.triton.tiles import forced
+    from crepa_kernels.inputs import ProjectorWeights
     from crepa_kernels.neighbours import Neighbours
-    from crepa_kernels.problem import ProjectorWeights
-    from crepa_kernels.triton.frames import Clip
-    from crepa_kernels.triton.launch import recorded
-    from crepa_kernels.triton.pipeline import Call, Needs, backward, forward
-    from crepa_kernels.triton.student import Spatial
-    from crepa_kernels.triton.tiles import forced
 
     dtype = getattr(torch, request.dtype)
     frames, tokens, width, features = request.frames, request.tokens, request.hidden_size, request.feature_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crepa_kernels.triton.launch import INTERPRETED
+from crepa_kernels.backends.triton.launch import INTERPRETED
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for the GPU here")),

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, crepa_loss
-from crepa_kernels.schedule import CrepaSchedule
+from crepa_kernels.regularizer.schedule import CrepaSchedule
 
 RANKS = 2
 STEPS = 20

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("pydantic")  # `make gpu-check` runs with the machine's own packages
 from crepa_kernels.config import CrepaConfig
-from crepa_kernels.schedule import CrepaSchedule, Decision
+from crepa_kernels.regularizer.schedule import CrepaSchedule, Decision
 
 
 def schedule(max_train_steps: int = 1000, /, **settings: Any) -> CrepaSchedule:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from compiled import SHARED_MEMORY, Request, choice_for, launches_of
 
-from crepa_kernels.shape_classes import SHAPE_CLASSES
-from crepa_kernels.triton import student
-from crepa_kernels.triton.tiles import VENDOR, ProductTile
+from crepa_kernels.backends.triton import student
+from crepa_kernels.backends.triton.tiles import VENDOR, ProductTile
+from crepa_kernels.shapes import SHAPE_CLASSES
 
 WAN_14B = {"hidden_size": 5120, "feature_size": 1536, "frames": 21, "tokens": 1560}
 # A frame of up to 32 bytes is the compiler's own; spilled registers are more.

@@ -17,9 +17,9 @@ from test_loss import Results, Tensors, errors, results, yardstick
 from test_triton import to, triton_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crepa_kernels import problem
-from crepa_kernels.problem import product_type
-from crepa_kernels.triton.launch import tf32_products
+from crepa_kernels import inputs as problem
+from crepa_kernels.backends.triton.launch import tf32_products
+from crepa_kernels.inputs import product_type
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 120

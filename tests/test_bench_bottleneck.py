@@ -9,8 +9,8 @@ import torch
 
 from benches.gpu.bottleneck import GAPS, OTHERS, PRODUCTS, parts_of
 from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.backends.triton.launch import Launch, recorded
 from crepa_kernels.ops import has_extension
-from crepa_kernels.triton.launch import Launch, recorded
 
 COPY, MATRIX = 1e9, 1e12  # so that a megabyte takes a millisecond, and a gigaflop as well
 

@@ -21,9 +21,9 @@ from benches.gpu.plot import plot
 from benches.peers import eager_neighbours, eager_transposed
 from benches.shapes import ON_A_GPU, RESAMPLED, Shape
 from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.backends.triton import projector, tiles
 from crepa_kernels.clock import CaptureError, Clock, Step, Times
-from crepa_kernels.shape_classes import ShapeClass
-from crepa_kernels.triton import projector, tiles
+from crepa_kernels.shapes import ShapeClass
 from crepa_kernels.tune import candidates, compare, steps_of, tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,7 +305,7 @@ def test_the_gate_is_red_for_a_wrong_number(small_cases: list[str], monkeypatch:
         folded = fold(*arguments, **options)
         return folded._replace(weight=folded.weight * 1.02, offset=folded.offset * 0.5)
 
-    monkeypatch.setattr("crepa_kernels.triton.pipeline.fold_projector", wrong)
+    monkeypatch.setattr("crepa_kernels.backends.triton.pipeline.fold_projector", wrong)
     with pytest.raises(GateError, match=r"small, bfloat16, D 40, E 24: error"):
         list(check(Interpreted(), small_cases, [(40, 24)], ["bfloat16"]))
 

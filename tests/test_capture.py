@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector
-from crepa_kernels.attach import PROJECTOR_NAME
-from crepa_kernels.capture import Capture
-from crepa_kernels.families import family_of, supported_families
+from crepa_kernels.models.families import family_of, supported_families
+from crepa_kernels.regularizer.attach import PROJECTOR_NAME
+from crepa_kernels.regularizer.capture import Capture
 
 FRAMES, GRID = 3, (2, 3)  # of wan_inputs()
 TOKENS = 6

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benches.measure import peak_bytes
-from crepa_kernels import CrepaProjector, chunks, crepa_loss
+from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.backends.torch import chunks
 
 FRAMES = 7
 

@@ -9,7 +9,7 @@ import torch
 from tiny import clip_pixels, tiny_dinov2
 
 from crepa_kernels.frames import frame_indices
-from crepa_kernels.layouts import TokenLayout
+from crepa_kernels.models.layouts import TokenLayout
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, check_pixels, encode_clips, given_features
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher

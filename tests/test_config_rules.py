@@ -10,8 +10,8 @@ import pytest
 from tiny_families import FAMILIES
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.config import ConfigError, CrepaConfig, presets, recommended_block_index
-from crepa_kernels.config_rules import neighbour_weight_sum
+from crepa_kernels.config.rules import neighbour_weight_sum
+from crepa_kernels.config.schema import ConfigError, CrepaConfig, presets, recommended_block_index
 
 ON = {"crepa_enabled": True, "crepa_block_index": 8}
 BACKBONE = {**ON, "crepa_feature_source": "backbone"}

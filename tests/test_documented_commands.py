@@ -14,13 +14,13 @@ import torch
 from accelerate import init_empty_weights
 from crepa_trainer import families
 from crepa_trainer.cli import main
-from crepa_trainer.plan import CrepaMemory, kept_bytes, projector_bytes
-from crepa_trainer.plan_table import _bytes
+from crepa_trainer.reporting.plan import CrepaMemory, kept_bytes, projector_bytes
+from crepa_trainer.reporting.table import _bytes
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.student import add_lora
 
 from crepa_kernels import supported_families
-from crepa_kernels.families import FAMILIES, family_of
+from crepa_kernels.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # The family of each model that a command names.

@@ -13,8 +13,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, by_frame, crepa_on, pixels_of
 
 from crepa_kernels import image_to_video_mask, supported_families
-from crepa_kernels.families import family_of
-from crepa_kernels.layouts import TokenLayout
+from crepa_kernels.models.families import family_of
+from crepa_kernels.models.layouts import TokenLayout
 
 STUDENT = 1
 

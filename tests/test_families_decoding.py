@@ -12,7 +12,7 @@ from family_pipelines import pipeline_of, run
 from tiny import CHANNELS
 from tiny_families import FAMILIES, crepa_on, tiny_vaes
 
-from crepa_kernels.families import family_of
+from crepa_kernels.models.families import family_of
 from crepa_kernels.teachers.latents import LatentDecoder
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from tiny_families import FAMILIES, SPARSE_KANDINSKY, TinyFamily
 from transformers import Dinov2Model
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.families import family_of
+from crepa_kernels.models.families import family_of
 from crepa_kernels.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 BLOCK = 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of
 from torch.utils.checkpoint import checkpoint
 
-from crepa_kernels.attach import PROJECTOR_NAME
+from crepa_kernels.regularizer.attach import PROJECTOR_NAME
 
 STUDENT, TEACHER = 1, 2
 BACKBONE: dict[str, Any] = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": TEACHER}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from crepa_kernels.host_copy import HostCopy, moved, several_ranks
+from crepa_kernels.transfer import HostCopy, moved, several_ranks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

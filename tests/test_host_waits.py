@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from crepa_trainer.data.sampler import MicroBatch, MicroBatches
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.loop import flow_matching_loss
 from crepa_trainer.run import TrainingRun, make_accelerator
-from crepa_trainer.sampler import MicroBatch, MicroBatches
 from crepa_trainer.student import make_average, make_student
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.host_copy import HostCopy
+from crepa_kernels.transfer import HostCopy
 
 READS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "masked_select",
@@ -105,7 +105,7 @@ class _Arrived(HostCopy):
 def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     for check in ("check_attachable", "check_attached"):
-        monkeypatch.setattr(f"crepa_kernels.regularizer.{check}", lambda *args: None)
+        monkeypatch.setattr(f"crepa_kernels.regularizer.crepa.{check}", lambda *args: None)
     for module in ("monitor", "measurement"):
         monkeypatch.setattr(f"crepa_kernels.{module}.HostCopy", _Arrived)
 

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, WanPipeline
 from tiny import tiny_pipeline, tiny_vae, tiny_wan
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.families import family_of
-from crepa_kernels.layouts import TokenLayout
+from crepa_kernels.models.families import family_of
+from crepa_kernels.models.layouts import TokenLayout
 from crepa_kernels.teachers.latents import LatentDecoder, free_vae_encoder
 
 CPU = torch.device("cpu")

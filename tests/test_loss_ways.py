@@ -10,7 +10,9 @@ from cases import draw, simple
 from oracle import truth
 from test_loss import FP64_TOLERANCE, IN_CI, eager_results, errors, results, yardstick
 
-from crepa_kernels import chunks, teacher_rows, torch_student
+from crepa_kernels.backends.torch import chunks
+from crepa_kernels.backends.torch import student as torch_student
+from crepa_kernels.backends.torch import teacher as teacher_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import torch
 from tiny import tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.host_copy import HostCopy
-from crepa_kernels.monitor import NonFiniteMonitor
+from crepa_kernels.regularizer.monitor import NonFiniteMonitor
+from crepa_kernels.transfer import HostCopy
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_has_not_arrived_is_said_when_waited_for(
     monitor = NonFiniteMonitor()
     clean = torch.ones(2)
     broken = torch.tensor([math.nan, 1.0])
-    monkeypatch.setattr("crepa_kernels.monitor.HostCopy", _NotArrived)
+    monkeypatch.setattr("crepa_kernels.regularizer.monitor.HostCopy", _NotArrived)
     for step, features in ((3, broken), (4, clean)):
         monitor.watch(step, features.sum(), features, clean.sum())
     assert caplog.records == []

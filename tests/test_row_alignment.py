@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crepa_kernels.ops import has_extension
-from crepa_kernels.ops.row_alignment import align_rows_backward_op, align_rows_op, layer_norm_rows_op, normalise_rows_op
+from crepa_kernels.ops.rows import align_rows_backward_op, align_rows_op, layer_norm_rows_op, normalise_rows_op
 
 FRAMES, FIRST, COUNT, TOKENS, FEATURES = 6, 1, 3, 5, 37
 OFFSETS = [-2, -1, 1, 2]

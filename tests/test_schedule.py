@@ -9,7 +9,7 @@ import torch
 from schedule_runs import observe, run, schedule
 
 from crepa_kernels.config import CrepaConfig
-from crepa_kernels.schedule import CrepaSchedule, Decision
+from crepa_kernels.regularizer.schedule import CrepaSchedule, Decision
 
 DECAY: dict[str, Any] = {
     "crepa_lambda": 0.5,

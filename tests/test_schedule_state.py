@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schedule_runs import observe, run, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crepa_kernels.schedule import CrepaSchedule, Decision
+from crepa_kernels.regularizer.schedule import CrepaSchedule, Decision
 
 
 class Recorder(TorchDispatchMode):

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crepa_kernels import crepa_loss
+from crepa_kernels.backends.triton import availability, launch, self_check
+from crepa_kernels.backends.triton.self_check import Sizes, Way
 from crepa_kernels.grid import plan_alignment
+from crepa_kernels.inputs import Problem, build_problem
 from crepa_kernels.neighbours import Neighbours
-from crepa_kernels.problem import Problem, build_problem
-from crepa_kernels.triton import availability, launch, self_check
-from crepa_kernels.triton.self_check import Sizes, Way
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -77,7 +77,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Change) -> Non
         real(name, function, grid, cost, **arguments)
 
     for module in ("frames", "one_pass", "projector", "rows", "statistics", "teacher", "dx"):
-        monkeypatch.setattr(f"crepa_kernels.triton.{module}.launch", launched)
+        monkeypatch.setattr(f"crepa_kernels.backends.triton.{module}.launch", launched)
 
 
 def zeroed(name: str) -> Change:

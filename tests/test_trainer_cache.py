@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.cache import Bucket, CachedClips, prepare_cache
-from crepa_trainer.cache_names import teacher_frames
-from crepa_trainer.data import read_clips
+from crepa_trainer.data.cache import Bucket, CachedClips, prepare_cache
+from crepa_trainer.data.clips import read_clips
+from crepa_trainer.data.names import teacher_frames
+from crepa_trainer.data.video import DataError, VideoError, probe_video
 from crepa_trainer.families import TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.video import DataError, VideoError, probe_video
 from rich.console import Console
 from tiny import tiny_dinov2, tiny_wan
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -306,7 +306,7 @@ def test_the_teachers_side_is_not_read_when_nothing_needs_it(models: Path, data:
 
 
 def test_a_damaged_file_whose_video_has_gone_bad_is_not_used(models: Path, data: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("crepa_trainer.cache_files.SAMPLE", 16)  # so that it goes bad where nobody looks
+    monkeypatch.setattr("crepa_trainer.data.files.SAMPLE", 16)  # so that it goes bad where nobody looks
     video = write_video(data / "short.mp4", moving_square(40), faststart=True)
     run = settings(models, data, frame_counts=(9, 37), clips_per_video=1)
     clips = prepare(run, crepa(models))

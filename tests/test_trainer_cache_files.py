@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepa_trainer import cache_files
-from crepa_trainer.cache_files import (
+from crepa_trainer.data import files as cache_files
+from crepa_trainer.data.files import (
     ABANDONED,
     SAMPLE,
     DamagedFile,
@@ -192,7 +192,7 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("{}")
     (repository / "refs").mkdir()
-    code = "from crepa_trainer.cache_files import model_identity as m; print(m('owner/name', 'vae'), m('owner/name'))"
+    code = "from crepa_trainer.data.files import model_identity as m; print(m('owner/name', 'vae'), m('owner/name'))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     for commit in ("a" * 40, "b" * 40):
         (repository / "refs" / "main").write_text(commit)

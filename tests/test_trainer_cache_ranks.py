@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_csv
 from hub_cases import CASES
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline

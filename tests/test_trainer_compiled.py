@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from crepa_trainer.reporting.trackers import read_csv
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
 from crepa_trainer.student import COMPILER_ON_CPU, compile_blocks
-from crepa_trainer.trackers import read_csv
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_dinov2

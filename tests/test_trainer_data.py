@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crepa_trainer.data import ClipSpec, load_clips, read_frames, sample_videos
-from crepa_trainer.listing import list_videos
-from crepa_trainer.video import DataError, VideoError
+from crepa_trainer.data.clips import ClipSpec, load_clips, read_frames, sample_videos
+from crepa_trainer.data.listing import list_videos
+from crepa_trainer.data.video import DataError, VideoError
 from videos import moving_square, write_video
 
 SMALL = ClipSpec(frames=5, height=32, width=48, stride=3, clips_per_video=4)

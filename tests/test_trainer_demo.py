@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.cli import main
-from crepa_trainer.data import ClipSpec
+from crepa_trainer.data.clips import ClipSpec
 from crepa_trainer.demo import DEMO_CREPA, DemoOptions, run_demo
 from crepa_trainer.models import load_transformer
-from crepa_trainer.report import Summary
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.report import Summary
+from crepa_trainer.reporting.trackers import read_csv
 from rich.console import Console
 from videos import moving_square, write_video
 

@@ -13,7 +13,7 @@ import av
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_csv
 from PIL import Image
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline

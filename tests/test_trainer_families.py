@@ -15,7 +15,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from tiny import CHANNELS, clip_pixels
 from tiny_pipelines import save_tiny_wan_pipeline
 
-from crepa_kernels.families import family_of
+from crepa_kernels.models.families import family_of
 
 
 @dataclass(frozen=True)

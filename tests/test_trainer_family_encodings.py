@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from crepa_trainer.dataset import Bucket
+from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.families import TrainingFamily
 from diffusers import LTXPipeline
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
@@ -19,7 +19,7 @@ from tiny import clip_pixels
 from tiny_pipelines import TINY_PIPELINES
 
 from crepa_kernels import image_to_video_mask
-from crepa_kernels.families import family_of
+from crepa_kernels.models.families import family_of
 
 NAMES = tuple(TINY_PIPELINES)
 CASES = [(name, task) for name, tiny in TINY_PIPELINES.items() for task in tiny.tasks]

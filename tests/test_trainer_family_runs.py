@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.families import TrainingFamily
+from crepa_trainer.reporting.trackers import read_csv
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
-from crepa_trainer.trackers import read_csv
 from rich.console import Console
 from safetensors.torch import load_file
 from said import everything_said
@@ -148,7 +148,7 @@ def test_a_text_encoder_in_bf16_trains_and_samples_a_transformer_in_fp32(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU with mixed_precision = "no".
-    monkeypatch.setattr("crepa_trainer.cache.encoder_type", lambda device: torch.bfloat16)
+    monkeypatch.setattr("crepa_trainer.data.cache.encoder_type", lambda device: torch.bfloat16)
     given = {"validation_prompts": [PROMPT], "validation_every": 1, "validation_steps": 2}
     rows = train(models, tmp_path / "run", "ltxvideo", "text2video", "dinov2", max_train_steps=1, **given)
     assert len(rows) == 1

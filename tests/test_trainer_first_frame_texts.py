@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.cache import CachedClips, clip_of_prompt, prepare_cache
-from crepa_trainer.cache_files import file_name
-from crepa_trainer.cache_names import FORMAT, CacheNames
-from crepa_trainer.data import read_clips
-from crepa_trainer.dataset import find_clips
+from crepa_trainer.data.cache import CachedClips, clip_of_prompt, prepare_cache
+from crepa_trainer.data.clips import read_clips
+from crepa_trainer.data.dataset import find_clips
+from crepa_trainer.data.files import file_name
+from crepa_trainer.data.names import FORMAT, CacheNames
 from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES

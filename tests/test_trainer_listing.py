@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from crepa_trainer.listing import counted, list_videos
-from crepa_trainer.video import DataError
+from crepa_trainer.data.listing import counted, list_videos
+from crepa_trainer.data.video import DataError
 
 
 def names(folder: Path, *ours: Path) -> list[str]:

@@ -18,7 +18,7 @@ from crepa_trainer.loop import (
     train,
 )
 from crepa_trainer.models import add_lora
-from crepa_trainer.trackers import CSVTracker, read_csv
+from crepa_trainer.reporting.trackers import CSVTracker, read_csv
 from tiny import CHANNELS, TEXT_DIM, tiny_wan
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.cache import CachedClips, prepare_cache
-from crepa_trainer.data import read_clips
+from crepa_trainer.data.cache import CachedClips, prepare_cache
+from crepa_trainer.data.clips import read_clips
 from crepa_trainer.families import TrainingFamily
 from rich.console import Console
 from tiny import CHANNELS, tiny_dinov2

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from corner_videos import corners, write
-from crepa_trainer import plan as plan_module
 from crepa_trainer.cli import main
-from crepa_trainer.dataset import find_clips
+from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.families import TrainingFamily, WanFamily
-from crepa_trainer.plan import Plan, kept_bytes, make_plan, projector_bytes
-from crepa_trainer.plan_table import print_plan
+from crepa_trainer.reporting import plan as plan_module
+from crepa_trainer.reporting.plan import Plan, kept_bytes, make_plan, projector_bytes
+from crepa_trainer.reporting.table import print_plan
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.student import add_lora
 from rich.console import Console
@@ -94,7 +94,7 @@ def test_epochs_and_checkpoints_count_every_process(folder: Path) -> None:
     )  # fmt: skip
     assert plan.epochs == 7 * 3 * 2 / 3
     assert (plan.clips_a_step, plan.checkpoints, plan.validations) == (8, 3, 3)
-    from crepa_trainer.sampler import ClipOrder, Position
+    from crepa_trainer.data.sampler import ClipOrder, Position
 
     order = ClipOrder([key.bucket for key in plan.found.keys], batch_size=2, accumulation=3, world=2, seed=0)
     assert order.epoch(Position(7, 0, 0)) == plan.epochs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_csv
 from safetensors.torch import load_file
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crepa_trainer.trackers import CSVTracker, read_csv
+from crepa_trainer.reporting.trackers import CSVTracker, read_csv
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
 
 STEPS, CHECKPOINT, KILLED = 12, 4, 10

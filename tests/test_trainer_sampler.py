@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from crepa_trainer.sampler import ClipOrder, Position, RankPositions, collate, draw_noise
+from crepa_trainer.data.sampler import ClipOrder, Position, RankPositions, collate, draw_noise
 
 BUCKETS = ["wide"] * 7 + ["tall"] * 4 + ["square"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_csv
 from hub_cases import CASES, HubCase
 from PIL import Image
 from said import everything_said

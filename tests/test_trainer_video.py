@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 from corner_videos import HEIGHT, WIDTH, corner_error, corners, write
-from crepa_trainer.data import read_clips, read_frames
-from crepa_trainer.video import VideoError, VideoInfo, probe_video
+from crepa_trainer.data.clips import read_clips, read_frames
+from crepa_trainer.data.video import VideoError, VideoInfo, probe_video
 
 NEAR = 8  # of 255: what 4:2:0 and a quantizer leave of a flat colour
 NEAR_HDR = 25  # tone mapping bends what is bright

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
+from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position, RankPositions, micro_batches
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.sampler import ClipOrder, MicroBatches, Position, RankPositions, micro_batches
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_csv
 from safetensors.torch import load_file
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
 

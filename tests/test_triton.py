@@ -18,8 +18,8 @@ from oracle import METRICS, truth
 from test_loss import Results, Tensors, errors, results, yardstick
 
 from crepa_kernels import crepa_loss
-from crepa_kernels.triton import chunks, tiles
-from crepa_kernels.triton.rows import _add_seven
+from crepa_kernels.backends.triton import chunks, tiles
+from crepa_kernels.backends.triton.rows import _add_seven
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 200

@@ -12,9 +12,10 @@ from devices import on_a_gpu, on_each_device
 from test_triton import check, chunks_of, to, triton_results
 from torch.utils.checkpoint import checkpoint
 
-from crepa_kernels import CrepaProjector, available_backends, crepa_loss, triton_backend
-from crepa_kernels.ops.alignment import frame_alignment_backward_op, frame_alignment_op
-from crepa_kernels.triton import self_check
+from crepa_kernels import CrepaProjector, available_backends, crepa_loss
+from crepa_kernels.backends.triton import backend as triton_backend
+from crepa_kernels.backends.triton import self_check
+from crepa_kernels.backends.triton.operator import frame_alignment_backward_op, frame_alignment_op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)

@@ -13,8 +13,8 @@ from test_triton import check, to, triton_results
 
 from benches.measure import peak_bytes
 from crepa_kernels import crepa_loss
-from crepa_kernels.triton import launch, tiles
-from crepa_kernels.triton.launch import product, recorded
+from crepa_kernels.backends.triton import launch, tiles
+from crepa_kernels.backends.triton.launch import product, recorded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Sizes that no power of two divides, so that rows have a second part.

@@ -13,8 +13,8 @@ from devices import on_each_device
 from test_triton import check
 
 from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.backends.triton import student
 from crepa_kernels.ops import has_extension
-from crepa_kernels.triton import student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The student's rows on the common grid are kept for the backward pass, or made again.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crepa_kernels.shape_classes import SHAPE_CLASSES
-from crepa_kernels.triton import tiles
-from crepa_kernels.triton.tiles import ProductTile, device_slug, fit, forced, heuristic, nearest, write_entries
+from crepa_kernels.backends.triton import tiles
+from crepa_kernels.backends.triton.tiles import ProductTile, device_slug, fit, forced, heuristic, nearest, write_entries
+from crepa_kernels.shapes import SHAPE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 

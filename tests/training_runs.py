@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.checkpoint import find_checkpoint, run_identity
-from crepa_trainer.dataset import Bucket, ClipKey
+from crepa_trainer.data.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
+from crepa_trainer.reporting.trackers import read_csv
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.trackers import read_csv
 from rich.console import Console
 from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from crepa_trainer.data import sample_videos
+from crepa_trainer.data.clips import sample_videos
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = False, rotation: int = 0) -> Path:

@@ -140,7 +140,7 @@ class Table:
             entry |= {f"{name}_ms": value for name, value in asdict(times).items()}
 
     def _kernels(self, work: Workload, row: dict[str, Any], rates: tuple[float, float]) -> dict[str, Any]:
-        from crepa_kernels.triton.launch import recorded
+        from crepa_kernels.backends.triton.launch import recorded
 
         kernels = self.gpu.kernel_times(work.triton())
         with recorded() as launches:
@@ -234,7 +234,7 @@ def refuse_dry_results(parser: argparse.ArgumentParser, parsed: argparse.Namespa
 
 def gate(gpu: Gpu, parsed: argparse.Namespace, head: dict[str, Any]) -> bool:
     """Whether all is right; what the whole gate found of these sources on this machine is kept."""
-    from crepa_kernels.triton.tiles import device_slug
+    from crepa_kernels.backends.triton.tiles import device_slug
 
     path = result_path(parsed.out, "gate", device_slug(head["device"]), gpu.dry)
     part = bool(parsed.cases or parsed.widths or parsed.types)
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (gpu := device(parsed.dry)) is None:
         return 1
     head = machine(gpu)
-    from crepa_kernels.triton.tiles import device_slug
+    from crepa_kernels.backends.triton.tiles import device_slug
 
     path = result_path(parsed.out, "gpu", device_slug(head["device"]), gpu.dry)
     if not gate(gpu, parsed, head):

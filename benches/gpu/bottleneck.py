@@ -1,7 +1,7 @@
 """Which part of a step is furthest above what it must take: the next thing to make faster.
 
 What a launch must take is the larger of its bytes at the copy rate and its matrix operations at the best matrix rate;
-``crepa_kernels.triton.launch.recorded`` lists both for every launch of a call.
+``crepa_kernels.backends.triton.launch.recorded`` lists both for every launch of a call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crepa_kernels.triton.launch import Launch
+    from crepa_kernels.backends.triton.launch import Launch
 
 PRODUCTS, OTHERS, GAPS = "vendor products", "other kernels", "between kernels"
 # Of the vendors' libraries: cuBLAS, CUTLASS and its own generator's, hipBLASLt, Tensile.

@@ -25,11 +25,11 @@ from benches.gpu.__main__ import AGAIN, ENDED, device, refuse_dry_results
 from benches.gpu.measure import Gpu, machine
 from benches.gpu.results import MEASURED, read_back, result_path, write
 from crepa_kernels.clock import Times, first_line
-from crepa_kernels.shape_classes import SHAPE_CLASSES, ShapeClass
+from crepa_kernels.shapes import SHAPE_CLASSES, ShapeClass
 from crepa_kernels.tune import candidates, compare, steps_of
 
 if TYPE_CHECKING:
-    from crepa_kernels.triton.tiles import Choice
+    from crepa_kernels.backends.triton.tiles import Choice
 
 ALL = "all of them"
 MAIN = ("wan-14b-480p", "wan-1.3b-480p", "ltx-2b")
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     if (gpu := device(parsed.dry)) is None:
         return 1
-    from crepa_kernels.triton.tiles import choose, device_slug, heuristic
+    from crepa_kernels.backends.triton.tiles import choose, device_slug, heuristic
 
     head = machine(gpu)
     path = result_path(parsed.out, "choices", device_slug(head["device"]), gpu.dry)

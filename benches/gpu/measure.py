@@ -17,7 +17,7 @@ import torch
 
 from benches.shapes import Shape
 from crepa_kernels.clock import Clock, Step, Times
-from crepa_kernels.shape_classes import ShapeClass
+from crepa_kernels.shapes import ShapeClass
 
 ROOT = Path(__file__).parents[2]
 NAN = float("nan")
@@ -42,7 +42,7 @@ class Gpu(Clock):
 
     def tile_facts(self) -> tuple[str, int, bool]:
         """Name, bytes of shared memory that a block may take, and whether it is an AMD card."""
-        from crepa_kernels.triton.tiles import device_shared_memory
+        from crepa_kernels.backends.triton.tiles import device_shared_memory
 
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return properties.name, device_shared_memory(properties), torch.version.hip is not None
@@ -106,7 +106,7 @@ class Dry(Gpu):
 
     @contextmanager
     def launching(self) -> Iterator[None]:
-        from crepa_kernels.triton.launch import recorded
+        from crepa_kernels.backends.triton.launch import recorded
 
         with recorded():
             yield
@@ -156,7 +156,7 @@ class Dry(Gpu):
         return NAN
 
     def kernel_times(self, step: Step, repeats: int = 5) -> dict[str, float]:
-        from crepa_kernels.triton.launch import recorded
+        from crepa_kernels.backends.triton.launch import recorded
 
         with recorded() as launches:
             step()

@@ -1,6 +1,7 @@
 """Operators of ``torch.ops.crepa_kernels``: schemas, fake kernels, autograd, and their kernels in PyTorch."""
 
-from . import layer_norm_resample, resample, row_alignment
+from . import layer_norm_resample, resample
+from . import rows as row_alignment
 from .extension import has_extension, load
 
 __all__ = ["has_extension", "layer_norm_resample", "resample", "row_alignment"]

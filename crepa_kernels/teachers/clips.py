@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..frames import clip_groups, frame_groups, select_frames, teacher_frame
-from ..host_copy import moved
-from ..layouts import TokenLayout
+from ..models.layouts import TokenLayout
+from ..transfer import moved
 from . import TeacherFeatures
 from .dinov2 import DinoV2Teacher
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config_rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE, ENCODER_ALIASES
-from ..extras import require
+from ..config.rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE, ENCODER_ALIASES
 from ..grid import Grid
-from ..host_copy import moved
+from ..optional import require
+from ..transfer import moved
 from . import TeacherFeatures
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..extras import require
-from ..families import Family
-from ..host_copy import moved
-from ..layouts import TokenLayout
-from .decoding import VIDEO_VAES, VideoVae
+from ..models.families import Family
+from ..models.layouts import TokenLayout
+from ..models.vaes import VIDEO_VAES, VideoVae
+from ..optional import require
+from ..transfer import moved
 
 logger = logging.getLogger(__name__)
 

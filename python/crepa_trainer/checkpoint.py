@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .cache_files import model_identity
-from .dataset import listed
+from .data.dataset import listed
+from .data.files import model_identity
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 from .student import trained_parameters
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from crepa_kernels import CrepaConfig
 
-    from .dataset import FoundClips
+    from .data.dataset import FoundClips
     from .loop import Student
     from .settings import RunSettings
 

@@ -22,16 +22,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from crepa_kernels import CrepaRegularizer
 
-from .data import ClipSet, ClipSpec, load_clips, sample_videos
+from .data.clips import ClipSet, ClipSpec, load_clips, sample_videos
+from .data.listing import list_videos
 from .evaluate import Alignment, Evaluator, Features
 from .launcher import check_launcher
-from .listing import list_videos
 from .loop import Student, parameter_groups, train, training_step
 from .models import ModelFolders, add_lora, encode_latents, load_transformer, load_vae, save_demo_models, save_lora
-from .plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
-from .progress import training_progress
-from .report import ENDS, Summary, ends, print_summary
-from .trackers import CSVTracker
+from .reporting.plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
+from .reporting.progress import training_progress
+from .reporting.report import ENDS, Summary, ends, print_summary
+from .reporting.trackers import CSVTracker
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig

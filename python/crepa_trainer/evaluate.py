@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crepa_kernels import crepa_loss, frame_indices, select_frames, similarity_matrix
-from crepa_kernels.families import family_of
 from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
+from crepa_kernels.models.families import family_of
 from crepa_kernels.neighbours import Neighbours
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 

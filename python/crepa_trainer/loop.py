@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crepa_kernels.host_copy import HostCopy, several_ranks
+from crepa_kernels.transfer import HostCopy, several_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

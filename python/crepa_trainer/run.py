@@ -19,20 +19,20 @@ from rich.console import Console
 from torch import Tensor
 
 from . import export
-from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
-from .dataset import FoundClips, find_clips
+from .data.cache import clip_of_prompt, prepare_cache
+from .data.dataset import FoundClips, find_clips
+from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .families import TrainingFamily
 from .folders import check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
 from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
-from .plan import make_plan
-from .plan_table import print_plan
-from .progress import training_progress
-from .sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
+from .reporting.plan import make_plan
+from .reporting.progress import training_progress
+from .reporting.table import print_plan
+from .reporting.trackers import CSVTracker
 from .stopping import Stopped, stop_kept
 from .student import make_average, make_student, trained_parameters
-from .trackers import CSVTracker
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from crepa_kernels import CrepaConfig, CrepaRegularizer
 
-    from .cache import CachedClips
+    from .data.cache import CachedClips
     from .settings import RunSettings
 
 _STOP = "stop"  # the signal's number among a step's values, where they are added up over processes
@@ -292,7 +292,7 @@ class TrainingRun:
         )
 
     def _show_matrix(self, step: int, teacher: Mapping[str, Any]) -> None:
-        from .plots import similarity_figure
+        from .reporting.plots import similarity_figure
 
         crepa = cast("CrepaRegularizer", self.student.crepa)  # it has just given a loss
         figure = similarity_figure({f"step {step}": crepa.similarity_matrix(**teacher)[0]})

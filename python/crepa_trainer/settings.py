@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from crepa_kernels.config import ConfigError, CrepaConfig, Integer
-from crepa_kernels.config_rules import PREFIX, PRESETS, describe, nearest, recommended_block_index, unknown_key
-from crepa_kernels.config_sources import add_json_options, merge, read_json, unknown_options
+from crepa_kernels.config.rules import PREFIX, PRESETS, describe, nearest, recommended_block_index, unknown_key
+from crepa_kernels.config.schema import ConfigError, CrepaConfig, Integer
+from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
 
 logger = logging.getLogger(__name__)
 

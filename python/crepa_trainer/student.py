@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.families import family_of
+from crepa_kernels.models.families import family_of
 
 from .loop import Student, parameter_groups
 

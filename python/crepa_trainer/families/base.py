@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crepa_kernels.families import FAMILIES
-from crepa_kernels.layouts import raster_layout
-from crepa_kernels.teachers.decoding import VIDEO_VAES
+from crepa_kernels.models.families import FAMILIES
+from crepa_kernels.models.layouts import raster_layout
+from crepa_kernels.models.vaes import VIDEO_VAES
 
 from ..loop import NoisyLatents, add_noise
 from .folder import constructor_defaults, has_part, missing_shards, read_config

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepa_kernels.layouts import TokenLayout
+from crepa_kernels.models.layouts import TokenLayout
 
 from ..loop import NoisyLatents
 

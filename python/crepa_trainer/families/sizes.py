@@ -7,9 +7,9 @@ from math import lcm
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
-from crepa_kernels.families import FAMILIES
-from crepa_kernels.layouts import TokenLayout, patch_size, raster_layout
-from crepa_kernels.teachers.decoding import VIDEO_VAES
+from crepa_kernels.models.families import FAMILIES
+from crepa_kernels.models.layouts import TokenLayout, patch_size, raster_layout
+from crepa_kernels.models.vaes import VIDEO_VAES
 
 from .vaes import ENCODINGS
 

@@ -1,0 +1,249 @@
+"""The loss as algebra on ATen calls: the fast path on CPUs, and the fallback elsewhere.
+
+What makes it cheap, with x the normalised token (no affine part), W' = W diag(gamma), c = W beta + b:
+
+1. teacher features are constants, so all neighbours of a frame collapse into one row per token,
+   ``z[f] = y[f] + sum_k w(|k-f|) y[k]``, and its total is ``<p, z> / |p|``;
+2. resampling weights sum to 1 and Linear is affine, so tokens are resampled before they are projected, and only the
+   tokens and frames that the loss sees are projected at all;
+3. the gradient of the total with respect to p is ``q / |p|`` with ``q = z - (<p, z> / |p|^2) p``. It is formed in p's
+   place during the forward pass; with two numbers a token it is all that is kept for the backward pass;
+4. ``<q, p> = 0``, but for rows below the norm's floor, gives LayerNorm's two row sums of dx = g W' from E numbers a
+   token, before the product: ``sum dx x = <g, p> - <g, c>``, and ``sum dx = 0`` once the row means are taken off W'.
+   So on equal grids ``dh = (g W' + x (<g, c> - <g, p>) / D) / std`` is one product on an initialised accumulator.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ...inputs import CrepaOutput, Problem
+from ...ops.rows import align_rows_backward_op, align_rows_op, normalise_rows_op
+from ...reduction import plan_reduction, reduce_frames
+from .chunks import Chunk, plan_chunks
+from .student import Aligned, Settings, Student
+from .teacher import TeacherRows
+
+
+def crepa_torch(problem: Problem) -> CrepaOutput:
+    """The loss of ``problem``; differentiable once."""
+    with torch.autocast(problem.hidden_states.device.type, enabled=False):
+        like = problem.teacher_features.new_empty(0, dtype=problem.statistics_type)
+        weights = problem.neighbours.weights(problem.frames, problem.teacher_mask, like)
+        reduction = plan_reduction(problem, weights)
+        gamma, beta, weight, bias, _ = problem.projector
+        own, total = _FrameSimilarity.apply(
+            _whole_frames(problem), gamma, beta, weight, bias, problem, weights, torch.is_grad_enabled()
+        )
+        return reduce_frames(own, total, reduction)
+
+
+def _whole_frames(problem: Problem) -> torch.Tensor:
+    """Hidden states as (B, T, P, D), zeros outside ``token_range``."""
+    if problem.token_range is None:
+        return problem.hidden_states
+    (start, stop), tokens = problem.token_range, problem.plan.tokens
+    whole = F.pad(problem.hidden_states, (0, 0, start, problem.frames * tokens - stop))
+    return whole.unflatten(1, (problem.frames, tokens))
+
+
+def _rows_in_range(problem: Problem, chunk: Chunk) -> tuple[int, int]:
+    """Rows [start, stop) of a chunk whose student token is in ``token_range``; the others are zeros."""
+    rows = chunk.frames * problem.plan.tokens
+    if problem.token_range is None:
+        return 0, rows
+    first = chunk.start * problem.plan.tokens
+    start, stop = (min(max(token - first, 0), rows) for token in problem.token_range)
+    return start, stop
+
+
+class _Kept(NamedTuple):
+    """Numbers kept for each row: 1 / |p| and <q, p>, and on equal grids the token's mean in two parts and 1/std."""
+
+    inverse_norm: torch.Tensor
+    q_dot_p: torch.Tensor
+    mean: torch.Tensor
+    low: torch.Tensor
+    inverse_std: torch.Tensor
+
+
+class _FrameSimilarity(torch.autograd.Function):
+    """Per-frame similarity with the own teacher frame and with all weighted neighbours, both (B, T)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        problem: Problem,
+        weights: torch.Tensor,
+        grad_enabled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        settings = Settings(problem.plan, problem.projector.eps, problem.frame_mask, problem.compute_dtype)
+        student = Student(settings, hidden_states, gamma, beta, weight, bias)
+        teacher = TeacherRows(problem, weights)
+        chunks, tokens = plan_chunks(problem), problem.plan.tokens
+        own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.wide)
+        total = torch.zeros_like(own)
+        keep = grad_enabled and any(ctx.needs_input_grad)
+        need_folded = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # gamma's or the weight's gradient
+        rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
+        q = hidden_states.new_empty((rows, weight.shape[0]), dtype=problem.compute_dtype)
+        statistics = rows if problem.plan.student == "keep" else 0
+        numbers = (hidden_states.new_empty(sizes, dtype=student.wide) for sizes in ((2, rows), (3, statistics)))
+        kept = _Kept(*itertools.chain.from_iterable(numbers))
+        aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
+        for chunk in chunks:
+            projected = student.project(chunk)
+            span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
+            own_rows, total_rows, inverse_norm, q_dot_p = align_rows_op(
+                projected.rows, *projected.fold, *teacher.around(chunk), chunk.start, teacher.offsets,
+                *_rows_in_range(problem, chunk), q[out],
+            )  # fmt: skip
+            own[chunk.clip, span] = own_rows.view(-1, tokens).mean(dim=-1)
+            total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
+            if keep:
+                kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
+                for values, into in zip(projected.statistics or (), kept[2:], strict=False):
+                    into[out] = values
+                if projected.aligned is not None and student.keeps_aligned:
+                    x, *of_tokens = projected.aligned
+                    aligned += [x if need_folded else x.new_empty(0), *of_tokens]
+        if keep:
+            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept, *aligned)
+            ctx.settings, ctx.chunks = settings, chunks
+        ctx.mark_non_differentiable(own)
+        return own, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # A backward pass inside autocast would cast the fp32 products below.
+        with torch.autocast(grad_total.device.type, enabled=False):
+            hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
+            kept, aligned = rest[: len(_Kept._fields)], iter(rest[len(_Kept._fields) :])
+            need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
+            student = Student(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
+            gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
+            tokens = ctx.settings.plan.tokens
+            for chunk in ctx.chunks:
+                rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
+                grad = grad_total[chunk.clip, chunk.start : chunk.stop].contiguous()
+                of_chunk = Aligned(*itertools.islice(aligned, 3)) if student.keeps_aligned else None
+                gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)), of_chunk)
+            gradients.release()
+            # W' = W diag(gamma) and c = W beta + b, taken apart again.
+            d_weight, d_offset = gradients.folded, gradients.offset
+            wide = d_offset.dtype
+            weight_wide = weight.to(wide)
+            d_gamma = None
+            if need_gamma or need_weight:
+                if d_weight is None:
+                    d_weight = torch.zeros_like(weight_wide)
+                if need_gamma:
+                    d_gamma = (weight_wide * d_weight).sum(dim=0)
+                if gamma is not None:
+                    d_weight.mul_(gamma.to(wide))
+                if beta is not None:
+                    d_weight.addr_(d_offset, beta.to(wide))
+            d_beta = weight_wide.t() @ d_offset if need_beta else None
+            d_bias = d_offset if need_bias else None
+            d_weight = d_weight if need_weight else None
+            pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
+            weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
+            return gradients.hidden_states, *weights, None, None, None
+
+
+class _Gradients:
+    """dh, dW' and dc, summed over the chunks."""
+
+    def __init__(self, student: Student, chunks: list[Chunk], need_h: bool, need_folded: bool):
+        self.student, self.need_folded = student, need_folded
+        h = student.hidden_states
+        self.offset = h.new_zeros(student.weight.shape[0], dtype=student.wide)  # dc (E,)
+        self.folded: torch.Tensor | None = None  # dW' (E, D)
+        self.hidden_states: torch.Tensor | None = None
+        if need_h:
+            # Frames outside the loss have no chunk, and keep the zeros.
+            covered = sum(chunk.frames for chunk in chunks) == h.shape[0] * h.shape[1]
+            self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
+        self.centred = student.centred if need_h and student.plan.student == "keep" else None
+
+    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept, aligned: Aligned | None) -> None:
+        """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E), and what was kept of its rows.
+
+        Rows whose ``aligned`` was not kept are aligned again.
+        """
+        student, same_grid = self.student, self.centred is not None
+        # fp32 rows are scaled in their place later; half types would be rounded twice.
+        both = same_grid and (not self.need_folded or student.narrow != student.wide)
+        need_g = self.need_folded or (self.hidden_states is not None and not both)
+        g = torch.empty_like(q if need_g else q[:0], dtype=student.narrow)
+        scaled = torch.empty_like(q if both else q[:0], dtype=student.narrow)
+        along = torch.empty_like(kept.mean if same_grid else kept.mean[:0])
+        align_rows_backward_op(
+            q, grad, kept.inverse_norm, kept.q_dot_p, student.offset, kept.inverse_std,
+            student.hidden_states.shape[-1], g, scaled, along, self.offset,
+        )  # fmt: skip
+        out = None
+        if self.hidden_states is not None:
+            out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
+        if not self.need_folded and out is None:
+            return
+        if student.plan.student == "keep":
+            self._same_grid(student.tokens(chunk), g, scaled, along, kept, out)
+        else:
+            aligned = aligned or student.align(chunk)
+            self._fold(g, aligned.rows)
+            if out is not None:
+                student.align_backward(g @ student.operand, aligned, chunk, out)
+
+    def release(self) -> None:
+        """Lets go of all but the sums: what comes after them takes as much memory as the weights."""
+        self.centred = None
+        self.student.release()
+
+    def _fold(self, g: torch.Tensor, x: torch.Tensor) -> None:
+        if not self.need_folded:
+            return
+        if self.folded is None:
+            self.folded = (g.t() @ x).to(self.student.wide)
+        elif g.dtype == self.folded.dtype:
+            self.folded.addmm_(g.t(), x)
+        else:
+            self.folded += g.t() @ x
+
+    def _same_grid(
+        self,
+        tokens: torch.Tensor,
+        g: torch.Tensor,
+        scaled: torch.Tensor,
+        along: torch.Tensor,
+        kept: _Kept,
+        out: torch.Tensor | None,
+    ) -> None:
+        """dh = (g / std) W'' + x (<g, c> - <g, p>) / (D std), the second term being where the product's sum starts."""
+        rows = tokens.flatten(0, 1)
+        # dh's own memory holds x first: it is the only thing of its size.
+        in_place = out is not None and out.dtype == rows.dtype
+        x = out.view(rows.shape) if out is not None and in_place else rows.new_empty(rows.shape)
+        normalise_rows_op(tokens, kept.mean, kept.low, kept.inverse_std, x)
+        self._fold(g, x.to(g.dtype))
+        if out is None or self.centred is None:
+            return
+        if not scaled.numel():
+            scaled = g.mul_(kept.inverse_std[:, None])
+        x.mul_(along[:, None].to(x.dtype))
+        if x.dtype == scaled.dtype:
+            x.addmm_(scaled, self.centred)
+        else:
+            x.add_(scaled @ self.centred)
+        if not in_place:
+            out.copy_(x.view(out.shape))

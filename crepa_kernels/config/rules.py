@@ -1,0 +1,233 @@
+"""What `CrepaConfig` knows besides its fields: other names, tables, rules over several keys, the error."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ..models.families import FAMILIES
+
+PREFIX = "crepa_"
+KEY_ALIASES = {"crepa_model": "crepa_encoder"}
+
+DINOV2_PATCH_SIZE = 14
+DINOV2_HUB_IDS = {
+    f"dinov2_vit{letter}14{suffix}": f"facebook/dinov2-{registers}{size}"
+    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+    for suffix, registers in {"": "", "_reg": "with-registers-"}.items()
+}
+ENCODER_ALIASES = {
+    "dino_v2_g": "dinov2_vitg14",
+    "dinov2_g": "dinov2_vitg14",
+    "dinov2-vitg14": "dinov2_vitg14",
+    "dino_v2_s": "dinov2_vits14",
+    "dinov2_s": "dinov2_vits14",
+    "dinov2-vitb14": "dinov2_vitb14",
+}
+
+# Keys of SimpleTuner that this package does not implement, with the value at which they do nothing there.
+UNSUPPORTED_KEYS: dict[str, Any] = {
+    "crepa_use_tae": False,
+    "crepa_self_flow": False,
+    "crepa_self_flow_mask_ratio": 0,
+}
+UNSUPPORTED = "not supported by this package"
+
+RECOMMENDED_BLOCK_INDEX = {family.name: family.block_index for family in FAMILIES}
+
+_PRESET_BASE = {
+    "crepa_enabled": True,
+    "crepa_lambda": 0.5,
+    "crepa_scheduler": "constant",
+    "crepa_encoder_resize": "grid",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "i2v": {**_PRESET_BASE},
+    "t2v": {
+        **_PRESET_BASE,
+        "crepa_scheduler": "cosine",
+        "crepa_warmup_steps": 100,
+        "crepa_decay_steps": 0,
+        "crepa_lambda_end": 0.1,
+        "crepa_similarity_threshold": 0.85,
+        "crepa_similarity_metric": "alignment_score",
+        "crepa_threshold_mode": "permanent",
+    },
+    "solid_background": {**_PRESET_BASE, "crepa_cutoff_step": 2000},
+}
+
+
+class ConfigError(ValueError):
+    """Every wrong key of one configuration; `problems` has one line for each, `source` names the file."""
+
+    def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        heading = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            message = heading + self.problems[0]
+        else:
+            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            message = f"{heading}{len(self.problems)} settings are wrong:{lines}"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems, self.source)
+
+
+def describe(key: str, value: Any, rule: str) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    if len(text) > 80:
+        text = text[:77] + "..."
+    return f"{key} = {text}: {rule}"
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that `word` is most likely a typo of, or None. The prefix all keys share does not count."""
+    by_stem = {choice.removeprefix(PREFIX): choice for choice in choices}
+    stem = word.strip().lower().replace("-", "_").removeprefix(PREFIX)
+    found = difflib.get_close_matches(stem, by_stem, n=1, cutoff=0.6)
+    return by_stem[found[0]] if found else None
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    match = nearest(key, known)
+    return f"unknown key; did you mean {match}?" if match else "unknown key"
+
+
+def recommended_block_index(family: str) -> int:
+    """Block whose output to align for a model family (zero-based); ValueError for an unknown family."""
+    try:
+        return RECOMMENDED_BLOCK_INDEX[family]
+    except (KeyError, TypeError):
+        names = ", ".join(RECOMMENDED_BLOCK_INDEX)
+        raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """The named presets and their values; `CrepaConfig.preset` adds the family's block index."""
+    return {name: dict(values) for name, values in PRESETS.items()}
+
+
+def neighbour_weight_sum(distance: int, tau: float, cumulative: bool) -> float:
+    """Σw = Σ exp(-o/tau) over both directions and every offset o that a frame amid a long clip uses."""
+    if distance == 0:
+        return 0.0
+    offsets = float(min(distance, 2**53))
+    if not cumulative:
+        return 2.0 * math.exp(-offsets / tau)
+    ratio = math.exp(-1.0 / tau)
+    if ratio == 0.0:
+        return 0.0
+    if ratio == 1.0:
+        return 2.0 * offsets
+    return 2.0 * ratio * math.expm1(-offsets / tau) / math.expm1(-1.0 / tau)
+
+
+def alignment_score_ceiling(values: Mapping[str, Any]) -> float:
+    """Largest `alignment_score`: 1 + Σw, or 1 where the neighbour sum is normalised."""
+    if values["crepa_normalize_neighbour_sum"]:
+        return 1.0
+    return 1.0 + neighbour_weight_sum(
+        values["crepa_adjacent_distance"], values["crepa_adjacent_tau"], values["crepa_cumulative_neighbors"]
+    )
+
+
+def _is_qwen(encoder: Any) -> bool:
+    if not isinstance(encoder, str):
+        return False
+    name = encoder.lower().replace("\\", "/").rstrip("/")
+    return name.startswith("qwen") or name.rsplit("/", 1)[-1].startswith("qwen")
+
+
+def _is_off(value: Any, off: Any) -> bool:
+    return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(off, bool) and value == off
+
+
+def canonical(data: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Canonical keys and values; the key each was written under; what is wrong whatever the fields say."""
+    values: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    problems: list[str] = []
+    known = [*fields, *KEY_ALIASES, *UNSUPPORTED_KEYS]
+    for key, value in data.items():
+        if key not in known:
+            problems.append(describe(key, value, unknown_key(key, [*fields, *KEY_ALIASES])))
+        elif value is None:
+            continue
+        elif key in UNSUPPORTED_KEYS:
+            if not _is_off(value, UNSUPPORTED_KEYS[key]):
+                off = json.dumps(UNSUPPORTED_KEYS[key])
+                problems.append(describe(key, value, f"{UNSUPPORTED}; only {off} or null is accepted"))
+        else:
+            name = KEY_ALIASES.get(key, key)
+            if name == "crepa_encoder" and isinstance(value, str):
+                value = ENCODER_ALIASES.get(value, value)
+            if name in values and values[name] != value:
+                rule = f"is another name of {written[name]}, which says {values[name]!r}; give one of them"
+                problems.append(describe(key, value, rule))
+                continue
+            values[name], written[name] = value, key
+    problems += _resolve_source(values)
+    if _is_qwen(values.get("crepa_encoder")):
+        key = written["crepa_encoder"]
+        problems.append(describe(key, values.pop("crepa_encoder"), f"Qwen encoders are {UNSUPPORTED}"))
+    return values, written, problems
+
+
+def _resolve_source(values: dict[str, Any]) -> list[str]:
+    source = values.get("crepa_feature_source")
+    if source == "self_flow":
+        return [describe("crepa_feature_source", values.pop("crepa_feature_source"), UNSUPPORTED)]
+    if values.get("crepa_use_backbone_features") is True:
+        if source == "encoder":
+            # "encoder" stays, so that the rules of backbone mode are not reported on top of this.
+            del values["crepa_use_backbone_features"]
+            rule = 'contradicts crepa_feature_source = "encoder"; it means "backbone"'
+            return [describe("crepa_use_backbone_features", True, rule)]
+        values.setdefault("crepa_feature_source", "backbone")
+    elif source == "backbone" and values.get("crepa_use_backbone_features") in (None, False):
+        values["crepa_use_backbone_features"] = True
+    return []
+
+
+def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+    """Rules over several keys, on values that each field accepts: the keys involved and what is wrong."""
+    block, teacher = values["crepa_block_index"], values["crepa_teacher_block_index"]
+    enabled, backbone = values["crepa_enabled"], values["crepa_feature_source"] == "backbone"
+    if enabled and block is None:
+        families = ", ".join(f"{name} {index}" for name, index in RECOMMENDED_BLOCK_INDEX.items())
+        rule = f"required when crepa_enabled is true (recommended: {families})"
+        yield {"crepa_enabled", "crepa_block_index"}, describe("crepa_block_index", None, rule)
+    keys = {"crepa_teacher_block_index", "crepa_feature_source", "crepa_use_backbone_features"}
+    if enabled and backbone and teacher is None:
+        rule = 'required when crepa_feature_source is "backbone": a block deeper than crepa_block_index'
+        yield keys | {"crepa_enabled"}, describe("crepa_teacher_block_index", None, rule)
+    if backbone and None not in (block, teacher) and teacher <= block:
+        rule = f"must be deeper than the student's block, crepa_block_index = {block}"
+        yield keys | {"crepa_block_index"}, describe("crepa_teacher_block_index", teacher, rule)
+
+    size, encoder = values["crepa_encoder_image_size"], values["crepa_encoder"]
+    if encoder in DINOV2_HUB_IDS and size % DINOV2_PATCH_SIZE:
+        rule = f"must be a multiple of the patch size of {encoder}, {DINOV2_PATCH_SIZE}, at least one patch"
+        yield {"crepa_encoder", "crepa_encoder_image_size"}, describe("crepa_encoder_image_size", size, rule)
+
+    threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
+    ceiling = alignment_score_ceiling(values) if metric == "alignment_score" else 1.0
+    if threshold is not None and threshold > ceiling:
+        keys = {"crepa_similarity_threshold", "crepa_similarity_metric"}
+        reason = "the largest cosine"
+        if metric == "alignment_score":
+            keys |= {f"crepa_adjacent_{name}" for name in ("distance", "tau")}
+            keys |= {"crepa_cumulative_neighbors", "crepa_normalize_neighbour_sum"}
+            reason = "1 + Σw of the neighbours"
+            if values["crepa_normalize_neighbour_sum"]:
+                reason = "the neighbour sum is normalised"
+        rule = f"must be at most {ceiling:.6g} on crepa_similarity_metric = {json.dumps(metric)} ({reason})"
+        yield keys, describe("crepa_similarity_threshold", threshold, rule)

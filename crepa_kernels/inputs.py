@@ -1,0 +1,291 @@
+"""One call of the loss, checked: what every backend receives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .grid import SpatialPlan, count
+from .neighbours import Neighbours
+from .ops.compiling import constant_when_compiled
+from .transfer import moved
+
+logger = logging.getLogger(__name__)
+_warned = False
+
+
+class CrepaOutput(NamedTuple):
+    """What ``crepa_loss`` returns; everything but ``loss`` is detached, and nothing was read back to the host.
+
+    Attributes:
+        loss: scalar, ``-mean_b(sum_f total[b, f] / T)``; the weight lambda is applied by the caller.
+        similarity: scalar in [-1, 1], the mean over frames of the weighted mean cosine: ``crepa_similarity``.
+        self_similarity: scalar, mean cosine with the frame's own teacher frame.
+        alignment_score: scalar, mean of ``total`` as the loss uses it; it can exceed 1.
+        frame_similarity: (B, T), cosine with the own teacher frame; 0 where a frame is not in the loss.
+    """
+
+    loss: torch.Tensor
+    similarity: torch.Tensor
+    self_similarity: torch.Tensor
+    alignment_score: torch.Tensor
+    frame_similarity: torch.Tensor
+
+
+class ProjectorWeights(NamedTuple):
+    """LayerNorm (gamma, beta, eps) and Linear (weight (E, D), bias) of a projector; absent ones are None."""
+
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs and options of one call, validated.
+
+    Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
+    frame_index (B, T) int64 or None (S = T then), teacher_mask (B, T) bool, teacher frames that exist, frame_mask
+    (B, T) bool, student frames in the loss, which are among those whose teacher frame exists; None: all.
+    compute_dtype is the type of the products' operands.
+    """
+
+    hidden_states: torch.Tensor
+    teacher_features: torch.Tensor
+    projector: ProjectorWeights
+    plan: SpatialPlan
+    neighbours: Neighbours
+    normalize_by_frames: bool
+    frame_index: torch.Tensor | None
+    frame_mask: torch.Tensor | None
+    teacher_mask: torch.Tensor | None
+    frames: int
+    compute_dtype: torch.dtype
+    token_range: tuple[int, int] | None = None
+    recompute: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.hidden_states.shape[0]
+
+    @property
+    def statistics_type(self) -> torch.dtype:
+        """Type of norms, sums, loss and metrics: fp32, or fp64 for fp64 hidden states."""
+        return torch.promote_types(self.hidden_states.dtype, torch.float32)
+
+
+def product_type(hidden_states: torch.Tensor) -> torch.dtype:
+    """The type of the products' operands: the hidden states', and autocast's where they are fp32 and it is on."""
+    kind = hidden_states.device.type
+    if hidden_states.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
+        return hidden_states.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if kind == "cuda":
+        _warn_of_slow_products()
+    return hidden_states.dtype
+
+
+@constant_when_compiled
+def _warn_of_slow_products() -> None:
+    global _warned
+    if not _warned and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        _warned = True
+        logger.warning(
+            "the hidden states are fp32 and autocast is off: CREPA's products miss the tensor cores and take 10 to 20 "
+            "times as long. Train under torch.autocast in bf16, or call torch.set_float32_matmul_precision('high')"
+        )
+
+
+def projector_weights(projector: nn.Module) -> ProjectorWeights:
+    """Reads LayerNorm and Linear out of a ``CrepaProjector`` or a plain ``nn.Sequential`` of the two.
+
+    Raises:
+        ValueError: if the projector is anything else, or its weights are sharded and not gathered.
+    """
+    layers = list(projector.children()) if isinstance(projector, nn.Module) else []
+    plain = isinstance(projector, nn.Sequential) and [type(layer) for layer in layers] == [
+        nn.LayerNorm,
+        nn.Linear,
+    ]
+    if not plain:
+        found = ", ".join(type(layer).__name__ for layer in layers)
+        raise ValueError(
+            f"projector must be a CrepaProjector or an nn.Sequential of LayerNorm and Linear, "
+            f"got {type(projector).__name__}({found}). An adapter added later wraps it: add adapters first"
+        )
+    norm, linear = layers
+    assert isinstance(norm, nn.LayerNorm)  # for the type checker: compared just above
+    assert isinstance(linear, nn.Linear)
+    for parameter in (norm.weight, norm.bias, linear.weight, linear.bias):
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                "the projector's weights are DTensors: make it a CrepaProjector and its own fully_shard unit, so that "
+                "they are gathered around its forward, in which the loss runs"
+            )
+    if tuple(norm.normalized_shape) != (linear.in_features,):
+        raise ValueError(
+            f"the projector's LayerNorm is over {tuple(norm.normalized_shape)}, its Linear takes {linear.in_features}"
+        )
+    return ProjectorWeights(norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+
+
+def check_tensors(
+    h: torch.Tensor, y: torch.Tensor, weights: ProjectorWeights, plan: SpatialPlan, sliced: bool = False
+) -> None:
+    """Shapes, types and devices of the student's and the teacher's side; ValueError with the numbers in it."""
+    for name, tensor, symbols in (
+        ("hidden_states", h, "(B, stop - start, D) with token_range" if sliced else "(B, T, P, D)"),
+        ("teacher_features", y, "(B, S, N, E)"),
+    ):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor {symbols}, got {type(tensor).__name__}")
+        if tensor.dim() != symbols.count(",") + 1 or 0 in tensor.shape:
+            raise ValueError(f"{name} must be {symbols} with no empty axis, got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if h.shape[0] != y.shape[0]:
+        raise ValueError(f"hidden_states have {h.shape[0]} clips, teacher_features {y.shape[0]}")
+    for side, tensor, grid in (("student", h, plan.student_grid), ("teacher", y, plan.teacher_grid)):
+        if tensor.dim() == 4 and tensor.shape[2] != count(grid):
+            raise ValueError(
+                f"{side}_grid {grid} has {grid[0]} x {grid[1]} = {count(grid)} tokens a frame, "
+                f"the {side}'s tensor of shape {tuple(tensor.shape)} has {tensor.shape[2]}"
+            )
+    feature_size, hidden_size = weights.weight.shape
+    if h.shape[-1] != hidden_size:
+        raise ValueError(f"hidden_states have width {h.shape[-1]}, the projector takes {hidden_size}")
+    if y.shape[3] != feature_size:
+        raise ValueError(f"teacher_features have width {y.shape[3]}, the projector makes {feature_size}")
+    projector = {tensor.device for tensor in weights if isinstance(tensor, torch.Tensor)}
+    if len({h.device, y.device, *projector}) > 1:
+        raise ValueError(
+            f"hidden_states are on {h.device}, teacher_features on {y.device}, "
+            f"the projector on {' and '.join(sorted(map(str, projector)))}"
+        )
+
+
+def _on_device(tensor: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+    """``tensor`` moved to the hidden states' ``device``; ValueError for one that has no memory to move."""
+    if tensor.device != device and tensor.is_meta:
+        raise ValueError(f"{name} is on {tensor.device}, the hidden states on {device}")
+    return moved(tensor, device)
+
+
+def check_frame_index(
+    frame_index: torch.Tensor | Sequence[int] | None,
+    batch: int,
+    student_frames: int,
+    teacher_frames: int,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """``frame_index`` as (B, T) int64 on ``device``; without one S must equal T.
+
+    The values are checked where that costs no synchronisation: on a CPU.
+    """
+    if frame_index is None:
+        if teacher_frames != student_frames:
+            raise ValueError(
+                f"hidden_states have {student_frames} frames and teacher_features {teacher_frames}: "
+                "select one teacher frame per student frame (select_frames) or pass frame_index"
+            )
+        return None
+    index = torch.as_tensor(frame_index)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(f"frame_index must hold integers, got {index.dtype}")
+    if tuple(index.shape) not in {(student_frames,), (batch, student_frames)}:
+        raise ValueError(
+            f"frame_index must be (T,) = ({student_frames},) or (B, T) = ({batch}, {student_frames}), "
+            f"got {tuple(index.shape)}"
+        )
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = index.flatten().tolist()
+        if min(values) < 0 or max(values) >= teacher_frames:
+            raise ValueError(
+                f"frame_index must lie in [0, {teacher_frames}), the teacher's frames; "
+                f"it reaches from {min(values)} to {max(values)}"
+            )
+    return _on_device(index.to(torch.int64), "frame_index", device).expand(batch, student_frames)
+
+
+def check_mask(
+    mask: torch.Tensor | None, name: str, shape: tuple[int, int], device: torch.device
+) -> torch.Tensor | None:
+    """A (B, T) bool mask on ``device``, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"{name} must be a bool tensor of shape (B, T) = {shape}, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must be bool of shape (B, T) = {shape}, got {mask.dtype} of {tuple(mask.shape)}")
+    return _on_device(mask, name, device)
+
+
+def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:
+    """``token_range`` as (start, stop) of the clip's flattened T x P tokens, which ``h`` (B, stop - start, D) holds."""
+    values = tuple(token_range)
+    total = frames * count(plan.student_grid)
+    if len(values) != 2 or not 0 <= values[0] < values[1] <= total:
+        raise ValueError(
+            f"token_range must be (start, stop) with 0 <= start < stop <= T x P = {frames} x "
+            f"{count(plan.student_grid)} = {total}, got {values}"
+        )
+    if h.shape[1] != values[1] - values[0]:
+        raise ValueError(f"token_range {values} has {values[1] - values[0]} tokens, hidden_states have {h.shape[1]}")
+    if plan.student != "keep":
+        raise ValueError(
+            f"token_range needs the teacher on the student's grid {plan.student_grid}: spatial_align would take the "
+            f"student from there to {plan.grid}"
+        )
+    return values[0], values[1]
+
+
+def build_problem(
+    hidden_states: torch.Tensor,
+    teacher_features: torch.Tensor,
+    projector: nn.Module,
+    plan: SpatialPlan,
+    neighbours: Neighbours,
+    *,
+    normalize_by_frames: bool = True,
+    frame_index: torch.Tensor | Sequence[int] | None = None,
+    frame_mask: torch.Tensor | None = None,
+    teacher_mask: torch.Tensor | None = None,
+    token_range: Sequence[int] | None = None,
+    recompute: bool = False,
+) -> Problem:
+    """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
+    weights = projector_weights(projector)
+    check_tensors(hidden_states, teacher_features, weights, plan, token_range is not None)
+    batch, frames = hidden_states.shape[:2]
+    device = hidden_states.device
+    if token_range is not None:
+        # A slice of the tokens does not tell the clip's frames; the index or the teacher does.
+        frames = teacher_features.shape[1] if frame_index is None else torch.as_tensor(frame_index).shape[-1]
+        token_range = check_token_range(token_range, hidden_states, plan, frames)
+    frame_mask = check_mask(frame_mask, "frame_mask", (batch, frames), device)
+    teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)
+    if teacher_mask is not None:
+        frame_mask = teacher_mask if frame_mask is None else frame_mask & teacher_mask
+    return Problem(
+        hidden_states=hidden_states,
+        teacher_features=teacher_features.detach(),
+        projector=weights,
+        plan=plan,
+        neighbours=neighbours,
+        normalize_by_frames=normalize_by_frames,
+        frame_index=check_frame_index(frame_index, batch, frames, teacher_features.shape[1], device),
+        frame_mask=frame_mask,
+        teacher_mask=teacher_mask,
+        frames=frames,
+        compute_dtype=product_type(hidden_states),
+        token_range=token_range,
+        recompute=recompute,
+    )

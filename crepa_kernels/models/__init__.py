@@ -1,0 +1,1 @@
+"""What is known of each model: its transformer's blocks, how its tokens lie, and its VAE."""

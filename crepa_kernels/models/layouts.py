@@ -1,0 +1,151 @@
+"""How one forward's video tokens lie: frames, grid and order, from the arguments of the transformer's forward."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex
+
+import torch
+
+from ..grid import Grid
+
+# What a forward was called with, by the names of its parameters; of a tensor its shape.
+Arguments = Mapping[str, Any]
+
+# Side of the squares in which Kandinsky's sparse attention takes a frame's tokens.
+_SPARSE_TILE = 8
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How one forward's video tokens lie: ``frames`` x ``grid`` in raster order.
+
+    Attributes:
+        frames: T, token frames of the clip (latent frames / ``patch``, rounded up).
+        grid: (height, width) of one frame's tokens.
+        patch: latent frames of one token frame, the transformer's temporal patch.
+        latent_shape: (frames, height, width) of the latents; with ``patch`` > 1 the frames that pad their count at
+            the front are in it until ``of_latents`` or ``of_pixels`` says how many there are without.
+        tile: the tokens of a frame come by squares of ``tile`` x ``tile`` tokens, each in raster order, and the
+            squares in raster order; 1: raster order of the whole frame.
+        temporal_ratio: pixel frames of one latent frame, where the transformer's config says it.
+    """
+
+    frames: int
+    grid: Grid
+    patch: int
+    latent_shape: tuple[int, int, int]
+    tile: int = 1
+    temporal_ratio: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the clip."""
+        return self.frames * self.grid[0] * self.grid[1]
+
+    @property
+    def front_padding(self) -> int:
+        """Latent frames that the first token frame lacks of ``patch``."""
+        return self.frames * self.patch - self.latent_shape[0]
+
+    def by_frame(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, ``tokens``, D) in the transformer's order -> (B, T, P, D), each frame in raster order."""
+        frames = tokens.unflatten(1, (self.frames, -1))
+        if self.tile == 1:
+            return frames
+        rows, columns = (size // self.tile for size in self.grid)
+        tiles = frames.unflatten(2, (rows, columns, self.tile, self.tile))
+        return tiles.transpose(3, 4).flatten(2, 5)
+
+    def of_latents(self, latent_frames: int) -> TokenLayout:
+        """The layout of a clip that had ``latent_frames`` before they were padded at the front; else this one."""
+        if not 0 <= self.frames * self.patch - latent_frames < self.patch:
+            return self
+        return replace(self, latent_shape=(latent_frames, *self.latent_shape[1:]))
+
+    def of_pixels(self, pixel_frames: int) -> TokenLayout:
+        """The layout of a clip of ``pixel_frames``, without latents that pad its front; else this one."""
+        if self.patch == 1 or self.temporal_ratio is None:
+            return self
+        return self.of_latents(1 + -(-(pixel_frames - 1) // self.temporal_ratio))
+
+
+# The layout of a forward, from the transformer's config and the arguments.
+LayoutRule = Callable[[Any, Arguments], TokenLayout]
+
+
+def patch_size(config: Any) -> tuple[int, int, int]:
+    """(frames, height, width) of one token in latents, from a transformer's config."""
+    if isinstance(config.patch_size, int):
+        return config.patch_size_t or 1, config.patch_size, config.patch_size
+    frames, height, width = config.patch_size
+    return frames, height, width
+
+
+def raster_layout(config: Any, latent_shape: Sequence[int]) -> TokenLayout:
+    """The layout of latents (frames, height, width), in raster order."""
+    frames, height, width = latent_shape
+    patch = patch_size(config)
+    grid = (height // patch[1], width // patch[2])
+    ratio = getattr(config, "temporal_compression_ratio", None)
+    return TokenLayout(-(-frames // patch[0]), grid, patch[0], (frames, height, width), temporal_ratio=ratio)
+
+
+def _sizes(arguments: Arguments, axes: str) -> tuple[int, int, int]:
+    """Latent frames, height and width of ``hidden_states``, whose axes are named by one letter each."""
+    shape = arguments["hidden_states"]
+    if not isinstance(shape, tuple) or len(shape) != len(axes):
+        raise ValueError(
+            f"the transformer's forward was called without hidden_states ({', '.join(axes)}), so CREPA does not know "
+            f"where its tokens lie: {'none were given' if shape is None else f'got {shape}'}"
+        )
+    frames, height, width = (shape[axes.index(axis)] for axis in "THW")
+    return frames, height, width
+
+
+def channels_second(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of latents (B, C, T, H, W)."""
+    return raster_layout(config, _sizes(arguments, "BCTHW"))
+
+
+def channels_third(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of latents (B, T, C, H, W)."""
+    return raster_layout(config, _sizes(arguments, "BTCHW"))
+
+
+def channels_last(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of latents (B, T, H, W, C), whose tokens come by tiles where sparse attention is asked for."""
+    layout = raster_layout(config, _sizes(arguments, "BTHWC"))
+    sparse = arguments["sparse_params"]
+    return replace(layout, tile=_SPARSE_TILE) if sparse is not None and sparse["to_fractal"] else layout
+
+
+def packed(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of tokens (B, T x H x W, C), whose ``num_frames``, ``height`` and ``width`` are arguments of their own.
+
+    Raises:
+        ValueError: when one of them was not given as an integer.
+    """
+    names = ("num_frames", "height", "width")
+    missing = [name for name in names if not isinstance(arguments[name], SupportsIndex)]
+    if missing:
+        raise ValueError(
+            f"the transformer's forward was called without an integer {', '.join(missing)}: CREPA needs num_frames=, "
+            "height= and width= (of the latents) to know which token of a packed clip lies where"
+        )
+    frames, height, width = (operator.index(arguments[name]) for name in names)
+    patch = patch_size(config)
+    latent_shape = (frames * patch[0], height * patch[1], width * patch[2])
+    return TokenLayout(frames, (height, width), patch[0], latent_shape)
+
+
+def whole_output(output: Any) -> torch.Tensor:
+    """Video tokens of a block that returns them alone."""
+    return output
+
+
+def first_of_pair(output: Any) -> torch.Tensor:
+    """Video tokens of a block that returns (video, text)."""
+    return output[0]

@@ -1,0 +1,109 @@
+"""The projector and its settings, beside the model and never inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from ..config.schema import CrepaConfig
+from ..optional import require
+from ..projector import CrepaProjector
+
+PROJECTOR_FILE = "crepa_projector.safetensors"
+CONFIG_FILE = "crepa_config.json"
+
+
+def whole_weights(projector: CrepaProjector) -> dict[str, torch.Tensor]:
+    """The projector's state dict; where it is sharded, gathered from all ranks, which must all call this."""
+    weights = projector.state_dict()
+    # By name: importing DTensor takes longer than importing this package.
+    return {
+        name: cast(Any, tensor).full_tensor() if type(tensor).__name__ == "DTensor" else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def load_weights(projector: CrepaProjector, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Puts ``weights`` into the projector, sharded or not.
+
+    Raises:
+        ValueError: naming ``source``, when they are not those of a projector of this size.
+    """
+    check_weights(weights, source)
+    features, hidden = weights["1.weight"].shape
+    if (hidden, features) != (projector.hidden_size, projector.feature_size):
+        raise ValueError(
+            f"{source} holds a projector from {hidden} to {features}, "
+            f"this one goes from {projector.hidden_size} to {projector.feature_size}"
+        )
+    if any(type(parameter).__name__ == "DTensor" for parameter in projector.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(projector, dict[str, Any](weights), options=StateDictOptions(full_state_dict=True))
+    else:
+        projector.load_state_dict(weights)
+
+
+def save_crepa(folder: str | os.PathLike[str], config: CrepaConfig, projector: CrepaProjector | None) -> None:
+    """Writes ``crepa_config.json`` and, when there is a projector, ``crepa_projector.safetensors`` into ``folder``.
+
+    Where the projector is sharded every rank calls this, and rank 0 writes.
+    """
+    where = Path(folder)
+    sharded = False
+    weights: dict[str, torch.Tensor] = {}
+    if projector is not None:
+        sharded = any(type(parameter).__name__ == "DTensor" for parameter in projector.parameters())
+        weights = whole_weights(projector)
+    if sharded and dist.get_rank() != 0:
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    if weights:
+        torch_io = require("safetensors.torch", "saving the projector")
+        torch_io.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            where / PROJECTOR_FILE,
+            metadata={"format": "pt"},
+        )
+    (where / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_crepa(folder: str | os.PathLike[str]) -> tuple[CrepaConfig, dict[str, torch.Tensor]]:
+    """Reads what ``save_crepa`` wrote: the settings, and the projector's weights (none where CREPA was off).
+
+    Raises:
+        ValueError: naming the file, when one is missing or is not a projector's.
+    """
+    where = Path(folder)
+    if not (where / CONFIG_FILE).is_file():
+        raise ValueError(f"{where} has no {CONFIG_FILE}: it was not written by CrepaRegularizer.save_pretrained")
+    config = CrepaConfig.from_json(where / CONFIG_FILE)
+    if not config.crepa_enabled:
+        return config, {}
+    file = where / PROJECTOR_FILE
+    if not file.is_file():
+        raise ValueError(f"{where} has a {CONFIG_FILE} but no {PROJECTOR_FILE}")
+    safetensors = require("safetensors", "loading the projector")
+    try:
+        weights: dict[str, torch.Tensor] = require("safetensors.torch", "loading the projector").load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    check_weights(weights, str(file))
+    return config, weights
+
+
+def check_weights(weights: dict[str, torch.Tensor], source: str) -> None:
+    """ValueError naming ``source`` unless ``weights`` are those of a LayerNorm and a Linear that fit each other."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    matrix = shapes.get("1.weight", ())
+    if len(matrix) == 2:
+        features, hidden = matrix
+        wanted = {"0.weight": (hidden,), "0.bias": (hidden,), "1.weight": matrix, "1.bias": (features,)}
+        if shapes == wanted:
+            return
+    raise ValueError(f"{source} does not hold a projector's weights (LayerNorm '0.*', Linear '1.*'): {shapes}")

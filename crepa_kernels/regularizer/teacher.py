@@ -1,0 +1,114 @@
+"""Where a step's teacher features come from: given, encoded from pixels or decoded latents, or the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config.schema import CrepaConfig
+from ..models.families import Family
+from ..teachers import TeacherFeatures
+from ..teachers.clips import ClipLengths, check_pixels, encode_clips, given_features
+from ..teachers.dinov2 import DinoV2Teacher, EncoderSource
+from ..teachers.latents import LatentDecoder, VaeSource
+from ..transfer import moved
+from .capture import CapturedStates
+
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """What the caller of ``CrepaRegularizer.loss`` gives of a batch of clips; see there."""
+
+    latents: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    features: torch.Tensor | TeacherFeatures | None = None
+    feature_grid: Sequence[int] | None = None
+    num_frames: int | Sequence[int] | None = None
+
+
+class TeacherSource:
+    """Gives one teacher frame for each student frame; loads VAE and encoder when a batch first needs them.
+
+    Args:
+        config: an enabled configuration.
+        family: the transformer's.
+        vae, encoder: as ``CrepaRegularizer`` takes them.
+
+    Raises:
+        ValueError: for sources of the wrong type, or an encoder of the wrong kind.
+    """
+
+    def __init__(
+        self, config: CrepaConfig, family: Family, vae: VaeSource | None, encoder: EncoderSource | None
+    ) -> None:
+        self.backbone = config.crepa_feature_source == "backbone"
+        self.teacher = DinoV2Teacher(
+            config.crepa_encoder if encoder is None else encoder,
+            image_size=config.crepa_encoder_image_size,
+            resize=config.crepa_encoder_resize,
+            frames_batch_size=config.crepa_encoder_frames_batch_size,
+        )
+        # Backbone mode decodes nothing, so the VAE is not touched.
+        self.decoder = LatentDecoder(None if self.backbone else vae, family, drop_encoder=config.crepa_drop_vae_encoder)
+        self._rule = config.crepa_frame_map
+        self._looked_at_pixels = False
+
+    def unload(self) -> None:
+        """Frees the VAE and the encoder that were loaded here, when CREPA has ended."""
+        self.teacher.unload()
+        self.decoder.unload()
+
+    def feature_size(self, hidden_size: int, given: int | None) -> int:
+        """E: the hidden size in backbone mode, ``given``, or the encoder's by its config.json.
+
+        Raises:
+            ValueError: when it is not known yet, or ``given`` contradicts backbone mode.
+        """
+        if self.backbone:
+            if given not in (None, hidden_size):
+                raise ValueError(f"feature_size = {given}: in backbone mode it is the transformer's, {hidden_size}")
+            return hidden_size
+        size = given if given is not None else self.teacher.feature_size
+        if size is None:
+            raise ValueError("encoder is a callable, so its feature size is not known yet: pass feature_size=")
+        return size
+
+    def teach(
+        self, inputs: ClipInputs, student: CapturedStates, deeper: Callable[[], CapturedStates]
+    ) -> tuple[TeacherFeatures, ClipLengths | None]:
+        """Teacher features (B, T, N, E), detached, on the student's device, and each clip's length where known.
+
+        Args:
+            inputs: the first given of features, pixels and latents is used.
+            student: the captured states that they are for.
+            deeper: the teaching block's states, called in backbone mode only.
+
+        Raises:
+            ValueError: when nothing is given to teach from, or shapes, types and ranges do not fit.
+        """
+        layout = student.layout
+        batch, device = len(student.hidden_states), student.hidden_states.device
+        if self.backbone:
+            return TeacherFeatures(deeper().hidden_states.detach(), layout.grid), None
+        if inputs.features is not None:
+            found, lengths = given_features(
+                inputs.features, inputs.feature_grid, inputs.num_frames, self._rule, batch, layout
+            )
+            return TeacherFeatures(moved(found.features.detach(), device), found.grid), lengths
+        pixels = self._pixels(inputs, student)
+        clips = ClipLengths.of(inputs.num_frames, batch, pixels.shape[1], layout)
+        return encode_clips(self.teacher, pixels, clips, self._rule, device), clips
+
+    def _pixels(self, inputs: ClipInputs, student: CapturedStates) -> torch.Tensor:
+        batch = len(student.hidden_states)
+        if inputs.pixels is not None:
+            check_pixels(inputs.pixels, batch, look=not self._looked_at_pixels)
+            self._looked_at_pixels = True
+            return inputs.pixels
+        if inputs.latents is None:
+            raise ValueError("loss() needs one of latents=, pixels= and features= to teach from")
+        if len(inputs.latents) != batch:
+            raise ValueError(f"latents have {len(inputs.latents)} clips, the transformer's last forward had {batch}")
+        return self.decoder.decode(inputs.latents, student.layout, student.hidden_states.device)

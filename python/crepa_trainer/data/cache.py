@@ -1,0 +1,355 @@
+"""Clips and captions encoded once: latents, the teacher's side and text on disk, and the encoders gone afterwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, release_memory
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crepa_kernels.teachers.clips import ClipLengths, encode_clips
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+
+from .clips import read_clips
+from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, listed, skip_video, tell_skipped
+from .files import DamagedFile, check_whole, file_name, read_tensors, remove_abandoned, write_tensors
+from .names import CacheNames, ClipFiles, encoder_type, teacher_frames
+from .video import DataError, VideoError
+
+if TYPE_CHECKING:
+    from crepa_kernels import CrepaConfig
+
+    from ..families import Text, TrainingFamily
+    from ..settings import RunSettings
+
+__all__ = ["Bucket", "CachedClips", "ClipKey", "prepare_cache"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PROMPTS_AT_A_TIME = 16
+NEGATIVE_PROMPT = ""
+
+
+class CachedClips(Dataset[dict[str, Tensor]]):
+    """The clips of a run, each read from disk when it is asked for.
+
+    An item has `latents` (C, T, h, w) as the transformer sees them, what else `TrainingFamily.encode_clip` gives, the
+    tensors of its caption's embedding (`text` (L, d) and others of the family's; in fp32, masks as they are), `index`
+    () int64, and where an encoder teaches `pixels` (S, 3, H, W) uint8, the S frames that the frame map needs, or
+    `features` (T, N, E) with `feature_grid` (2,) int64.
+
+    Attributes:
+        keys: what each item is a clip of.
+        without_teacher: leave the teacher's side out of items, once nothing needs it.
+        negative_text: embedding of the empty prompt; None without validation prompts.
+        validation_text: embeddings of the validation prompts, each for the clip of `clip_of_prompt` where the text
+            encoder reads first frames.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[ClipKey],
+        files: Sequence[ClipFiles],
+        negative_text: Text | None = None,
+        validation_text: Sequence[Text] = (),
+    ) -> None:
+        self.keys, self.files = tuple(keys), tuple(files)
+        self.without_teacher = False
+        self.negative_text, self.validation_text = negative_text, tuple(validation_text)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Raises ValueError naming a file that was damaged since; it is removed, and the next start makes it again."""
+        item = {"index": torch.tensor(index)}
+        files = self.files[index]
+        for path in [files.latents] if self.without_teacher else files.of_pixels:
+            item |= _read_or_remove(path)
+        return item | _in_fp32(_read_or_remove(files.text))
+
+
+def _in_fp32(text: Text) -> dict[str, Tensor]:
+    # An encoder in bf16 made it, but a transformer in fp32 may take it; under autocast it makes no difference.
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in text.items()}
+
+
+def _read_or_remove(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except DamagedFile as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{error}; it was removed: start again, with --resume latest") from error
+
+
+def prepare_cache(
+    settings: RunSettings,
+    config: CrepaConfig,
+    family: TrainingFamily,
+    device: torch.device,
+    console: Console,
+    found: FoundClips | None = None,
+) -> CachedClips:
+    """Encodes what is not yet in `settings.cache_folder` and lets go of the encoders; called by every process.
+
+    Each process takes its share of the videos, then the first one the captions, or each its share of them where every
+    clip has a text of its own. An encoder is loaded when something is missing that it makes, in fp32 on a CPU; on other
+    devices the text encoder and the teacher in bf16. A damaged or half-written file is named and made again. A video
+    that cannot be decoded is named, skipped and counted.
+
+    found: the result of `find_clips`, where it is at hand.
+
+    Raises:
+        ValueError: as `find_clips`; with `settings.strict` also a video that cannot be decoded, or of which the VAE or
+            the teacher makes NaN; a text of which the text encoder does; a cache folder that the processes do not
+            share.
+        OSError: the folder cannot be written.
+    """
+    found = find_clips(settings, family) if found is None else found
+    names = CacheNames(settings, config, family, device, found)
+    files = dict(zip(found.keys, map(names.files, found.keys), strict=True))
+    missing = _missing(path for each in files.values() for path in each.of_pixels)
+    state = PartialState()
+    # Nobody may write before everybody has looked, or their shares would not be of one whole.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        remove_abandoned(settings.cache_folder)
+    filler = _Filler(state, config, family, device, console, names)
+    incomplete = {key: each for key, each in files.items() if missing.intersection(each.of_pixels)}
+    skipped = filler.encode_videos(incomplete, missing, settings.strict)
+    tell_skipped(skipped, found.videos)
+    clips = {key: each for key, each in files.items() if all(path.is_file() for path in each.of_pixels)}
+    _check_shared(clips, settings.cache_folder)
+    if not clips:
+        raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
+    prompts = _validation_texts(settings.validation_prompts, clips, names)
+    captions = [
+        _Text(key.caption, str(caption_file(found.folder / key.video)), each.text, each.latents)
+        for key, each in clips.items()
+    ]
+    filler.encode_texts([*captions, *prompts])
+    embeddings = [_in_fp32(_read_or_remove(text.file)) for text in prompts]
+    return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt, what to call it in a message, the file of its embedding, and the latents' file of the clip that it is
+    for; None: of no clip.
+    """
+
+    prompt: str
+    source: str
+    file: Path
+    clip: Path | None
+
+
+def clip_of_prompt(number: int, clips: int) -> int:
+    """Which of a run's clips, `clips` many, gives the first frame of a validation prompt in image to video."""
+    return number % clips
+
+
+def _validation_texts(prompts: Sequence[str], clips: dict[ClipKey, ClipFiles], names: CacheNames) -> list[_Text]:
+    """The negative prompt and the validation prompts, or nothing where there are none."""
+    if not prompts:
+        return []
+    keys = list(clips)
+    texts = [_Text(NEGATIVE_PROMPT, "the empty prompt", names.text(NEGATIVE_PROMPT), None)]
+    for number, prompt in enumerate(prompts):
+        key = keys[clip_of_prompt(number, len(keys))]
+        texts.append(_Text(prompt, f"validation prompt {prompt!r}", names.text(prompt, key), clips[key].latents))
+    return texts
+
+
+def _missing(paths: Iterable[Path]) -> set[Path]:
+    return {path for path in sorted(set(paths)) if _is_missing(path)}
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether a file is not there, or not whole, which is logged."""
+    try:
+        check_whole(path)
+    except FileNotFoundError:
+        return True
+    except DamagedFile as error:
+        logger.warning("%s: made again", error)
+        path.unlink(missing_ok=True)
+        return True
+    return False
+
+
+@dataclass
+class _Encoders:
+    """The VAE and the teacher, loaded when first asked for."""
+
+    config: CrepaConfig
+    family: TrainingFamily
+    device: torch.device
+    tiling: bool
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    def _once(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self.loaded:
+            self.loaded[name] = load()
+        return self.loaded[name]
+
+    def latents(self, pixels: Tensor) -> dict[str, Tensor]:
+        vae = self._once("vae", lambda: self.family.load_vae(torch.float32, self.tiling).to(self.device))
+        images = self._once("image encoder", self._image_encoder)
+        return self.family.encode_clip(vae, pixels, images)
+
+    def _image_encoder(self) -> Any:
+        loaded = self.family.load_image_encoder()
+        return None if loaded is None else loaded.to(self.device)
+
+    def features(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
+        config = self.config
+        teacher = self._once(
+            "teacher",
+            lambda: DinoV2Teacher(
+                config.crepa_encoder,
+                image_size=config.crepa_encoder_image_size,
+                resize=config.crepa_encoder_resize,
+                frames_batch_size=config.crepa_encoder_frames_batch_size,
+            ),
+        )
+        lengths = ClipLengths.of(None, 1, len(pixels), self.family.layout(bucket))
+        features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.device)
+        return {"features": features[0], "feature_grid": torch.tensor(grid)}
+
+
+class _Filler:
+    """Encodes this process's share of what is missing, in step with the others."""
+
+    def __init__(
+        self,
+        state: PartialState,
+        config: CrepaConfig,
+        family: TrainingFamily,
+        device: torch.device,
+        console: Console,
+        names: CacheNames,
+    ) -> None:
+        self.state, self.config, self.family, self.device = state, config, family, device
+        self.console, self.names = console, names
+
+    def encode_texts(self, texts: Sequence[_Text]) -> None:
+        """Makes those that are missing, of clips whose latents are there.
+
+        Text encoders are large, and captions few: the first process alone loads one, unless each clip has a text.
+        """
+        wanted = {text.file: text for text in texts}
+        missing = _missing(wanted)
+        # As for the videos.
+        self.state.wait_for_everyone()
+        texts = [text for path, text in wanted.items() if path in missing]
+        rank, shares = self.state.process_index, self.state.num_processes if self.family.text_image_parts else 1
+        parts: Any = None
+        for chunk in self._in_step("captions", _chunks(texts, PROMPTS_AT_A_TIME * shares)):
+            share = chunk[rank::shares] if rank < shares else []
+            if not share:
+                continue
+            if parts is None:
+                parts = self.family.load_text(encoder_type(self.device)).to(self.device)
+            for text, embedding in zip(share, self._embeddings(parts, share), strict=True):
+                if not _finite(embedding):
+                    raise DataError(f"{text.source}: the text encoder makes NaN or infinity of it")
+                write_tensors(text.file, embedding)
+        if parts is not None:
+            del parts
+            release_memory()
+
+    def _embeddings(self, parts: Any, texts: Sequence[_Text]) -> Iterable[Text]:
+        if not self.family.text_image_parts:
+            return self.family.encode_text(parts, [text.prompt for text in texts])
+        return (self._of_clip(parts, text) for text in texts)
+
+    def _of_clip(self, parts: Any, text: _Text) -> Text:
+        if text.clip is None:
+            return self.family.encode_text(parts, [text.prompt])[0]
+        return self.family.encode_text_of_clip(parts, text.prompt, _read_or_remove(text.clip)["first_frame"])
+
+    def encode_videos(self, clips: dict[ClipKey, ClipFiles], missing: set[Path], strict: bool) -> dict[str, str]:
+        """Videos that could not be decoded, of all processes, with the reason; their intact clips are there."""
+        videos: dict[str, list[ClipKey]] = {}
+        for key in clips:
+            videos.setdefault(key.video, []).append(key)
+        world = self.state.num_processes
+        encoders = _Encoders(self.config, self.family, self.device, self.names.settings.vae_tiling)
+        skipped: dict[str, str] = {}
+        for share in self._in_step("videos", _chunks(list(videos), world)):
+            if self.state.process_index >= len(share):
+                continue
+            video = share[self.state.process_index]
+            try:
+                self._encode_video(encoders, {key: clips[key] for key in videos[video]}, missing)
+            except VideoError as error:
+                skip_video(skipped, self.names.found.folder / video, error, strict=strict)
+        if encoders.loaded:
+            encoders.loaded.clear()
+            release_memory()
+        return {video: reason for each in gather_object([skipped]) for video, reason in each.items()}
+
+    def _encode_video(self, encoders: _Encoders, clips: dict[ClipKey, ClipFiles], missing: set[Path]) -> None:
+        first = next(iter(clips))
+        keys, bucket = {key.start: key for key in clips}, first.bucket
+        path = self.names.found.folder / first.video
+        starts, fps = list(keys), self.names.settings.fps
+        for start, pixels in read_clips(path, bucket.height, bucket.width, starts, bucket.frames, fps):
+            files = clips[keys[start]]
+            if files.latents in missing:
+                tensors = encoders.latents(pixels)
+                if not _finite(tensors):
+                    raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
+                write_tensors(files.latents, tensors)
+            if files.teacher is not None and files.teacher in missing:
+                tensors = self._teacher_side(encoders, pixels, bucket)
+                if not _finite(tensors):
+                    raise VideoError(f"the teacher makes NaN or infinity of the clip at frame {start}")
+                write_tensors(files.teacher, tensors)
+
+    def _teacher_side(self, encoders: _Encoders, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
+        if self.names.settings.cache_teacher == "features":
+            return encoders.features(pixels, bucket)
+        return {"pixels": pixels[teacher_frames(self.config, self.family, bucket)]}
+
+    def _in_step(self, what: str, rounds: list[list[T]]) -> Iterator[list[T]]:
+        """Each round, waited for by all: a barrier at the end alone would run into the time limit of one."""
+        if not rounds:
+            return
+        if self.state.is_main_process:
+            self.names.folder.mkdir(parents=True, exist_ok=True)
+        total = sum(map(len, rounds))
+        hidden = not (self.console.is_terminal and self.state.is_main_process)
+        with Progress(console=self.console, disable=hidden) as progress:
+            task = progress.add_task(f"encoding {what}", total=total)
+            for each in rounds:
+                yield each
+                self.state.wait_for_everyone()
+                progress.advance(task, len(each))
+        logger.info("encoded %d %s into %s", total, what, self.names.folder)
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def _chunks(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _check_shared(clips: dict[ClipKey, ClipFiles], folder: Path) -> None:
+    names = [[key.name, *map(str, each.of_pixels), str(each.text)] for key, each in clips.items()]
+    if len(set(gather_object([file_name({"clips": names})]))) > 1:
+        raise ValueError(f"the processes see different files in {folder}: cache must be a folder that they share")

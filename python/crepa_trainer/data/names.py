@@ -1,0 +1,140 @@
+"""Which files a run's clips and captions are kept in, and which frames of a clip the teacher sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crepa_kernels import frame_indices
+from crepa_kernels.config.rules import DINOV2_HUB_IDS
+
+from .dataset import Bucket, ClipKey, FoundClips
+from .files import file_name, model_identity
+
+if TYPE_CHECKING:
+    from crepa_kernels import CrepaConfig
+
+    from ..families import TrainingFamily
+    from ..settings import RunSettings
+
+FORMAT = 2  # part of every file's name; another one makes all files again
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """Files of one clip; `teacher` is None where CREPA needs nothing of it."""
+
+    latents: Path
+    teacher: Path | None
+    text: Path
+
+    @property
+    def of_pixels(self) -> list[Path]:
+        """Those that are made from the clip's pixels."""
+        return [self.latents] if self.teacher is None else [self.latents, self.teacher]
+
+
+def teacher_is_encoder(config: CrepaConfig) -> bool:
+    """Whether a frozen encoder teaches at any step of a run: not in backbone mode, nor with a weight that stays 0."""
+    end = 0.0 if config.crepa_scheduler == "constant" else config.crepa_lambda_end
+    return config.crepa_enabled and config.crepa_feature_source == "encoder" and max(config.crepa_lambda, end) > 0
+
+
+def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) -> list[int]:
+    """The pixel frames of a clip that the teacher needs to see, in order."""
+    layout = family.layout(bucket)
+    rule, latents = config.crepa_frame_map, layout.latent_shape[0]
+    frames = frame_indices(rule, bucket.frames, latents, patch=layout.patch)
+    # The regulariser maps the frames that it is given once more, which must change nothing.
+    again = frame_indices(rule, len(frames), latents, patch=layout.patch)
+    return frames if again == list(range(len(frames))) else list(range(bucket.frames))
+
+
+class CacheNames:
+    """Names of a run's files: each from all that its content depends on."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        config: CrepaConfig,
+        family: TrainingFamily,
+        device: torch.device,
+        found: FoundClips,
+    ) -> None:
+        self.settings, self.config, self.family, self.device, self.found = settings, config, family, device, found
+        self.folder = settings.cache_folder
+        self.encoder_teaches = teacher_is_encoder(config)
+
+    def files(self, key: ClipKey) -> ClipFiles:
+        bucket = key.bucket
+        clip = {
+            "format": FORMAT,
+            "video": self._video(key.video),
+            "clip": [key.start, bucket.height, bucket.width, bucket.frames],
+            **self._rate,
+        }
+        latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
+        teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
+        return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption, key))
+
+    def text(self, prompt: str, key: ClipKey | None = None) -> Path:
+        """The file of a prompt's embedding for a clip; the same for all clips where their first frames are not read.
+
+        Without a clip: of the negative prompt.
+        """
+        content = {"format": FORMAT, "family": self.family.name, "text": prompt, "encoder": self._text_encoder}
+        if key is not None and self.family.text_image_parts:
+            content["video"] = self._video(key.video)
+            content["first_frame"] = [key.start, key.bucket.height, key.bucket.width]
+            content["options"] = dict(self.family.text_image_options)
+            content |= self._rate
+        return self.folder / "text" / file_name(content)
+
+    def _video(self, name: str) -> list[str]:
+        return [name, self.found.contents[name]]
+
+    @property
+    def _rate(self) -> dict[str, float]:
+        """By which frames of a video are numbered, where it is not its own."""
+        return {} if self.settings.fps is None else {"fps": float(self.settings.fps)}
+
+    @cached_property
+    def _encoders_of_clips(self) -> dict[str, Any]:
+        encoders: dict[str, Any] = {"vae": model_identity(self.family.model, "vae", *self.family.image_parts)}
+        if self.settings.vae_tiling:
+            encoders["tiling"] = True
+        # Beside the latents there may be what was made of the first frame.
+        return encoders if self.family.task == "text2video" else {**encoders, "task": self.family.task}
+
+    @cached_property
+    def _text_encoder(self) -> list[Any]:
+        dtype = str(encoder_type(self.device))
+        # First one that has a config.json.
+        parts = sorted(self.family.text_parts, key=lambda part: part.startswith("tokenizer"))
+        parts += self.family.text_image_parts
+        return [*model_identity(self.family.model, *parts), dtype]
+
+    @cached_property
+    def _encoder(self) -> list[Any]:
+        name = self.config.crepa_encoder
+        return [*model_identity(DINOV2_HUB_IDS.get(name, name)), str(encoder_type(self.device))]
+
+    def _teacher(self, bucket: Bucket) -> dict[str, Any]:
+        if not self.encoder_teaches:
+            return {}
+        config, layout = self.config, self.family.layout(bucket)
+        if self.settings.cache_teacher == "frames":
+            return {"frames": teacher_frames(config, self.family, bucket)}
+        square = config.crepa_encoder_resize == "square"
+        size = [config.crepa_encoder_image_size] * 2 if square else list(layout.grid)
+        rule = [config.crepa_frame_map, layout.latent_shape[0], layout.patch]
+        return {"features": self._encoder, "resize": [config.crepa_encoder_resize, *size], "rule": rule}
+
+
+def encoder_type(device: torch.device) -> torch.dtype:
+    """The type of the text encoder: as `DinoV2Teacher` chooses its own."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,0 +1,276 @@
+"""What a run is going to do and what CREPA adds to its memory, from configs and the videos' first frames alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from crepa_kernels import CrepaProjector
+from crepa_kernels.backends.triton.availability import why_not_triton_for
+from crepa_kernels.config.rules import DINOV2_HUB_IDS
+from crepa_kernels.grid import Grid, count, few_enough_to_keep, plan_alignment
+from crepa_kernels.loss import requested_backend
+from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
+
+from ..data.dataset import Bucket, FoundClips
+from ..data.names import encoder_type, teacher_frames, teacher_is_encoder
+from ..student import PRECISIONS, add_lora
+
+if TYPE_CHECKING:
+    from crepa_kernels import CrepaConfig
+
+    from ..families import TrainingFamily
+    from ..settings import RunSettings
+
+FP32 = 4  # bytes
+# Weights, their gradient, and AdamW's two averages of it.
+COPIES_OF_TRAINED = 4
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One bucket's clips, and of each clip its latent frames, and the frames and grid of its tokens.
+
+    `teacher_grid` and `encoded`, the frames that the teacher sees, are None where no encoder teaches.
+    """
+
+    bucket: Bucket
+    clips: int
+    latent_frames: int
+    frames: int
+    grid: Grid
+    teacher_grid: Grid | None
+    encoded: int | None
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return count(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.tokens_per_frame
+
+
+@dataclass(frozen=True)
+class CrepaMemory:
+    """Bytes on the training device that a run without CREPA would not need, on each process.
+
+    Attributes:
+        projector: its parameters, their gradients and AdamW's state, all in fp32.
+        kept: what the loss keeps between forward and backward for a micro-batch of the largest bucket.
+        teacher: the encoder's weights while it is needed in training.
+    """
+
+    projector: int
+    kept: int
+    teacher: int
+
+    @property
+    def total(self) -> int:
+        return self.projector + self.kept + self.teacher
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers.
+
+    `epochs`: how often each clip is seen; `memory` is None without CREPA; `workers`: those of each process.
+    """
+
+    settings: RunSettings
+    config: CrepaConfig
+    family: TrainingFamily
+    found: FoundClips
+    processes: int
+    parameters: int
+    trained: int
+    buckets: tuple[BucketPlan, ...]
+    epochs: float
+    memory: CrepaMemory | None
+    workers: int
+
+    @property
+    def checkpoints(self) -> int:
+        return -(-self.settings.max_train_steps // self.settings.checkpoint_every)
+
+    @property
+    def validations(self) -> int:
+        every = self.settings.validation_every
+        return self.settings.max_train_steps // every if every else 0
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Clips of each micro-batch of an epoch; a bucket's last is what is left."""
+        size = self.settings.batch_size
+        return tuple(min(size, each.clips - n) for each in self.buckets for n in range(0, each.clips, size))
+
+    @property
+    def clips_a_step(self) -> float:
+        """On average."""
+        micro_batches = self.settings.gradient_accumulation_steps * self.processes
+        return sum(self.batch_sizes) / len(self.batch_sizes) * micro_batches
+
+
+def make_plan(
+    settings: RunSettings,
+    config: CrepaConfig,
+    family: TrainingFamily,
+    found: FoundClips,
+    *,
+    processes: int = 1,
+    device_type: str = "cpu",
+) -> Plan:
+    """The plan of a run of `processes` on devices of `device_type`; no weights are loaded.
+
+    Raises:
+        ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
+            read, settings or a device that the family cannot be trained with, a backend that cannot run there.
+    """
+    check_blocks(config, family)
+    family.check_run(settings, device_type)
+    parameters, trained = _count_parameters(settings, family)
+    buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
+    batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
+    taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
+    memory = _memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None
+    workers = settings.workers_on(device_type)
+    epochs = taken / batches
+    return Plan(settings, config, family, found, processes, parameters, trained, buckets, epochs, memory, workers)
+
+
+def check_blocks(config: CrepaConfig, family: TrainingFamily) -> None:
+    """ValueError, with the valid range, for a block that the model does not have."""
+    if not config.crepa_enabled:
+        return
+    indices = {"crepa_block_index": config.crepa_block_index}
+    if config.crepa_feature_source == "backbone":
+        indices["crepa_teacher_block_index"] = config.crepa_teacher_block_index
+    for key, index in indices.items():
+        if index is not None and index >= family.blocks:
+            raise ValueError(
+                f"{key} = {index}: the {family.transformer_class} of {family.model} has {family.blocks} blocks, "
+                f"valid are 0 to {family.blocks - 1}"
+            )
+
+
+def projector_bytes(hidden_size: int, feature_size: int) -> int:
+    """Bytes of a projector in training: 16 (2 D + E D + E), for LayerNorm(D) and Linear(D, E)."""
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in CrepaProjector(hidden_size, feature_size).parameters())
+    return FP32 * COPIES_OF_TRAINED * parameters
+
+
+def kept_bytes(
+    rows: int, student_rows: int, hidden_size: int, feature_size: int, dtype: torch.dtype, *, triton: bool = False
+) -> int:
+    """Bytes that `crepa_loss` keeps between forward and backward, beside its inputs and what has a number a frame.
+
+    With s the bytes of the hidden states' type, the `torch` backend keeps one row of the projection's gradient a token
+    that is compared, and two numbers of it, or five where each of the student's tokens is: `rows (E s + 8)` or
+    `rows (E s + 20)`. The `triton` backend keeps that row, the teacher's row on the same grid, three statistics of each
+    of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. Where the student
+    is resampled to a quarter of its tokens or fewer, both keep those, `rows D s`, and the `torch` backend two
+    statistics of each of the student's, `8 student_rows`. What multiplies is fp32 for fp16, whose range is too small:
+    then s is 4 for resampled tokens, and for all that the `triton` backend keeps. The hidden states themselves are the
+    next block's input, which is there in any case.
+
+    rows: B T M, compared tokens; student_rows: B T P, the student's; dtype: of the hidden states.
+    """
+    product = FP32 if dtype is torch.float16 else dtype.itemsize
+    resampled = few_enough_to_keep(rows, student_rows)
+    aligned = rows * hidden_size * product if resampled else 0
+    if triton:
+        weights = feature_size * (hidden_size * product + 12)
+        return 2 * rows * feature_size * product + 12 * student_rows + weights + aligned
+    kept = rows * (feature_size * dtype.itemsize + (20 if rows == student_rows else 8))
+    return kept + aligned + (8 * student_rows if resampled else 0)
+
+
+def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
+    if config.crepa_encoder_resize == "grid":
+        return student
+    _, patch = _encoder_sizes(config)
+    side = config.crepa_encoder_image_size // patch
+    return side, side
+
+
+def _encoder_sizes(config: CrepaConfig) -> tuple[int, int]:
+    """E and the patch size. ValueError for what is no DINOv2, or does not take images of this size."""
+    size, resize = config.crepa_encoder_image_size, config.crepa_encoder_resize
+    teacher = DinoV2Teacher(config.crepa_encoder, image_size=size, resize=resize)
+    # First the width: of a folder it reads the config, which has the patch size too.
+    width = teacher.feature_size
+    assert width is not None  # only a callable does not know it
+    return width, teacher.patch_size
+
+
+def _encoder_parameters(config: CrepaConfig) -> int:
+    import transformers
+
+    name = DINOV2_HUB_IDS.get(config.crepa_encoder, config.crepa_encoder)
+    try:
+        encoder = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"crepa_encoder = {config.crepa_encoder}: its config.json cannot be read ({error})") from error
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, MODEL_TYPES[encoder.model_type])(encoder)
+    return sum(each.numel() for each in model.parameters())
+
+
+def _count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int, int]:
+    """Parameters of the transformer, and those that are trained, without CREPA's projector."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        transformer: Any = getattr(diffusers, family.transformer_class).from_config(family.configs["transformer"])
+        every = sum(each.numel() for each in transformer.parameters())
+        if settings.training == "full":
+            return every, every
+        transformer.requires_grad_(False)
+        add_lora(transformer, family, settings)
+    return every, sum(each.numel() for each in transformer.parameters() if each.requires_grad)
+
+
+def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: TrainingFamily) -> BucketPlan:
+    layout = family.layout(bucket)
+    grid = encoded = None
+    if teacher_is_encoder(config):
+        grid, encoded = _teacher_grid(config, layout.grid), len(teacher_frames(config, family, bucket))
+    return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded)
+
+
+def _takes_triton(config: CrepaConfig, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether Triton computes the loss, which `auto` tries at the first step; ValueError where it must and cannot."""
+    backend, reason = requested_backend(config.crepa_backend), why_not_triton_for(device_type, dtype)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"crepa_backend = triton cannot run here: {reason}")
+    return backend == "triton" or (backend == "auto" and device_type == "cuda" and reason is None)
+
+
+def _memory(
+    settings: RunSettings,
+    config: CrepaConfig,
+    family: TrainingFamily,
+    buckets: Sequence[BucketPlan],
+    device_type: str,
+) -> CrepaMemory:
+    hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
+    encoder = teacher_is_encoder(config)
+    features = _encoder_sizes(config)[0] if encoder else hidden
+    triton = _takes_triton(config, device_type, dtype)
+    kept = []
+    for each in buckets:
+        aligned = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid).tokens
+        frames = min(settings.batch_size, each.clips) * each.frames
+        kept.append(
+            kept_bytes(frames * aligned, frames * each.tokens_per_frame, hidden, features, dtype, triton=triton)
+        )
+    weights = 0
+    if encoder and settings.cache_teacher == "frames":
+        weights = _encoder_parameters(config) * encoder_type(torch.device(device_type)).itemsize
+    return CrepaMemory(projector_bytes(hidden, features), max(kept), weights)

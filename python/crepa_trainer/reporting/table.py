@@ -1,0 +1,170 @@
+"""The plan of a run as a table for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.dataset import FoundClips, cropped_share, enlargement, listed
+from ..data.listing import counted
+from ..data.names import teacher_is_encoder
+from ..data.sampler import MADE_AHEAD
+from ..data.video import VideoInfo
+from .plan import BucketPlan, Plan
+
+Rows = list[tuple[str, str]]
+
+# What the plan says of a video's picture: the share that cropping takes, and the times that it is blown up.
+MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """The plan as a table of names and values."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in [*_model_rows(plan), *_data_rows(plan), *_crepa_rows(plan), *_step_rows(plan)]:
+        table.add_row(name, text)
+    console.print(table, highlight=False, markup=False)
+
+
+def _model_rows(plan: Plan) -> Rows:
+    settings, family = plan.settings, plan.family
+    how = "all weights"
+    if settings.training == "lora":
+        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets or family.lora_targets)}"
+    precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
+    checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
+    expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
+    size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"
+    return [
+        ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
+        ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
+    ]
+
+
+def _data_rows(plan: Plan) -> Rows:
+    found = plan.found
+    skipped = f", {len(found.skipped)} skipped" if found.skipped else ""
+    rows = [
+        ("data", f"{found.folder}: {_several(len(found.keys), 'clip')} of {_several(found.videos, 'video')}{skipped}")
+    ]
+    for each in plan.buckets:
+        height, width = each.grid
+        tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
+        clips = _several(each.clips, "clip")
+        rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
+    return [*rows, *_footage_rows(found, plan.settings.fps)]
+
+
+def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
+    """What is passed over, and what becomes of the pictures and the times of what is not."""
+    buckets = {key.video: key.bucket for key in found.keys}
+    videos = [(name, found.infos[name], buckets[name]) for name in buckets if name in found.infos]
+    cropped = [(name, share) for name, info, bucket in videos if (share := cropped_share(info, bucket)) > MUCH_CROPPED]
+    larger = [(name, times) for name, info, bucket in videos if (times := enlargement(info, bucket)) > MUCH_ENLARGED]
+    hdr = [f"{name} ({info.hdr})" for name, info, _ in videos if info.hdr]
+    rows = {
+        "passed over": counted(found.passed_over),
+        "frame rates": _rates([info for _, info, _ in videos], fps),
+        "cropped": listed(f"{name} loses {share:.0%} of its picture" for name, share in cropped),
+        "enlarged": listed(f"{name} {times:.2g} times" for name, times in larger),
+        "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
+    }
+    return [(name, text) for name, text in rows.items() if text]
+
+
+def _rates(infos: Sequence[VideoInfo], fps: float | None) -> str:
+    kinds = Counter("variable" if not info.constant else f"{info.rate:.5g}" for info in infos)
+    found = ", ".join(f"{rate} ({_several(number, 'video')})" for rate, number in sorted(kinds.items()))
+    if fps is not None:
+        return f"taken at {fps:g} a second; found: {found}"
+    mixed = "; frame by frame, whatever lies between: fps takes all at one rate" if len(kinds) > 1 else ""
+    return f"{found} a second{mixed}" if found else ""
+
+
+def _crepa_rows(plan: Plan) -> Rows:
+    config, memory = plan.config, plan.memory
+    if memory is None:
+        given = config.model_fields_set
+        if not given or "crepa_enabled" in given:
+            return [("CREPA", "off")]
+        idle = ", ".join(key for key in type(config).model_fields if key in given)
+        return [("CREPA", f"OFF: neither crepa_enabled nor a preset is given, without which {idle} does nothing")]
+    weight = f"weight {config.crepa_lambda:g}, {config.crepa_scheduler}"
+    rows = [("CREPA", f"block {config.crepa_block_index} of 0 to {plan.family.blocks - 1}, {weight}")]
+    if config.crepa_feature_source == "backbone":
+        rows.append(("teacher", f"block {config.crepa_teacher_block_index} of the model itself"))
+    elif not teacher_is_encoder(config):
+        rows.append(("teacher", "none: the weight is 0 throughout"))
+    else:
+        rows.append(("teacher", f"{config.crepa_encoder}, {_grids(plan.buckets)} patches a frame"))
+        rows.append(("frames encoded", _encoded(plan)))
+    parts = [f"projector with gradients and optimiser {_bytes(memory.projector)}"]
+    parts.append(f"kept by the loss {_bytes(memory.kept)}")
+    parts += [f"teacher {_bytes(memory.teacher)}"] if memory.teacher else []
+    return [*rows, ("extra memory", f"{_bytes(memory.total)}: {', '.join(parts)}")]
+
+
+def _grids(buckets: Sequence[BucketPlan]) -> str:
+    grids = dict.fromkeys(each.teacher_grid for each in buckets if each.teacher_grid)
+    return ", ".join(f"{height}x{width}" for height, width in grids)
+
+
+def _encoded(plan: Plan) -> str:
+    each = ", ".join(dict.fromkeys(f"{bucket.encoded} of {bucket.bucket.frames}" for bucket in plan.buckets))
+    once = "once, before training" if plan.settings.cache_teacher == "features" else "each time it is seen"
+    return f"{each} of a clip, {once}"
+
+
+def _step_rows(plan: Plan) -> Rows:
+    settings = plan.settings
+    each = [_clips_a_step(plan)]
+    if settings.gradient_accumulation_steps > 1:
+        each.append(f"{settings.gradient_accumulation_steps} micro-batches")
+    if plan.processes > 1:
+        each.append(f"{plan.processes} processes")
+    every, kept = settings.checkpoint_every, settings.checkpoints_kept
+    rows = [
+        ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:,.2f} epochs"),
+        ("workers", _workers(plan)),
+        ("checkpoints", f"{plan.checkpoints}, every {_several(every, 'step')} and at the end, the last {kept} kept"),
+    ]
+    if plan.validations:
+        prompts = _several(len(settings.validation_prompts), "prompt")
+        rows.append(("validation", f"{_several(plan.validations, 'time')}, {prompts}"))
+    return rows
+
+
+def _clips_a_step(plan: Plan) -> str:
+    sizes = set(plan.batch_sizes)
+    if len(sizes) == 1:
+        return f"{_several(round(plan.clips_a_step), 'clip')} a step"
+    return f"{plan.clips_a_step:.3g} clips a step on average, in micro-batches of {min(sizes)} to {max(sizes)}"
+
+
+def _workers(plan: Plan) -> str:
+    if not plan.workers:
+        return "none: clips are read and noise is drawn in the training process"
+    whose = " for each process" if plan.processes > 1 else ""
+    ahead = _several(plan.workers * MADE_AHEAD, "micro-batch", "es")
+    return f"{plan.workers}{whose}, which read clips and draw noise, at most {ahead} ahead"
+
+
+def _several(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number:,} {thing}{plural * (number != 1)}"
+
+
+def _number(value: int) -> str:
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {letter}"
+    return str(value)
+
+
+def _bytes(value: int) -> str:
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value} bytes"
