@@ -27,7 +27,7 @@ from benches.gpu.measure import commit
 from benches.gpu.results import write_whole
 from benches.measure import interleaved_medians, keep_heap_warm
 from crepa_kernels import resample_tokens
-from crepa_kernels.grid import Grid, count
+from crepa_kernels.grid import Grid, num_tokens
 from crepa_kernels.ops import has_extension
 from crepa_kernels.ops.layer_norm_resample import layer_norm_resample_op
 
@@ -90,8 +90,8 @@ def forwards(case: Case) -> dict[str, Forward]:
 def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    tokens = torch.randn(case.frames, count(case.source), case.channels, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(case.frames, count(case.target), case.channels, device=device).to(dtype)
+    tokens = torch.randn(case.frames, num_tokens(case.source), case.channels, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(case.frames, num_tokens(case.target), case.channels, device=device).to(dtype)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def forward(run: Forward) -> Callable[[], None]:

@@ -32,12 +32,12 @@ def constant(grid: Grid) -> Grid:
     return operator.index(grid[0]), operator.index(grid[1])
 
 
-def count(grid: Grid) -> int:
+def num_tokens(grid: Grid) -> int:
     """Tokens on ``grid``."""
     return grid[0] * grid[1]
 
 
-def few_enough_to_keep(aligned: int, tokens: int) -> bool:
+def should_save_aligned(aligned: int, tokens: int) -> bool:
     """Whether ``aligned`` tokens made of ``tokens`` are kept for the backward pass.
 
     Making them again reads every token, which costs more than so few are worth.
@@ -59,7 +59,7 @@ class SpatialPlan:
     @property
     def tokens(self) -> int:
         """M."""
-        return count(self.grid)
+        return num_tokens(self.grid)
 
     def align(self, features: torch.Tensor, side: Literal["student", "teacher"]) -> torch.Tensor:
         """(..., tokens of that side's grid, C) -> (..., M, C), differentiable."""
@@ -93,7 +93,9 @@ def plan_alignment(
         return SpatialPlan(student, teacher, student, "keep", "keep", antialias)
     if spatial_align == "pool":
         return SpatialPlan(student, teacher, (1, 1), "pool", "pool", antialias)
-    student_moves = spatial_align == "teacher" or (spatial_align == "smaller" and count(student) > count(teacher))
+    student_moves = spatial_align == "teacher" or (
+        spatial_align == "smaller" and num_tokens(student) > num_tokens(teacher)
+    )
     if student_moves:
         return SpatialPlan(student, teacher, teacher, "resample", "keep", antialias)
     return SpatialPlan(student, teacher, student, "keep", "resample", antialias)
@@ -119,10 +121,10 @@ def resample_tokens(
         ValueError: if the grid does not match N, a grid is not two positive integers, or the type is not floating.
     """
     source, target = as_grid(source_grid, "source_grid"), as_grid(target_grid, "target_grid")
-    if tokens.dim() < 2 or tokens.shape[-2] != count(source):
+    if tokens.dim() < 2 or tokens.shape[-2] != num_tokens(source):
         raise ValueError(
             f"tokens of shape {tuple(tokens.shape)} do not lie on source_grid {source}: "
-            f"the last axis but one must be {source[0]} x {source[1]} = {count(source)}"
+            f"the last axis but one must be {source[0]} x {source[1]} = {num_tokens(source)}"
         )
     if not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point, got {tokens.dtype}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .grid import SpatialPlan, count
+from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
 from .transfer import moved
@@ -48,7 +48,7 @@ class ProjectorWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class LossInputs:
     """The inputs and options of one call, validated.
 
     Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
@@ -154,9 +154,9 @@ def check_tensors(
     if h.shape[0] != y.shape[0]:
         raise ValueError(f"hidden_states have {h.shape[0]} clips, teacher_features {y.shape[0]}")
     for side, tensor, grid in (("student", h, plan.student_grid), ("teacher", y, plan.teacher_grid)):
-        if tensor.dim() == 4 and tensor.shape[2] != count(grid):
+        if tensor.dim() == 4 and tensor.shape[2] != num_tokens(grid):
             raise ValueError(
-                f"{side}_grid {grid} has {grid[0]} x {grid[1]} = {count(grid)} tokens a frame, "
+                f"{side}_grid {grid} has {grid[0]} x {grid[1]} = {num_tokens(grid)} tokens a frame, "
                 f"the {side}'s tensor of shape {tuple(tensor.shape)} has {tensor.shape[2]}"
             )
     feature_size, hidden_size = weights.weight.shape
@@ -231,11 +231,11 @@ def check_mask(
 def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:
     """``token_range`` as (start, stop) of the clip's flattened T x P tokens, which ``h`` (B, stop - start, D) holds."""
     values = tuple(token_range)
-    total = frames * count(plan.student_grid)
+    total = frames * num_tokens(plan.student_grid)
     if len(values) != 2 or not 0 <= values[0] < values[1] <= total:
         raise ValueError(
             f"token_range must be (start, stop) with 0 <= start < stop <= T x P = {frames} x "
-            f"{count(plan.student_grid)} = {total}, got {values}"
+            f"{num_tokens(plan.student_grid)} = {total}, got {values}"
         )
     if h.shape[1] != values[1] - values[0]:
         raise ValueError(f"token_range {values} has {values[1] - values[0]} tokens, hidden_states have {h.shape[1]}")
@@ -247,7 +247,7 @@ def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: Spatial
     return values[0], values[1]
 
 
-def build_problem(
+def check_inputs(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
     projector: nn.Module,
@@ -260,7 +260,7 @@ def build_problem(
     teacher_mask: torch.Tensor | None = None,
     token_range: Sequence[int] | None = None,
     recompute: bool = False,
-) -> Problem:
+) -> LossInputs:
     """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
     weights = projector_weights(projector)
     check_tensors(hidden_states, teacher_features, weights, plan, token_range is not None)
@@ -274,7 +274,7 @@ def build_problem(
     teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)
     if teacher_mask is not None:
         frame_mask = teacher_mask if frame_mask is None else frame_mask & teacher_mask
-    return Problem(
+    return LossInputs(
         hidden_states=hidden_states,
         teacher_features=teacher_features.detach(),
         projector=weights,

@@ -15,7 +15,7 @@ from .backends.triton.availability import why_no_triton, why_not_triton_for
 from .backends.triton.backend import crepa_triton
 from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
-from .inputs import CrepaOutput, Problem, build_problem
+from .inputs import CrepaOutput, LossInputs, check_inputs
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
 from .projector import CrepaProjector
@@ -23,19 +23,19 @@ from .projector import CrepaProjector
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
 
 
-def _kept_or_recomputed(backend: Callable[[Problem], CrepaOutput]) -> Callable[[Problem], CrepaOutput]:
+def _kept_or_recomputed(backend: Callable[[LossInputs], CrepaOutput]) -> Callable[[LossInputs], CrepaOutput]:
     """``backend``, under activation checkpointing where the problem asks to recompute."""
 
-    def run(problem: Problem) -> CrepaOutput:
-        if problem.recompute and torch.is_grad_enabled():
-            return checkpoint(backend, problem, use_reentrant=False)
-        return backend(problem)
+    def run(inputs: LossInputs) -> CrepaOutput:
+        if inputs.recompute and torch.is_grad_enabled():
+            return checkpoint(backend, inputs, use_reentrant=False)
+        return backend(inputs)
 
     return run
 
 
 # Slowest first.
-_BACKENDS: dict[str, Callable[[Problem], CrepaOutput]] = {
+_BACKENDS: dict[str, Callable[[LossInputs], CrepaOutput]] = {
     "reference": _kept_or_recomputed(crepa_reference),
     "torch": _kept_or_recomputed(crepa_torch),
     "triton": crepa_triton,
@@ -57,11 +57,11 @@ def requested_backend(backend: str) -> str:
     return chosen
 
 
-def _backend_for(backend: str, problem: Problem) -> str:
+def _backend_for(backend: str, inputs: LossInputs) -> str:
     backend = requested_backend(backend)
     if backend == "auto":
-        return "triton" if prefers_triton(problem) else "torch"
-    h = problem.hidden_states
+        return "triton" if prefers_triton(inputs) else "torch"
+    h = inputs.hidden_states
     if backend == "triton" and (reason := why_not_triton_for(h.device, h.dtype)):
         raise ValueError(f"backend 'triton' cannot run here: {reason}")
     return backend
@@ -135,7 +135,7 @@ def crepa_loss(
     neighbours = Neighbours(distance, tau, cumulative, normalize_neighbour_sum)
 
     def run() -> CrepaOutput:
-        problem = build_problem(
+        inputs = check_inputs(
             hidden_states,
             teacher_features,
             projector,
@@ -148,7 +148,7 @@ def crepa_loss(
             token_range=token_range,
             recompute=recompute,
         )
-        return _BACKENDS[_backend_for(backend, problem)](problem)
+        return _BACKENDS[_backend_for(backend, inputs)](inputs)
 
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 
@@ -193,7 +193,7 @@ def similarity_matrix(
         raise TypeError(f"similarity_matrix() got unexpected arguments: {', '.join(sorted(unknown))}")
 
     def run() -> torch.Tensor:
-        problem = build_problem(
+        inputs = check_inputs(
             hidden_states,
             teacher_features,
             projector,
@@ -204,6 +204,6 @@ def similarity_matrix(
             teacher_mask=teacher_mask,
             token_range=token_range,
         )
-        return reference_matrix(problem)
+        return reference_matrix(inputs)
 
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .inputs import CrepaOutput, Problem
+from .inputs import CrepaOutput, LossInputs
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,23 @@ class Reduction:
     frame_share: torch.Tensor
 
 
-def plan_reduction(problem: Problem, weights: torch.Tensor) -> Reduction:
+def plan_reduction(inputs: LossInputs, weights: torch.Tensor) -> Reduction:
     """Weights of the frames, from the masks and the neighbour weights (B or 1, T, T); nothing is read to the host.
 
     A clip without a frame in the loss is left out of the batch mean, and with no clip left every weight is 0.
     """
-    batch, frames = problem.batch, problem.frames
+    batch, frames = inputs.batch, inputs.frames
     divisor = 1 + weights.sum(dim=-1)
-    loss_divisor = divisor if problem.neighbours.normalize_sum else torch.ones_like(divisor)
-    mask = problem.frame_mask
+    loss_divisor = divisor if inputs.neighbours.normalize_sum else torch.ones_like(divisor)
+    mask = inputs.frame_mask
     if mask is None:
         share = weights.new_full((batch, frames), 1 / (batch * frames))
-        return Reduction(None, divisor, loss_divisor, share if problem.normalize_by_frames else share * frames, share)
+        return Reduction(None, divisor, loss_divisor, share if inputs.normalize_by_frames else share * frames, share)
     counted = mask.to(weights.dtype)
     per_clip = counted.sum(dim=1, keepdim=True)  # (B, 1)
     clips = (per_clip > 0).sum().clamp(min=1)
     frame_weight = counted / clips
-    if problem.normalize_by_frames:
+    if inputs.normalize_by_frames:
         frame_weight = frame_weight / per_clip.clamp(min=1)
     return Reduction(mask, divisor, loss_divisor, frame_weight, counted / per_clip.sum().clamp(min=1))
 

@@ -125,9 +125,9 @@ def truth(
     sides = alignment(case.spatial_align, case.student_grid, case.teacher_grid, case.antialias)
     to_student, to_teacher = (side.to(wide) for side in sides)
 
-    centred = h - h.mean(dim=-1, keepdim=True)
-    inverse_std = ((centred**2).mean(dim=-1, keepdim=True) + case.eps).rsqrt()
-    x = centred * inverse_std
+    centered = h - h.mean(dim=-1, keepdim=True)
+    inverse_std = ((centered**2).mean(dim=-1, keepdim=True) + case.eps).rsqrt()
+    x = centered * inverse_std
     affine = x if gamma is None else x * gamma
     affine = affine if beta is None else affine + beta
     if not exact:

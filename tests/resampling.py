@@ -69,8 +69,8 @@ def exact_adjoint(grad: torch.Tensor, source: Grid, target: Grid, antialias: boo
 
 
 def exact_layer_norm(tokens: torch.Tensor, eps: float) -> torch.Tensor:
-    centred = tokens.double() - tokens.double().mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    centered = tokens.double() - tokens.double().mean(dim=-1, keepdim=True)
+    return centered / (centered.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def assert_exact_numbers(

@@ -76,7 +76,7 @@ def test_combined_neighbours_of_more_frames_than_a_tile_on_hopper() -> None:
     assert "rows" in compiled(replace(request, kernel="rows"))
 
 
-def test_kernels_of_normalised_tokens_on_hopper() -> None:
+def test_kernels_of_normalized_tokens_on_hopper() -> None:
     found = compiled(Request("sm_90", "all", dtype="float32", **WAN_14B))
     assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(found)
 

@@ -13,14 +13,14 @@ from crepa_kernels.ops.layer_norm_resample import (
     layer_norm_resample_backward_op,
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
-    normalise_and_resample,
-    normalise_and_resample_backward,
+    normalize_and_resample,
+    normalize_and_resample_backward,
 )
 
 SOURCE, TARGET, EPS = (5, 4), (3, 6), 1e-5
 IN_LOSS = [[True, False, True], [False, True, True]]
-FORWARD = {"operator": layer_norm_resample_op, "pytorch": normalise_and_resample}
-BACKWARD = {"operator": layer_norm_resample_backward_op, "pytorch": normalise_and_resample_backward}
+FORWARD = {"operator": layer_norm_resample_op, "pytorch": normalize_and_resample}
+BACKWARD = {"operator": layer_norm_resample_backward_op, "pytorch": normalize_and_resample_backward}
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_way = pytest.mark.parametrize("way", list(FORWARD))

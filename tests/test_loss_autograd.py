@@ -91,7 +91,7 @@ def test_two_runs_are_bitwise_equal(case: Case, dtype: torch.dtype, backend: str
 
 
 @both_backends
-def test_uninitialised_memory_is_never_read(backend: str) -> None:
+def test_uninitialized_memory_is_never_read(backend: str) -> None:
     """Deterministic mode fills ``torch.empty`` with NaN."""
     torch.use_deterministic_algorithms(True)
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crepa_kernels.ops import has_extension
-from crepa_kernels.ops.rows import align_rows_backward_op, align_rows_op, layer_norm_rows_op, normalise_rows_op
+from crepa_kernels.ops.rows import align_rows_backward_op, align_rows_op, layer_norm_rows_op, normalize_rows_op
 
 FRAMES, FIRST, COUNT, TOKENS, FEATURES = 6, 1, 3, 5, 37
 OFFSETS = [-2, -1, 1, 2]
@@ -164,7 +164,7 @@ def test_gradient_rows_agree_with_float64(kept: torch.dtype, with_offset: bool) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_statistics_and_normalised_rows_agree_with_float64(dtype: torch.dtype) -> None:
+def test_statistics_and_normalized_rows_agree_with_float64(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tokens = (torch.randn(2, 3, 8, FEATURES) * 2 + 50).to(dtype)[:, :, 1:6]
     x, mean, low, inverse_std = layer_norm_rows_op(tokens, 1e-5, True)
@@ -174,7 +174,7 @@ def test_statistics_and_normalised_rows_agree_with_float64(dtype: torch.dtype) -
     exact_inverse = (rows.var(dim=-1, correction=0) + 1e-5).rsqrt()
     torch.testing.assert_close(inverse_std.double(), exact_inverse, rtol=64 * fine, atol=0)
     out = tokens.new_empty(rows.shape)
-    normalise_rows_op(tokens, mean, low, inverse_std, out)
+    normalize_rows_op(tokens, mean, low, inverse_std, out)
     exact_x = (rows - rows.mean(dim=-1, keepdim=True)) * exact_inverse[:, None]
     # PyTorch keeps the mean as one number: 50 eps are lost where it is taken off. So does this test in float64.
     lost = 4 if has_extension("cpu") and dtype != torch.float64 else 50
@@ -217,7 +217,7 @@ def test_opcheck(types: tuple[Any, Any, Any]) -> None:
         (align_rows_op, (*call.arguments()[:-1], q.clone())),
         (align_rows_backward_op, (q, ones[:COUNT].clone(), ones, ones, call.offset, ones, 8, g, scaled, along, total)),
         (layer_norm_rows_op, (tokens, 1e-5, True)),
-        (normalise_rows_op, (tokens, *statistics, torch.empty(6, 8, dtype=types[0]))),
+        (normalize_rows_op, (tokens, *statistics, torch.empty(6, 8, dtype=types[0]))),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments)

@@ -25,7 +25,7 @@ from crepa_kernels import crepa_loss
 from crepa_kernels.backends.triton import availability, launch, self_check
 from crepa_kernels.backends.triton.self_check import Sizes, Way
 from crepa_kernels.grid import plan_alignment
-from crepa_kernels.inputs import Problem, build_problem
+from crepa_kernels.inputs import LossInputs, check_inputs
 from crepa_kernels.neighbours import Neighbours
 
 pytestmark = [
@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[str, Change, Way]] = {
     "last row": ("rows", lambda a: a.update(rows=a["rows"] - 1), Way()),
     "layer norm's slope": ("dx", zeroed("slope_in"), Way()),
     "beta's part": ("weight_gradients", lambda a: a.update(HAS_BETA=False), Way()),
-    "row means": ("weight_gradients", lambda a: a.update(CENTRED=False), Way()),
+    "row means": ("weight_gradients", lambda a: a.update(CENTERED=False), Way()),
     "mask": ("frame_means", lambda a: a.update(MASKED=False), Way(masked=True)),
     "teacher mask": ("frame_tables", lambda a: a.update(TEACHER_MASKED=False), Way(teacher_masked=True)),
     "index": ("frame_tables", lambda a: a.update(HAS_INDEX=False), Way(indexed=True)),
@@ -205,9 +205,9 @@ def test_sound_kernels_are_taken_and_checked_once_for_each_way(
 def test_several_threads_wait_for_one_check(eligible: list[Any]) -> None:
     tensors = KEPT.tensors(torch.float32)
     plan = plan_alignment("student", KEPT.student_grid, KEPT.teacher_grid)
-    problem = build_problem(tensors["h"], tensors["y"], KEPT.projector(tensors), plan, Neighbours())
+    inputs = check_inputs(tensors["h"], tensors["y"], KEPT.projector(tensors), plan, Neighbours())
     answers: list[bool] = []
-    threads = [threading.Thread(target=lambda: answers.append(self_check.prefers_triton(problem))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: answers.append(self_check.prefers_triton(inputs))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -311,10 +311,10 @@ def test_the_slice_is_let_go_of(sound: bool, monkeypatch: pytest.MonkeyPatch) ->
     kept: list[weakref.ref[torch.Tensor]] = []
     real = self_check._slice
 
-    def watched(*arguments: Any) -> Problem:
-        problem = real(*arguments)
-        kept.extend(weakref.ref(each) for each in (problem.hidden_states, problem.projector.weight))
-        return problem
+    def watched(*arguments: Any) -> LossInputs:
+        inputs = real(*arguments)
+        kept.extend(weakref.ref(each) for each in (inputs.hidden_states, inputs.projector.weight))
+        return inputs
 
     monkeypatch.setattr(self_check, "_slice", watched)
     if not sound:
@@ -358,9 +358,9 @@ def test_the_call_launches_what_the_slice_compiled(way: Way, sizes: Sizes, dtype
     """The same kernels for the same types, constants and properties of integers and addresses."""
 
     def compiled(sizes: Sizes) -> set[Any]:
-        problem = self_check._slice(CPU, dtype, 48, 32, way, sizes)
+        inputs = self_check._slice(CPU, dtype, 48, 32, way, sizes)
         with launch.recorded() as launches:
-            self_check._results(self_check.crepa_triton, problem)
+            self_check._results(self_check.crepa_triton, inputs)
         return {(each.name, each.warps, each.stages, *map(property_of, each.arguments.items())) for each in launches}
 
     def property_of(argument: tuple[str, Any]) -> Any:

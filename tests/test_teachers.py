@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import clip_pixels, tiny_dinov2
 from transformers import ViTConfig, ViTModel
 
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher, normalised_images
+from crepa_kernels.teachers.dinov2 import DinoV2Teacher, normalized_images
 
 CPU = torch.device("cpu")
 GRID = (2, 3)
@@ -52,7 +52,7 @@ def test_patches_are_in_raster_order() -> None:
 
 def test_frames_are_resized_with_antialiasing() -> None:
     frames = square_frames(1, side=96)
-    found = normalised_images(frames, (28, 42))[0].permute(1, 2, 0).numpy()
+    found = normalized_images(frames, (28, 42))[0].permute(1, 2, 0).numpy()
     found = (found * np.array([0.229, 0.224, 0.225]) + np.array([0.485, 0.456, 0.406])) * 255
     image = Image.fromarray(frames[0].permute(1, 2, 0).numpy())
     expected = np.asarray(image.resize((42, 28), Image.Resampling.BILINEAR), dtype=np.float64)
@@ -63,7 +63,7 @@ def test_frames_are_resized_with_antialiasing() -> None:
 def test_floating_point_pixels_mean_the_same_as_bytes() -> None:
     frames = square_frames(1)
     # Division by 255 rounds in another place.
-    torch.testing.assert_close(normalised_images(frames / 255, (28, 28)), normalised_images(frames, (28, 28)))
+    torch.testing.assert_close(normalized_images(frames / 255, (28, 28)), normalized_images(frames, (28, 28)))
 
 
 def test_resize_to_the_grid_gives_one_patch_for_each_student_token() -> None:

@@ -100,7 +100,7 @@ def test_epochs_and_checkpoints_count_every_process(folder: Path) -> None:
     assert order.epoch(Position(7, 0, 0)) == plan.epochs
 
 
-def test_the_projector_costs_its_weights_gradients_and_optimiser() -> None:
+def test_the_projector_costs_its_weights_gradients_and_optimizer() -> None:
     projector = CrepaProjector(48, 40)
     optimizer = torch.optim.AdamW(projector.parameters())
     projector(torch.randn(3, 48)).sum().backward()

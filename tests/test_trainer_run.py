@@ -140,8 +140,8 @@ def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: P
     assert {p.dtype for p in transformer.crepa_projector.parameters()} == {torch.float32}
     assert transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
     groups = student.optimizer.param_groups
-    optimised = {id(p) for group in groups for p in group["params"]}
-    assert optimised == {id(p) for p in transformer.parameters() if p.requires_grad}
+    optimized = {id(p) for group in groups for p in group["params"]}
+    assert optimized == {id(p) for p in transformer.parameters() if p.requires_grad}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

@@ -87,7 +87,7 @@ def test_two_runs_are_bitwise_equal(case: Case, recompute: bool, dtype: torch.dt
 
 @on_each_device
 @ways
-def test_uninitialised_memory_is_never_read(case: Case, dtype: torch.dtype, recompute: bool, device: str) -> None:
+def test_uninitialized_memory_is_never_read(case: Case, dtype: torch.dtype, recompute: bool, device: str) -> None:
     """torch.empty gives NaN under deterministic algorithms, and nothing changes."""
     tensors = to(device, case.tensors(dtype))
     plain = triton_results(case, tensors, recompute)
@@ -307,7 +307,7 @@ def test_bad_token_ranges(token_range: Any, tokens: int, options: dict[str, Any]
 
 @on_a_gpu
 @ways
-def test_no_host_synchronisation_and_a_graph_that_replays(
+def test_no_host_synchronization_and_a_graph_that_replays(
     case: Case, dtype: torch.dtype, recompute: bool, device: str
 ) -> None:
     tensors = to(device, case.tensors(dtype))

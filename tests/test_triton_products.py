@@ -77,7 +77,7 @@ def test_products_in_fp32_keep_what_16_bits_would_lose(
     """Where the vendor library has no such product, from fp32 copies of ``WIDE_ROWS`` rows at a time."""
     monkeypatch.setattr(launch, "WIDE_ROWS", rows)
     a, b = (torch.randn(40, n, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in (6, 10))
-    found = product("dW", a.t(), b, wide=True)
+    found = product("dW", a.t(), b, to_fp32=True)
     assert found.dtype == torch.float32
     exact = a.double().t() @ b.double()
     assert (found.double() - exact).norm() <= 1e-6 * exact.norm()
@@ -88,9 +88,9 @@ def test_products_in_fp32_copy_some_rows_at_a_time(monkeypatch: pytest.MonkeyPat
     a, b = torch.ones(8192, 16, dtype=torch.bfloat16), torch.ones(8192, 512, dtype=torch.bfloat16)
     out, copies = 4 * 16 * 512, 4 * 256 * (16 + 512)
     # Two chunks may be there at once, as one is let go after the next is made.
-    assert peak_bytes(lambda: product("dW", a.t(), b, wide=True)) < 1.1 * (out + 2 * copies)
+    assert peak_bytes(lambda: product("dW", a.t(), b, to_fp32=True)) < 1.1 * (out + 2 * copies)
     with recorded() as launches:
-        product("dW", a.t(), b, wide=True)
+        product("dW", a.t(), b, to_fp32=True)
     everything = 4 * 8192 * (16 + 512)
     assert launches[0].written == 32 * out + everything
     assert launches[0].read == 31 * out + everything + everything // 2

@@ -30,14 +30,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.plot(intensities, [min(matrix, copy * i) / 1e12 for i in intensities], color="black", label="measured roof")
     marks = {"triton": "o", "compiled bf16": "s", "eager fp32": "^"}
     for index, row in enumerate(results["rows"]):
-        colour = f"C{index % 10}"
+        color = f"C{index % 10}"
         floor = row["floor"]
         for call, mark in marks.items():
             milliseconds = row["calls"].get(call, {}).get("median_ms")
             if milliseconds is not None and "operations" in floor:
                 rate = floor["operations"] / (milliseconds * 1e-3) / 1e12
                 label = row["shape"] if call == "triton" else None
-                axes.plot(floor["operations"] / floor["moved"], rate, mark, color=colour, label=label)
+                axes.plot(floor["operations"] / floor["moved"], rate, mark, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("operations / byte that must move")

@@ -13,7 +13,7 @@ from benches.peers import eager_neighbours
 from benches.shapes import Shape
 from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.clock import Step
-from crepa_kernels.grid import count, plan_alignment
+from crepa_kernels.grid import num_tokens, plan_alignment
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Workload:
         self.dtype = getattr(torch, shape.dtype)
         self.plan = plan_alignment(shape.spatial_align, shape.student_grid, shape.teacher_grid, shape.antialias)
         torch.manual_seed(0)
-        self.h = self._normal(count(shape.student_grid), shape.hidden_size).requires_grad_()
-        self.y = self._normal(count(shape.teacher_grid), shape.feature_size)
+        self.h = self._normal(num_tokens(shape.student_grid), shape.hidden_size).requires_grad_()
+        self.y = self._normal(num_tokens(shape.teacher_grid), shape.feature_size)
         self.projector = CrepaProjector(shape.hidden_size, shape.feature_size).to(gpu.device)
 
     def _normal(self, tokens: int, width: int) -> torch.Tensor:

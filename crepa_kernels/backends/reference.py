@@ -5,21 +5,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..inputs import CrepaOutput, Problem
+from ..inputs import CrepaOutput, LossInputs
 from ..ops.rows import NORM_FLOOR
 from ..reduction import plan_reduction, reduce_frames
 
 
-def project(problem: Problem, hidden_states: torch.Tensor) -> torch.Tensor:
+def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
     """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in ``compute_dtype``."""
-    gamma, beta, weight, bias, eps = problem.projector
-    wide, narrow = problem.statistics_type, problem.compute_dtype
+    gamma, beta, weight, bias, eps = inputs.projector
+    accum_dtype, compute_dtype = inputs.statistics_type, inputs.compute_dtype
     shape = hidden_states.shape[-1:]
-    normalised = F.layer_norm(hidden_states.to(wide), shape, _cast(gamma, wide), _cast(beta, wide), eps)
-    if narrow == torch.float16:
+    normalized = F.layer_norm(
+        hidden_states.to(accum_dtype), shape, _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps
+    )
+    if compute_dtype == torch.float16:
         # The operands are rounded, but not their gradients: fp16 cannot hold that of a row below the norm's floor.
-        return F.linear(_rounded(normalised, narrow), _rounded(weight.to(wide), narrow), _cast(bias, wide))
-    return F.linear(normalised.to(narrow), weight.to(narrow), _cast(bias, narrow)).to(wide)
+        return F.linear(
+            _rounded(normalized, compute_dtype),
+            _rounded(weight.to(accum_dtype), compute_dtype),
+            _cast(bias, accum_dtype),
+        )
+    return F.linear(normalized.to(compute_dtype), weight.to(compute_dtype), _cast(bias, compute_dtype)).to(accum_dtype)
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -35,35 +41,35 @@ def unit_rows(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features, dim=-1, eps=NORM_FLOOR)
 
 
-def teacher_rows(problem: Problem, aligned: bool = True) -> torch.Tensor:
+def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
     """y on the common grid, unit rows: (B, T, M, E), or all S teacher frames if not ``aligned`` to the student's.
 
     Frames that do not exist are zero.
     """
-    features = problem.teacher_features.to(problem.statistics_type)
-    if aligned and problem.frame_index is not None:
-        features = torch.stack([clip[index] for clip, index in zip(features, problem.frame_index, strict=True)])
-    if problem.teacher_mask is not None and (aligned or problem.frame_index is None):
-        features = features.where(problem.teacher_mask[..., None, None], 0)
-    return unit_rows(problem.plan.align(features, "teacher"))
+    features = inputs.teacher_features.to(inputs.statistics_type)
+    if aligned and inputs.frame_index is not None:
+        features = torch.stack([clip[index] for clip, index in zip(features, inputs.frame_index, strict=True)])
+    if inputs.teacher_mask is not None and (aligned or inputs.frame_index is None):
+        features = features.where(inputs.teacher_mask[..., None, None], 0)
+    return unit_rows(inputs.plan.align(features, "teacher"))
 
 
-def student_rows(problem: Problem) -> torch.Tensor:
+def student_rows(inputs: LossInputs) -> torch.Tensor:
     """p on the common grid, unit rows: (B, T, M, E). Frames outside the loss are projected from zeros.
 
     Tokens outside ``token_range`` have rows of zeros, which are similar to nothing.
     """
-    hidden_states, mask, token_range = problem.hidden_states, problem.frame_mask, problem.token_range
+    hidden_states, mask, token_range = inputs.hidden_states, inputs.frame_mask, inputs.token_range
     if token_range is None:
         if mask is not None:
             hidden_states = hidden_states.where(mask[..., None, None], 0)
-        return unit_rows(problem.plan.align(project(problem, hidden_states), "student"))
+        return unit_rows(inputs.plan.align(project(inputs, hidden_states), "student"))
     start, stop = token_range
     if mask is not None:
-        hidden_states = hidden_states.where(mask.repeat_interleave(problem.plan.tokens, 1)[:, start:stop, None], 0)
-    rows = unit_rows(project(problem, hidden_states))
-    rows = F.pad(rows, (0, 0, start, problem.frames * problem.plan.tokens - stop))
-    return rows.unflatten(1, (problem.frames, problem.plan.tokens))
+        hidden_states = hidden_states.where(mask.repeat_interleave(inputs.plan.tokens, 1)[:, start:stop, None], 0)
+    rows = unit_rows(project(inputs, hidden_states))
+    rows = F.pad(rows, (0, 0, start, inputs.frames * inputs.plan.tokens - stop))
+    return rows.unflatten(1, (inputs.frames, inputs.plan.tokens))
 
 
 def pair_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -71,19 +77,19 @@ def pair_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return torch.einsum("bfme,bkme->bfk", student, teacher) / student.shape[2]
 
 
-def crepa_reference(problem: Problem) -> CrepaOutput:
+def crepa_reference(inputs: LossInputs) -> CrepaOutput:
     """Rows, similarities, neighbours, reduction, one after the other; differentiable twice."""
-    with torch.autocast(problem.hidden_states.device.type, enabled=False):
-        similarity = pair_similarity(student_rows(problem), teacher_rows(problem))
-        weights = problem.neighbours.weights(similarity.shape[1], problem.teacher_mask, like=similarity)
+    with torch.autocast(inputs.hidden_states.device.type, enabled=False):
+        similarity = pair_similarity(student_rows(inputs), teacher_rows(inputs))
+        weights = inputs.neighbours.weights(similarity.shape[1], inputs.teacher_mask, like=similarity)
         own = similarity.diagonal(dim1=1, dim2=2)
         total = own + (weights * similarity).sum(dim=-1)
-        return reduce_frames(own, total, plan_reduction(problem, weights))
+        return reduce_frames(own, total, plan_reduction(inputs, weights))
 
 
-def reference_matrix(problem: Problem) -> torch.Tensor:
+def reference_matrix(inputs: LossInputs) -> torch.Tensor:
     """s for every student frame and every teacher frame, (B, T, S); rows of frames outside the loss are 0."""
-    with torch.autocast(problem.hidden_states.device.type, enabled=False):
-        similarity = pair_similarity(student_rows(problem), teacher_rows(problem, aligned=False))
-        mask = problem.frame_mask
+    with torch.autocast(inputs.hidden_states.device.type, enabled=False):
+        similarity = pair_similarity(student_rows(inputs), teacher_rows(inputs, aligned=False))
+        mask = inputs.frame_mask
         return similarity if mask is None else similarity.where(mask[..., None], 0)

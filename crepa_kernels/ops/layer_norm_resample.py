@@ -23,7 +23,7 @@ from .resample import check_tokens, in_parts, on_grid, resampler, widened
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def normalise_and_resample(
+def normalize_and_resample(
     tokens: torch.Tensor,
     source: Sequence[int],
     target: Sequence[int],
@@ -43,7 +43,7 @@ def normalise_and_resample(
     return out, mean.squeeze(-1), inverse_std.squeeze(-1)
 
 
-def normalise_and_resample_backward(
+def normalize_and_resample_backward(
     grad: torch.Tensor,
     tokens: torch.Tensor,
     mean: torch.Tensor,
@@ -144,7 +144,7 @@ def _(
     _check(tokens, source_grid, target_grid, in_loss=in_loss)
     if tokens.numel() == 0:
         return _empty(tokens, source_grid, target_grid, antialias, eps)
-    return normalise_and_resample(tokens, source_grid, target_grid, antialias, eps, in_loss)
+    return normalize_and_resample(tokens, source_grid, target_grid, antialias, eps, in_loss)
 
 
 @torch.library.impl("crepa_kernels::layer_norm_resample_backward", "CompositeExplicitAutograd")
@@ -164,7 +164,7 @@ def _(
     if tokens.numel() == 0:
         return torch.empty_like(tokens, memory_format=torch.contiguous_format)
     geometry = (source_grid, target_grid, antialias)
-    return normalise_and_resample_backward(grad, tokens, mean, inverse_std, *geometry, in_loss, scale)
+    return normalize_and_resample_backward(grad, tokens, mean, inverse_std, *geometry, in_loss, scale)
 
 
 @torch.library.register_fake("crepa_kernels::layer_norm_resample_backward")

@@ -88,12 +88,12 @@ def frame_taps(
 
 def _axis_taps(like: torch.Tensor, source: int, target: int, antialias: bool, adjoint: bool) -> Taps:
     """The tent of csrc/geometry.h along one axis; every integer is exact, so a weight is rounded once."""
-    wide, device = torch.promote_types(like.dtype, torch.float32), like.device
+    accum_dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
     reach = 2 * (source if antialias and source > target else target)
     at = torch.arange(source, 2 * source * target, 2 * source, device=device)  # in (2 o + 1)
     token = torch.arange(target, 2 * source * target, 2 * target, device=device)  # out (2 j + 1)
     tent = (reach - (at[:, None] - token).abs_()).clamp_min_(0)
-    weight = tent.to(wide) / tent.sum(dim=1, keepdim=True).to(wide)
+    weight = tent.to(accum_dtype) / tent.sum(dim=1, keepdim=True).to(accum_dtype)
     count, other, centre = (source, target, at)
     if adjoint:
         weight, count, other, centre = weight.T, target, source, token

@@ -1,4 +1,4 @@
-"""``crepa_kernels::align_rows`` and its backward, ``normalise_rows``: what the ``torch`` backend does to rows.
+"""``crepa_kernels::align_rows`` and its backward, ``normalize_rows``: what the ``torch`` backend does to rows.
 
 The kernels are the C++ extension's on a CPU where it is there; what is here in PyTorch runs everywhere else.
 Equations, for row p of token m of student frame f, y its teacher rows and ŷ = y / max(|y|, 1e-12)::
@@ -33,13 +33,13 @@ define(
     "Tensor(a!) g, Tensor(b!) scaled, Tensor(c!) along, Tensor(d!) sum) -> ()",
 )
 define("layer_norm_rows", "(Tensor tokens, float eps, bool normalised) -> (Tensor, Tensor, Tensor, Tensor)")
-define("normalise_rows", "(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor(a!) out) -> ()")
-for _name in ("align_rows", "align_rows_backward", "layer_norm_rows", "normalise_rows"):
+define("normalize_rows", "(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor(a!) out) -> ()")
+for _name in ("align_rows", "align_rows_backward", "layer_norm_rows", "normalize_rows"):
     keeps_type(_name)
 align_rows_op = torch.ops.crepa_kernels.align_rows.default
 align_rows_backward_op = torch.ops.crepa_kernels.align_rows_backward.default
 layer_norm_rows_op = torch.ops.crepa_kernels.layer_norm_rows.default
-normalise_rows_op = torch.ops.crepa_kernels.normalise_rows.default
+normalize_rows_op = torch.ops.crepa_kernels.normalize_rows.default
 
 
 @torch.library.impl("crepa_kernels::align_rows", "CompositeExplicitAutograd")
@@ -74,13 +74,13 @@ def _(
     Returns:
         own, total, 1 / max(|p|, floor) and <q, p>, each (F x M,) in fp32 (fp64 for fp64).
     """
-    tokens, wide = teacher[0].shape[0], weights.dtype
-    p = projected.to(wide)
+    tokens, accum_dtype = teacher[0].shape[0], weights.dtype
+    p = projected.to(accum_dtype)
     if mean is not None and inverse_std is not None and row_sums is not None:
         p = torch.addr(p, mean, row_sums, alpha=-1) * inverse_std[:, None]
     if offset is not None:
         p = p + offset
-    unit = [_unit(frame.to(wide)) for frame in teacher]
+    unit = [_unit(frame.to(accum_dtype)) for frame in teacher]
     frames = range(first, first + len(p) // tokens)
     y = torch.cat([unit[frame - base] for frame in frames])
     z = y if not offsets else y.clone()
@@ -168,29 +168,29 @@ def _(
 
 
 @torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
-def _(tokens: Tensor, eps: float, normalised: bool) -> Rows:
+def _(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
 
     The three are (N...,) in fp32 (fp64 for fp64); the mean is the sum of two numbers, where one would be rounded.
     """
     rows = tokens.reshape(-1, tokens.shape[-1])
-    wide = torch.promote_types(tokens.dtype, torch.float32)
+    accum_dtype = torch.promote_types(tokens.dtype, torch.float32)
     # On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights.
     half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
     ones = rows.new_ones(rows.shape[-1], dtype=torch.float32) if half else None
     x, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], ones, None, eps)
-    mean, inverse_std = mean.flatten().to(wide), inverse_std.flatten().to(wide)
-    return x if normalised else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
+    mean, inverse_std = mean.flatten().to(accum_dtype), inverse_std.flatten().to(accum_dtype)
+    return x if normalized else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
 
 
 @torch.library.register_fake("crepa_kernels::layer_norm_rows")
-def _(tokens: Tensor, eps: float, normalised: bool) -> Rows:
-    rows, wide = tokens.shape[:-1].numel(), torch.promote_types(tokens.dtype, torch.float32)
-    mean, low, inverse_std = (tokens.new_empty(rows, dtype=wide) for _ in range(3))
-    return tokens.new_empty((rows if normalised else 0, tokens.shape[-1])), mean, low, inverse_std
+def _(tokens: Tensor, eps: float, normalized: bool) -> Rows:
+    rows, accum_dtype = tokens.shape[:-1].numel(), torch.promote_types(tokens.dtype, torch.float32)
+    mean, low, inverse_std = (tokens.new_empty(rows, dtype=accum_dtype) for _ in range(3))
+    return tokens.new_empty((rows if normalized else 0, tokens.shape[-1])), mean, low, inverse_std
 
 
-@torch.library.impl("crepa_kernels::normalise_rows", "CompositeExplicitAutograd")
+@torch.library.impl("crepa_kernels::normalize_rows", "CompositeExplicitAutograd")
 def _(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tensor) -> None:
     """out (N..., C) = (h - mean - low) / std of ``tokens`` (..., N, C), from what ``layer_norm_rows`` returned."""
     rows = tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]
@@ -198,6 +198,6 @@ def _(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tenso
 
 
 @torch.library.register_fake("crepa_kernels::align_rows_backward")
-@torch.library.register_fake("crepa_kernels::normalise_rows")
+@torch.library.register_fake("crepa_kernels::normalize_rows")
 def _(*arguments: object) -> None:
     return None

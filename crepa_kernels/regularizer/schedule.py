@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..transfer import several_ranks
-from .step_sum import Measurement
+from .step_sum import StepSum
 
 if TYPE_CHECKING:
     from ..config.schema import CrepaConfig
@@ -127,7 +127,7 @@ class CrepaSchedule:
         self._similar = False
         self._step: int | None = None
         self._last_run: int | None = None
-        self._under_way: list[Measurement] = []
+        self._under_way: list[StepSum] = []
         self._decision: Decision | None = None
         self._warned = False
         self._tell_threshold()
@@ -180,8 +180,8 @@ class CrepaSchedule:
         if step == self._step and self._decision is not None:
             return self._decision
         if step != self._step:
-            for measurement in self._under_way:
-                measurement.send()
+            for step_sum in self._under_way:
+                step_sum.send()
             self._take_until(step - LAG)
         self._step = step
         self._decision = self._decide(step)
@@ -195,7 +195,7 @@ class CrepaSchedule:
         if self._under_way and self._under_way[-1].step == step:
             self._under_way[-1].reopen(device)
         else:
-            self._under_way.append(Measurement(step, updates, device))
+            self._under_way.append(StepSum(step, updates, device))
 
     def _decide(self, step: int) -> Decision:
         scheduled = self.weight(step)
@@ -227,8 +227,8 @@ class CrepaSchedule:
 
     def _take_until(self, step: int) -> None:
         while self._under_way and self._under_way[0].step <= step:
-            measurement = self._under_way.pop(0)
-            self._update(*measurement.read(), measurement.updates)
+            step_sum = self._under_way.pop(0)
+            self._update(*step_sum.read(), step_sum.updates)
 
     def _update(self, metric_sum: float, count: float, updates: int) -> None:
         if count == 0.0:
@@ -252,9 +252,9 @@ class CrepaSchedule:
         what the last step measured, so every rank must call it.
         """
         under_way = []
-        for measurement in self._under_way:
-            metric_sum, count = measurement.read()
-            numbers = {"step": measurement.step, "updates": measurement.updates}
+        for step_sum in self._under_way:
+            metric_sum, count = step_sum.read()
+            numbers = {"step": step_sum.step, "updates": step_sum.updates}
             under_way.append({**numbers, "sum": metric_sum, "count": count})
         return {
             "ema": self._ema,
@@ -275,7 +275,7 @@ class CrepaSchedule:
         self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
         self._step, self._last_run = state["step"], state["last_run_step"]
         self._under_way = [
-            Measurement(entry["step"], entry["updates"], _CPU, numbers=(entry["sum"], entry["count"]))
+            StepSum(entry["step"], entry["updates"], _CPU, numbers=(entry["sum"], entry["count"]))
             for entry in state["under_way"]
         ]
         self._decision = None

@@ -19,7 +19,7 @@ def _sum_type(device: torch.device) -> torch.dtype:
 
 
 @dataclass
-class Measurement:
+class StepSum:
     """Sum and count of the metric over the unmasked frames of one optimiser step.
 
     While the step lasts, each rank adds up its own micro-batches in ``total``. ``send`` adds up over the ranks, once a

@@ -118,7 +118,7 @@ class DinoV2Teacher:
         features = []
         with torch.autocast(weight.device.type, enabled=False):
             for batch in frames.split(at_a_time):
-                images = normalised_images(moved(batch, weight.device), (height, width)).to(weight.dtype)
+                images = normalized_images(moved(batch, weight.device), (height, width)).to(weight.dtype)
                 features.append(model(pixel_values=images).last_hidden_state[:, dropped:])
         self.frames_encoded += len(frames)
         return TeacherFeatures(moved(torch.cat(features), device), (height // patch, width // patch))
@@ -176,7 +176,7 @@ class DinoV2Teacher:
         return model.eval()
 
 
-def normalised_images(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def normalized_images(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Frames (K, 3, H, W), uint8 or in [0, 1], resized to ``size`` (height, width) and normalised, in fp32."""
     images = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

@@ -10,7 +10,7 @@ template <typename P, typename Y, typename Q>
 struct AlignTask {
   using A = Accumulate<P>;
   const P* projected;   // (rows, features)
-  // p = inverse_std (projected - mean row_sums) + offset: what centred weights make of tokens that are not normalised.
+  // p = inverse_std (projected - mean row_sums) + offset: what centred weights make of tokens that are not normalized.
   const A* mean;         // (rows) or null: p = projected + offset
   const A* inverse_std;  // (rows)
   const A* row_sums;     // (features)
@@ -67,7 +67,7 @@ AlignBackwardKernel<Q, P> align_backward_kernel();
 
 // x = (h - mean - low) inverse_std. The mean is kept in two parts: of a token far from zero one would lose what is left.
 template <typename T>
-struct NormaliseTask {
+struct NormalizeTask {
   using A = Accumulate<T>;
   Rows<const T> tokens;
   int64_t per_frame, channels;
@@ -80,9 +80,9 @@ struct NormaliseTask {
 };
 
 template <typename T>
-using NormaliseKernel = void (*)(const NormaliseTask<T>&, int64_t begin, int64_t end);
+using NormalizeKernel = void (*)(const NormalizeTask<T>&, int64_t begin, int64_t end);
 template <typename T>
-NormaliseKernel<T> normalise_kernel();
+NormalizeKernel<T> normalize_kernel();
 
 // Every combination of types that there are kernels of: X(P, Y, Q), rows of other types are converted first.
 #define CREPA_ALIGN_TYPES(X)             \

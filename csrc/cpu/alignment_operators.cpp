@@ -1,4 +1,4 @@
-// Operators on rows of projected tokens: similarity with the teacher's rows, its gradient, and normalised tokens.
+// Operators on rows of projected tokens: similarity with the teacher's rows, its gradient, and normalized tokens.
 #include <optional>
 #include <type_traits>
 
@@ -42,7 +42,7 @@ struct Alignment {
   Tensor own, total, inverse_norm, q_dot_p;
 };
 
-// Of tokens that were projected before they were normalised; all or none.
+// Of tokens that were projected before they were normalized; all or none.
 struct Fold {
   std::optional<Tensor> mean, inverse_std, row_sums;
 };
@@ -215,11 +215,11 @@ struct RowStatistics {
 };
 
 template <typename T>
-void normalise_of(const Frames& frames, const RowStatistics& statistics, bool measure, double eps, T* result) {
+void normalize_of(const Frames& frames, const RowStatistics& statistics, bool measure, double eps, T* result) {
   using A = Accumulate<T>;
   std::vector<int64_t> offset(frames.count);
   for (int64_t frame = 0; frame < frames.count; ++frame) offset[frame] = frames.offset(frame);
-  NormaliseTask<T> task{};
+  NormalizeTask<T> task{};
   task.tokens = {in<T>(frames.tensor), offset.data(), frames.row_stride};
   task.per_frame = frames.tensor.size(frames.tensor.dim() - 2), task.channels = frames.channels;
   task.mean = out<A>(statistics.mean), task.low = out<A>(statistics.low);
@@ -227,15 +227,15 @@ void normalise_of(const Frames& frames, const RowStatistics& statistics, bool me
   task.measure = measure, task.eps = eps;
   task.out = result;
   torch::stable::parallel_for(0, frames.count * task.per_frame, grain(task.channels * sizeof(T)),
-                              [&](int64_t begin, int64_t end) { normalise_kernel<T>()(task, begin, end); });
+                              [&](int64_t begin, int64_t end) { normalize_kernel<T>()(task, begin, end); });
 }
 
-void normalise(const Tensor& tokens, const RowStatistics& statistics, bool measure, double eps, const Tensor& result) {
+void normalize(const Tensor& tokens, const RowStatistics& statistics, bool measure, double eps, const Tensor& result) {
   if (tokens.numel() == 0) return;
   const Frames frames(tokens);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    normalise_of<T>(frames, statistics, measure, eps, out<T>(result));
+    normalize_of<T>(frames, statistics, measure, eps, out<T>(result));
   };
   switch (tokens.scalar_type()) {
     case ScalarType::Float: return run(float());
@@ -253,23 +253,23 @@ int64_t row_count(const Tensor& tokens) {
   return rows;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_rows(Tensor tokens, double eps, bool normalised) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_rows(Tensor tokens, double eps, bool normalized) {
   const int64_t rows = row_count(tokens);
   const auto empty = [&] { return torch::stable::new_empty(tokens, {rows}, statistics_type(tokens)); };
   const RowStatistics statistics{empty(), empty(), empty()};
-  Tensor x = torch::stable::new_empty(tokens, {normalised ? rows : 0, tokens.size(tokens.dim() - 1)});
-  normalise(tokens, statistics, true, eps, x);
+  Tensor x = torch::stable::new_empty(tokens, {normalized ? rows : 0, tokens.size(tokens.dim() - 1)});
+  normalize(tokens, statistics, true, eps, x);
   return {x, statistics.mean, statistics.low, statistics.inverse_std};
 }
 
-void normalise_rows(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor result) {
+void normalize_rows(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor result) {
   const int64_t rows = row_count(tokens);
   const ScalarType wide = statistics_type(tokens);
   check_is(mean, "mean", wide, {rows});
   check_is(low, "low", wide, {rows});
   check_is(inverse_std, "inverse_std", wide, {rows});
   check_is(result, "out", tokens.scalar_type(), {rows, tokens.size(tokens.dim() - 1)});
-  normalise(tokens, {mean, low, inverse_std}, false, 0, result);
+  normalize(tokens, {mean, low, inverse_std}, false, 0, result);
 }
 
 }  // namespace
@@ -278,7 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(crepa_kernels, CPU, library) {
   library.impl("align_rows", TORCH_BOX(&align_rows));
   library.impl("align_rows_backward", TORCH_BOX(&align_rows_backward));
   library.impl("layer_norm_rows", TORCH_BOX(&layer_norm_rows));
-  library.impl("normalise_rows", TORCH_BOX(&normalise_rows));
+  library.impl("normalize_rows", TORCH_BOX(&normalize_rows));
 }
 
 }  // namespace crepa

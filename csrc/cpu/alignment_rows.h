@@ -150,7 +150,7 @@ void align_backward(const AlignBackwardTask<Q, P>& task, int64_t begin, int64_t 
 }
 
 template <typename T>
-void normalise(const NormaliseTask<T>& task, int64_t begin, int64_t end) {
+void normalize(const NormalizeTask<T>& task, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* h = task.tokens.data + task.tokens.frame_offset[row / task.per_frame] +
                  row % task.per_frame * task.tokens.row_stride;

@@ -16,7 +16,7 @@ namespace crepa {
   template <typename Q, typename P>                    \
   AlignBackwardKernel<Q, P> align_backward_table();    \
   template <typename T>                                \
-  NormaliseKernel<T> normalise_table();                \
+  NormalizeKernel<T> normalize_table();                \
   }
 
 CREPA_DECLARE(generic)
@@ -85,8 +85,8 @@ AlignBackwardKernel<Q, P> align_backward_kernel() {
   return CREPA_NEWEST(align_backward_table<Q, P>());
 }
 template <typename T>
-NormaliseKernel<T> normalise_kernel() {
-  return CREPA_NEWEST(normalise_table<T>());
+NormalizeKernel<T> normalize_kernel() {
+  return CREPA_NEWEST(normalize_table<T>());
 }
 
 #define CREPA_DEFINE(P, Y, Q) template AlignKernel<P, Y, Q> align_kernel<P, Y, Q>();
@@ -99,10 +99,10 @@ template InverseNormKernel<float, float> inverse_norm_kernel<float, float>();
 template InverseNormKernel<BFloat16, float> inverse_norm_kernel<BFloat16, float>();
 template InverseNormKernel<Float16, float> inverse_norm_kernel<Float16, float>();
 template InverseNormKernel<double, double> inverse_norm_kernel<double, double>();
-template NormaliseKernel<float> normalise_kernel<float>();
-template NormaliseKernel<BFloat16> normalise_kernel<BFloat16>();
-template NormaliseKernel<Float16> normalise_kernel<Float16>();
-template NormaliseKernel<double> normalise_kernel<double>();
+template NormalizeKernel<float> normalize_kernel<float>();
+template NormalizeKernel<BFloat16> normalize_kernel<BFloat16>();
+template NormalizeKernel<Float16> normalize_kernel<Float16>();
+template NormalizeKernel<double> normalize_kernel<double>();
 
 const char* instruction_set() {
   static const char* const names[] = {"generic", "avx2", "avx512"};

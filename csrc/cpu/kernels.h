@@ -56,7 +56,7 @@ struct Task {
   Accumulate<T>* inverse_std;
   double eps;
   const bool* in_loss;   // one a frame: what is outside is neither read nor has a gradient; null: all are inside
-  Rows<const T> tokens;  // what was normalised; backward pass only
+  Rows<const T> tokens;  // what was normalized; backward pass only
   Accumulate<T> scale;   // of the result; backward pass only
 };
 

@@ -90,9 +90,9 @@ void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* low, A* i
   *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps);
 }
 
-// dh = scale r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalised row and g its gradient.
+// dh = scale r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalized row and g its gradient.
 template <typename T, typename A>
-void normalisation_backward(const A* gradient, const T* row, A mean, A r, A scale, int64_t channels, T* out) {
+void normalization_backward(const A* gradient, const T* row, A mean, A r, A scale, int64_t channels, T* out) {
   A sum = 0, along = 0;
 #pragma omp simd reduction(+ : sum, along)
   for (int64_t c = 0; c < channels; ++c) {

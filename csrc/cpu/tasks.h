@@ -152,7 +152,7 @@ void layer_norm_resample_backward(const Task<T>& task, int64_t begin, int64_t en
         combine_all<false>(count, taps.data, partial.data, gradient.data, task.channels);
         if (x + 2 < columns && task.horizontal.first[x + 3] > task.horizontal.first[x + 2])
           prefetch_row(tokens + (y * columns + x + 2) * task.tokens.row_stride, task.channels);
-        normalisation_backward(gradient.data, tokens + (y * columns + x) * task.tokens.row_stride, task.mean[row],
+        normalization_backward(gradient.data, tokens + (y * columns + x) * task.tokens.row_stride, task.mean[row],
                                task.inverse_std[row], task.scale, task.channels, out.at(row));
       }
       out.done(row);
@@ -187,8 +187,8 @@ AlignBackwardKernel<Q, P> align_backward_table() {
   return align_backward<Q, P>;
 }
 template <typename T>
-NormaliseKernel<T> normalise_table() {
-  return normalise<T>;
+NormalizeKernel<T> normalize_table() {
+  return normalize<T>;
 }
 
 #define CREPA_DEFINE(P, Y, Q) template AlignKernel<P, Y, Q> align_table<P, Y, Q>();
@@ -201,10 +201,10 @@ template InverseNormKernel<float, float> inverse_norm_table<float, float>();
 template InverseNormKernel<BFloat16, float> inverse_norm_table<BFloat16, float>();
 template InverseNormKernel<Float16, float> inverse_norm_table<Float16, float>();
 template InverseNormKernel<double, double> inverse_norm_table<double, double>();
-template NormaliseKernel<float> normalise_table<float>();
-template NormaliseKernel<BFloat16> normalise_table<BFloat16>();
-template NormaliseKernel<Float16> normalise_table<Float16>();
-template NormaliseKernel<double> normalise_table<double>();
+template NormalizeKernel<float> normalize_table<float>();
+template NormalizeKernel<BFloat16> normalize_table<BFloat16>();
+template NormalizeKernel<Float16> normalize_table<Float16>();
+template NormalizeKernel<double> normalize_table<double>();
 
 }  // namespace CREPA_LEVEL
 }  // namespace crepa

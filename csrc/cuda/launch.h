@@ -42,7 +42,7 @@ struct Task {
   void* inverse_std;
   double eps;
   const bool* in_loss;  // one a frame: what is outside is neither read nor has a gradient; null: all are inside
-  Rows tokens;          // what was normalised; backward pass only
+  Rows tokens;          // what was normalized; backward pass only
   const void* scale;    // of the result, one number; null: 1; backward pass only
 };
 

@@ -185,9 +185,9 @@ void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, 
   check_out(out, tokens);
   if (out.numel() == 0) return;
   const Tensor means = torch::stable::contiguous(mean), inverses = torch::stable::contiguous(inverse_std);
-  Tensor from = grad, normalised = tokens;
+  Tensor from = grad, normalized = tokens;
   Task task = make_task(from, out, source, target, antialias, true);
-  task.tokens = lay_out(normalised, task.aligned);
+  task.tokens = lay_out(normalized, task.aligned);
   task.mean = means.mutable_data_ptr();
   task.inverse_std = inverses.mutable_data_ptr();
   if (in_loss) in_loss = torch::stable::contiguous(*in_loss);

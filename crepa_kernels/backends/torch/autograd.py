@@ -21,43 +21,43 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...inputs import CrepaOutput, Problem
-from ...ops.rows import align_rows_backward_op, align_rows_op, normalise_rows_op
+from ...inputs import CrepaOutput, LossInputs
+from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
 from ...reduction import plan_reduction, reduce_frames
 from .chunks import Chunk, plan_chunks
-from .student import Aligned, Settings, Student
+from .student import Aligned, Settings, StudentRows
 from .teacher import TeacherRows
 
 
-def crepa_torch(problem: Problem) -> CrepaOutput:
-    """The loss of ``problem``; differentiable once."""
-    with torch.autocast(problem.hidden_states.device.type, enabled=False):
-        like = problem.teacher_features.new_empty(0, dtype=problem.statistics_type)
-        weights = problem.neighbours.weights(problem.frames, problem.teacher_mask, like)
-        reduction = plan_reduction(problem, weights)
-        gamma, beta, weight, bias, _ = problem.projector
+def crepa_torch(inputs: LossInputs) -> CrepaOutput:
+    """The loss of ``inputs``; differentiable once."""
+    with torch.autocast(inputs.hidden_states.device.type, enabled=False):
+        like = inputs.teacher_features.new_empty(0, dtype=inputs.statistics_type)
+        weights = inputs.neighbours.weights(inputs.frames, inputs.teacher_mask, like)
+        reduction = plan_reduction(inputs, weights)
+        gamma, beta, weight, bias, _ = inputs.projector
         own, total = _FrameSimilarity.apply(
-            _whole_frames(problem), gamma, beta, weight, bias, problem, weights, torch.is_grad_enabled()
+            _whole_frames(inputs), gamma, beta, weight, bias, inputs, weights, torch.is_grad_enabled()
         )
         return reduce_frames(own, total, reduction)
 
 
-def _whole_frames(problem: Problem) -> torch.Tensor:
+def _whole_frames(inputs: LossInputs) -> torch.Tensor:
     """Hidden states as (B, T, P, D), zeros outside ``token_range``."""
-    if problem.token_range is None:
-        return problem.hidden_states
-    (start, stop), tokens = problem.token_range, problem.plan.tokens
-    whole = F.pad(problem.hidden_states, (0, 0, start, problem.frames * tokens - stop))
-    return whole.unflatten(1, (problem.frames, tokens))
+    if inputs.token_range is None:
+        return inputs.hidden_states
+    (start, stop), tokens = inputs.token_range, inputs.plan.tokens
+    whole = F.pad(inputs.hidden_states, (0, 0, start, inputs.frames * tokens - stop))
+    return whole.unflatten(1, (inputs.frames, tokens))
 
 
-def _rows_in_range(problem: Problem, chunk: Chunk) -> tuple[int, int]:
+def _rows_in_range(inputs: LossInputs, chunk: Chunk) -> tuple[int, int]:
     """Rows [start, stop) of a chunk whose student token is in ``token_range``; the others are zeros."""
-    rows = chunk.frames * problem.plan.tokens
-    if problem.token_range is None:
+    rows = chunk.frames * inputs.plan.tokens
+    if inputs.token_range is None:
         return 0, rows
-    first = chunk.start * problem.plan.tokens
-    start, stop = (min(max(token - first, 0), rows) for token in problem.token_range)
+    first = chunk.start * inputs.plan.tokens
+    start, stop = (min(max(token - first, 0), rows) for token in inputs.token_range)
     return start, stop
 
 
@@ -82,22 +82,22 @@ class _FrameSimilarity(torch.autograd.Function):
         beta: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        problem: Problem,
+        inputs: LossInputs,
         weights: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = Settings(problem.plan, problem.projector.eps, problem.frame_mask, problem.compute_dtype)
-        student = Student(settings, hidden_states, gamma, beta, weight, bias)
-        teacher = TeacherRows(problem, weights)
-        chunks, tokens = plan_chunks(problem), problem.plan.tokens
-        own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.wide)
+        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype)
+        student = StudentRows(settings, hidden_states, gamma, beta, weight, bias)
+        teacher = TeacherRows(inputs, weights)
+        chunks, tokens = plan_chunks(inputs), inputs.plan.tokens
+        own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.accum_dtype)
         total = torch.zeros_like(own)
         keep = grad_enabled and any(ctx.needs_input_grad)
         need_folded = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # gamma's or the weight's gradient
         rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
-        q = hidden_states.new_empty((rows, weight.shape[0]), dtype=problem.compute_dtype)
-        statistics = rows if problem.plan.student == "keep" else 0
-        numbers = (hidden_states.new_empty(sizes, dtype=student.wide) for sizes in ((2, rows), (3, statistics)))
+        q = hidden_states.new_empty((rows, weight.shape[0]), dtype=inputs.compute_dtype)
+        statistics = rows if inputs.plan.student == "keep" else 0
+        numbers = (hidden_states.new_empty(sizes, dtype=student.accum_dtype) for sizes in ((2, rows), (3, statistics)))
         kept = _Kept(*itertools.chain.from_iterable(numbers))
         aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
         for chunk in chunks:
@@ -105,7 +105,7 @@ class _FrameSimilarity(torch.autograd.Function):
             span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
             own_rows, total_rows, inverse_norm, q_dot_p = align_rows_op(
                 projected.rows, *projected.fold, *teacher.around(chunk), chunk.start, teacher.offsets,
-                *_rows_in_range(problem, chunk), q[out],
+                *_rows_in_range(inputs, chunk), q[out],
             )  # fmt: skip
             own[chunk.clip, span] = own_rows.view(-1, tokens).mean(dim=-1)
             total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
@@ -130,7 +130,7 @@ class _FrameSimilarity(torch.autograd.Function):
             hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
             kept, aligned = rest[: len(_Kept._fields)], iter(rest[len(_Kept._fields) :])
             need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
-            student = Student(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
+            student = StudentRows(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
             gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
             tokens = ctx.settings.plan.tokens
             for chunk in ctx.chunks:
@@ -141,19 +141,19 @@ class _FrameSimilarity(torch.autograd.Function):
             gradients.release()
             # W' = W diag(gamma) and c = W beta + b, taken apart again.
             d_weight, d_offset = gradients.folded, gradients.offset
-            wide = d_offset.dtype
-            weight_wide = weight.to(wide)
+            accum_dtype = d_offset.dtype
+            weight_accum = weight.to(accum_dtype)
             d_gamma = None
             if need_gamma or need_weight:
                 if d_weight is None:
-                    d_weight = torch.zeros_like(weight_wide)
+                    d_weight = torch.zeros_like(weight_accum)
                 if need_gamma:
-                    d_gamma = (weight_wide * d_weight).sum(dim=0)
+                    d_gamma = (weight_accum * d_weight).sum(dim=0)
                 if gamma is not None:
-                    d_weight.mul_(gamma.to(wide))
+                    d_weight.mul_(gamma.to(accum_dtype))
                 if beta is not None:
-                    d_weight.addr_(d_offset, beta.to(wide))
-            d_beta = weight_wide.t() @ d_offset if need_beta else None
+                    d_weight.addr_(d_offset, beta.to(accum_dtype))
+            d_beta = weight_accum.t() @ d_offset if need_beta else None
             d_bias = d_offset if need_bias else None
             d_weight = d_weight if need_weight else None
             pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
@@ -164,29 +164,29 @@ class _FrameSimilarity(torch.autograd.Function):
 class _Gradients:
     """dh, dW' and dc, summed over the chunks."""
 
-    def __init__(self, student: Student, chunks: list[Chunk], need_h: bool, need_folded: bool):
+    def __init__(self, student: StudentRows, chunks: list[Chunk], need_h: bool, need_folded: bool):
         self.student, self.need_folded = student, need_folded
         h = student.hidden_states
-        self.offset = h.new_zeros(student.weight.shape[0], dtype=student.wide)  # dc (E,)
+        self.offset = h.new_zeros(student.weight.shape[0], dtype=student.accum_dtype)  # dc (E,)
         self.folded: torch.Tensor | None = None  # dW' (E, D)
         self.hidden_states: torch.Tensor | None = None
         if need_h:
             # Frames outside the loss have no chunk, and keep the zeros.
             covered = sum(chunk.frames for chunk in chunks) == h.shape[0] * h.shape[1]
             self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
-        self.centred = student.centred if need_h and student.plan.student == "keep" else None
+        self.centered = student.centered if need_h and student.plan.student == "keep" else None
 
     def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept, aligned: Aligned | None) -> None:
         """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E), and what was kept of its rows.
 
         Rows whose ``aligned`` was not kept are aligned again.
         """
-        student, same_grid = self.student, self.centred is not None
+        student, same_grid = self.student, self.centered is not None
         # fp32 rows are scaled in their place later; half types would be rounded twice.
-        both = same_grid and (not self.need_folded or student.narrow != student.wide)
+        both = same_grid and (not self.need_folded or student.compute_dtype != student.accum_dtype)
         need_g = self.need_folded or (self.hidden_states is not None and not both)
-        g = torch.empty_like(q if need_g else q[:0], dtype=student.narrow)
-        scaled = torch.empty_like(q if both else q[:0], dtype=student.narrow)
+        g = torch.empty_like(q if need_g else q[:0], dtype=student.compute_dtype)
+        scaled = torch.empty_like(q if both else q[:0], dtype=student.compute_dtype)
         along = torch.empty_like(kept.mean if same_grid else kept.mean[:0])
         align_rows_backward_op(
             q, grad, kept.inverse_norm, kept.q_dot_p, student.offset, kept.inverse_std,
@@ -207,14 +207,14 @@ class _Gradients:
 
     def release(self) -> None:
         """Lets go of all but the sums: what comes after them takes as much memory as the weights."""
-        self.centred = None
+        self.centered = None
         self.student.release()
 
     def _fold(self, g: torch.Tensor, x: torch.Tensor) -> None:
         if not self.need_folded:
             return
         if self.folded is None:
-            self.folded = (g.t() @ x).to(self.student.wide)
+            self.folded = (g.t() @ x).to(self.student.accum_dtype)
         elif g.dtype == self.folded.dtype:
             self.folded.addmm_(g.t(), x)
         else:
@@ -234,16 +234,16 @@ class _Gradients:
         # dh's own memory holds x first: it is the only thing of its size.
         in_place = out is not None and out.dtype == rows.dtype
         x = out.view(rows.shape) if out is not None and in_place else rows.new_empty(rows.shape)
-        normalise_rows_op(tokens, kept.mean, kept.low, kept.inverse_std, x)
+        normalize_rows_op(tokens, kept.mean, kept.low, kept.inverse_std, x)
         self._fold(g, x.to(g.dtype))
-        if out is None or self.centred is None:
+        if out is None or self.centered is None:
             return
         if not scaled.numel():
             scaled = g.mul_(kept.inverse_std[:, None])
         x.mul_(along[:, None].to(x.dtype))
         if x.dtype == scaled.dtype:
-            x.addmm_(scaled, self.centred)
+            x.addmm_(scaled, self.centered)
         else:
-            x.add_(scaled @ self.centred)
+            x.add_(scaled @ self.centered)
         if not in_place:
             out.copy_(x.view(out.shape))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...grid import count
-from ...inputs import Problem
+from ...grid import num_tokens
+from ...inputs import LossInputs
 from ...ops import has_extension
 
 # Tokens worked on at a time: a CPU's caches like few. A GPU's launches want many, and every one costs fp32 rows of p, y
@@ -35,21 +35,21 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def plan_chunks(problem: Problem) -> list[Chunk]:
+def plan_chunks(inputs: LossInputs) -> list[Chunk]:
     """Runs of frames in the loss, a cache's worth of tokens each.
 
     Frames outside the loss are skipped where the mask is readable; elsewhere all frames are worked on and masked.
     """
-    batch, tokens = problem.batch, count(problem.plan.student_grid)
-    first, last = 0, problem.frames
-    if problem.token_range is not None:
-        first, last = problem.token_range[0] // tokens, -(-problem.token_range[1] // tokens)
-    mask, device = problem.frame_mask, problem.hidden_states.device.type
+    batch, tokens = inputs.batch, num_tokens(inputs.plan.student_grid)
+    first, last = 0, inputs.frames
+    if inputs.token_range is not None:
+        first, last = inputs.token_range[0] // tokens, -(-inputs.token_range[1] // tokens)
+    mask, device = inputs.frame_mask, inputs.hidden_states.device.type
     in_loss = mask.tolist() if mask is not None and is_readable(mask) else None
     limit = _CHUNK_TOKENS.get(device, _CHUNK_TOKENS_ELSEWHERE)
     # Where LayerNorm and resampling are one pass, only resampled rows are held; more of them make faster products.
-    fused = problem.plan.student == "resample" and device == "cpu" and has_extension(device)
-    most = max(1, limit // (problem.plan.tokens if fused else max(tokens, problem.plan.tokens)))
+    fused = inputs.plan.student == "resample" and device == "cpu" and has_extension(device)
+    most = max(1, limit // (inputs.plan.tokens if fused else max(tokens, inputs.plan.tokens)))
     chunks: list[Chunk] = []
     row = 0
     for clip in range(batch):
@@ -60,6 +60,6 @@ def plan_chunks(problem: Problem) -> list[Chunk]:
                 stop += 1
             if stop > start:
                 chunks.append(Chunk(clip, start, stop, row))
-                row += (stop - start) * problem.plan.tokens
+                row += (stop - start) * inputs.plan.tokens
             start = max(stop, start + 1)
     return chunks

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...grid import SpatialPlan, count, few_enough_to_keep
+from ...grid import SpatialPlan, num_tokens, should_save_aligned
 from ...ops.compiling import constant_when_compiled
 from ...ops.layer_norm_resample import (
     layer_norm_resample_backward_op,
@@ -51,12 +51,12 @@ class Projected:
     aligned: Aligned | None = None
 
 
-class Student:
+class StudentRows:
     """The student's side of a chunk: normalised tokens, their projection, and the way back.
 
-    ``wide`` is the type of statistics and sums, ``narrow`` that of the products' operands: the compute type, or fp32
-    for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a CPU without bf16
-    products. ``raw`` tokens are multiplied as they are, and LayerNorm is folded into the product.
+    ``accum_dtype`` is the type of statistics and sums, ``compute_dtype`` that of the products' operands: the
+    inputs', or fp32 for fp16, whose range cannot hold the gradient of a row below the norm's floor, and for bf16 on a
+    CPU without bf16 products. ``raw`` tokens are multiplied as they are, and LayerNorm is folded into the product.
     """
 
     def __init__(
@@ -71,49 +71,53 @@ class Student:
     ) -> None:
         self.hidden_states, self.gamma, self.weight = hidden_states, gamma, weight
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
-        self.wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        self.narrow = _product_type(settings.compute_dtype, hidden_states.device.type)
-        self.raw = self.narrow != self.wide and hidden_states.dtype == self.narrow and self.plan.student == "keep"
+        self.accum_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        self.compute_dtype = _product_type(settings.compute_dtype, hidden_states.device.type)
+        self.raw = (
+            self.compute_dtype != self.accum_dtype
+            and hidden_states.dtype == self.compute_dtype
+            and self.plan.student == "keep"
+        )
         # fp32 tokens are normalised before they are rounded: they may have a large mean.
-        self.token_dtype = torch.promote_types(hidden_states.dtype, self.narrow)
+        self.token_dtype = torch.promote_types(hidden_states.dtype, self.compute_dtype)
         self._operand: torch.Tensor | None = None
-        self._centred: torch.Tensor | None = None
+        self._centered: torch.Tensor | None = None
         self.offset = offset  # c (E,)
         if offset is None:
-            terms = [weight.to(self.wide) @ beta.to(self.wide)] if beta is not None else []
-            terms += [bias.to(self.wide)] if bias is not None else []
+            terms = [weight.to(self.accum_dtype) @ beta.to(self.accum_dtype)] if beta is not None else []
+            terms += [bias.to(self.accum_dtype)] if bias is not None else []
             self.offset = terms[0] if len(terms) == 1 else terms[0] + terms[1] if terms else None
         # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
         cpu_bf16 = self.token_dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
         self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
 
     def folded(self) -> torch.Tensor:
-        """W' = W diag(gamma) (E, D) in the wide type."""
-        weight = self.weight.to(self.wide)
-        return weight if self.gamma is None else weight * self.gamma.to(self.wide)
+        """W' = W diag(gamma) (E, D) in accum_dtype."""
+        weight = self.weight.to(self.accum_dtype)
+        return weight if self.gamma is None else weight * self.gamma.to(self.accum_dtype)
 
     # Not functools.cached_property, whose lock torch.compile does not know.
     @property
     def operand(self) -> torch.Tensor:
         """W' in the products' type."""
         if self._operand is None:
-            self._operand = self.folded().to(self.narrow)
+            self._operand = self.folded().to(self.compute_dtype)
         return self._operand
 
     @property
-    def centred(self) -> torch.Tensor:
+    def centered(self) -> torch.Tensor:
         """W'', the row means of W' taken off, in the products' type; kept until ``release``."""
-        if self._centred is None:
+        if self._centered is None:
             folded = self.folded()
             # In its own place where it is nobody else's.
-            owned = self.narrow == self.wide and self.gamma is not None
-            out = folded if owned else torch.empty_like(folded, dtype=self.narrow)
-            self._centred = torch.sub(folded, folded.mean(dim=1, keepdim=True), out=out)
-        return self._centred
+            owned = self.compute_dtype == self.accum_dtype and self.gamma is not None
+            out = folded if owned else torch.empty_like(folded, dtype=self.compute_dtype)
+            self._centered = torch.sub(folded, folded.mean(dim=1, keepdim=True), out=out)
+        return self._centered
 
     def release(self) -> None:
         """Lets go of W''."""
-        self._centred = None
+        self._centered = None
 
     def tokens(self, chunk: Chunk) -> torch.Tensor:
         """The chunk's hidden states (frames, P, D) in the type that they are normalised in."""
@@ -133,12 +137,12 @@ class Student:
         else:
             x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
             x = x.mean(dim=1)
-        return Aligned(x.view(-1, width).to(self.narrow), mean, inverse_std)
+        return Aligned(x.view(-1, width).to(self.compute_dtype), mean, inverse_std)
 
     @property
     def keeps_aligned(self) -> bool:
         """Whether the forward pass keeps what ``align`` makes."""
-        return self.plan.student != "keep" and few_enough_to_keep(self.plan.tokens, count(self.plan.student_grid))
+        return self.plan.student != "keep" and should_save_aligned(self.plan.tokens, num_tokens(self.plan.student_grid))
 
     def align_backward(self, grad: torch.Tensor, aligned: Aligned, chunk: Chunk, out: torch.Tensor) -> None:
         """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
@@ -170,15 +174,15 @@ class Student:
             x, mean, low, inverse_std = layer_norm_rows_op(tokens, self.eps, not self.raw)
             statistics = (mean, low, inverse_std)
             if self.raw:
-                sums = self.centred.sum(dim=1, dtype=self.wide)
-                rows = torch.mm(tokens.flatten(0, 1), self.centred.t())
+                sums = self.centered.sum(dim=1, dtype=self.accum_dtype)
+                rows = torch.mm(tokens.flatten(0, 1), self.centered.t())
                 return Projected(rows, (mean, inverse_std, sums, self.offset), statistics)
-            x = x.to(self.narrow)
+            x = x.to(self.compute_dtype)
         else:
             aligned = self.align(chunk)
             x = aligned.rows
         # The offset would be rounded in half types.
-        if self.offset is None or self.narrow != self.wide:
+        if self.offset is None or self.compute_dtype != self.accum_dtype:
             return Projected(torch.mm(x, self.operand.t()), (None, None, None, self.offset), statistics, aligned)
         return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics, aligned)
 

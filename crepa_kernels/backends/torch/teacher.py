@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...inputs import Problem
+from ...inputs import LossInputs
 from ...ops.resample import resample_tokens_op
 from .chunks import Chunk, is_readable
 
@@ -18,15 +18,15 @@ class TeacherRows:
         offsets: k - f of every neighbour, those before a frame as well.
     """
 
-    def __init__(self, problem: Problem, weights: torch.Tensor):
-        self.problem, self.weights = problem, weights
-        self.frames = problem.frames
-        self.reach = min(problem.neighbours.distance, self.frames - 1)
+    def __init__(self, inputs: LossInputs, weights: torch.Tensor):
+        self.inputs, self.weights = inputs, weights
+        self.frames = inputs.frames
+        self.reach = min(inputs.neighbours.distance, self.frames - 1)
         # Where a mask says which frames exist, it says how far a clip's own distance reaches as well.
-        masked = problem.teacher_mask is not None
-        chosen = range(1, self.reach + 1) if masked else problem.neighbours.offsets(self.frames)
+        masked = inputs.teacher_mask is not None
+        chosen = range(1, self.reach + 1) if masked else inputs.neighbours.offsets(self.frames)
         self.offsets = [sign * offset for offset in chosen for sign in (-1, 1)]
-        index = problem.frame_index
+        index = inputs.frame_index
         self.host_index = index.tolist() if index is not None and is_readable(index) else None
         self.clip = -1
         self.rows: dict[int, torch.Tensor] = {}
@@ -50,12 +50,12 @@ class TeacherRows:
 
     def _frame(self, clip: int, frame: int) -> torch.Tensor:
         """Rows (M, E) of the teacher frame of student frame ``frame``; zero if it does not exist."""
-        features, plan, wide = self._features(clip, frame), self.problem.plan, self.problem.statistics_type
-        if self.problem.teacher_mask is not None:
-            features = features.where(self.problem.teacher_mask[clip, frame], 0)
+        features, plan, accum_dtype = self._features(clip, frame), self.inputs.plan, self.inputs.statistics_type
+        if self.inputs.teacher_mask is not None:
+            features = features.where(self.inputs.teacher_mask[clip, frame], 0)
         # Half types are widened row by row where they are read.
-        if plan.teacher != "keep" or torch.float64 in (wide, features.dtype):
-            features = features.to(wide)
+        if plan.teacher != "keep" or torch.float64 in (accum_dtype, features.dtype):
+            features = features.to(accum_dtype)
         if plan.teacher == "pool":
             return features.mean(dim=0, keepdim=True)
         if plan.teacher == "resample":
@@ -63,7 +63,7 @@ class TeacherRows:
         return features if features.stride(-1) == 1 else features.contiguous()
 
     def _features(self, clip: int, frame: int) -> torch.Tensor:
-        features, index = self.problem.teacher_features[clip], self.problem.frame_index
+        features, index = self.inputs.teacher_features[clip], self.inputs.frame_index
         if self.host_index is not None:
             return features[self.host_index[clip][frame]]
         return features[frame] if index is None else features.index_select(0, index[clip, frame : frame + 1])[0]

@@ -29,7 +29,7 @@ class RowChunk:
         return self.first_row + self.rows
 
 
-def plan_chunks(clip: Clip, limited: bool, joined: bool, per_frame: int) -> list[RowChunk]:
+def row_chunks(clip: Clip, limited: bool, joined: bool, per_frame: int) -> list[RowChunk]:
     """Chunks of all rows of the call, in order.
 
     Args:

@@ -116,7 +116,7 @@ def scaled_weight(
     """
     if choice.dx != VENDOR:
         return folded
-    return fold_projector(gamma, None, weight, None, folded.dtype, centred=True, scale=scale).weight
+    return fold_projector(gamma, None, weight, None, folded.dtype, centered=True, scale=scale).weight
 
 
 def token_gradient(

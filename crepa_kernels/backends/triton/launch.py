@@ -129,21 +129,21 @@ def product(
     a: torch.Tensor,
     b: torch.Tensor,
     *,
-    wide: bool = False,
+    to_fp32: bool = False,
     tf32: bool = False,
     out: torch.Tensor | None = None,
     add: bool = False,
 ) -> torch.Tensor:
-    """The vendor library's ``a @ b`` in their type (into ``out``), or with ``wide`` in fp32 from exact products.
+    """The vendor library's ``a @ b`` in their type (into ``out``), or with ``to_fp32`` in fp32 from exact products.
 
     ``tf32``: fp32 operands are rounded to 10 bits where the device has matrix units for that. ``add``: on top of what
     ``out`` holds.
     """
     rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
-    copied = wide and a.dtype != torch.float32 and not _widens(a.device.type, a.dtype)
+    copied = to_fp32 and a.dtype != torch.float32 and not _widens(a.device.type, a.dtype)
     if _recording is not None:
         if out is None:
-            out = a.new_empty((rows, columns), dtype=torch.float32 if wide else None)
+            out = a.new_empty((rows, columns), dtype=torch.float32 if to_fp32 else None)
         copies = 4 * inner * (rows + columns) if copied else 0
         again = _bytes((out,)) * (-(-inner // WIDE_ROWS) - 1 if copied else int(add))
         moved = _bytes((a, b)) + copies + again, _bytes((out,)) + copies + (again if copied else 0)
@@ -154,7 +154,7 @@ def product(
             return torch.mm(a, b, out=out)
     if add and out is not None:
         return out.addmm_(a, b)
-    if not wide or a.dtype == torch.float32:
+    if not to_fp32 or a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if not copied:
         return torch.mm(a, b, out_dtype=torch.float32)

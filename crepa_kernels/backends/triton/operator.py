@@ -139,7 +139,7 @@ def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
     call, options = _call(arguments)
     keep = options.keep
-    raw, narrow = folds(call, keep)
+    raw, compute_dtype = folds(call, keep)
     batch, length, width = call.tokens.shape
     features = call.teacher.shape[3]
     stored = stores_rows(call_choice(call, keep), keep, options.recompute)
@@ -149,10 +149,10 @@ def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
         return call.tokens.new_empty(shape, dtype=dtype)
 
     return (
-        new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=narrow),
+        new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=compute_dtype),
         new(statistics_count(raw, stored), batch * length),
-        new(features), new(features, width, dtype=narrow), new(features), new(features),
-        new(rows if options.keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=narrow),
+        new(features), new(features, width, dtype=compute_dtype), new(features), new(features),
+        new(rows if options.keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=compute_dtype),
     )  # fmt: skip
 
 

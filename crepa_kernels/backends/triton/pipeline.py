@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...inputs import ProjectorWeights
-from .chunks import RowChunk, plan_chunks
+from .chunks import RowChunk, row_chunks
 from .dx import scaled_weight, token_gradient
 from .frame_rows import compare_frames, frame_grid, frames_fit
 from .frames import Clip, FrameTables, finish, frame_tables, mask_bytes
@@ -18,7 +18,7 @@ from .launch import product
 from .one_pass import project_and_compare
 from .projector import FoldedProjector, fold_projector, unfold_gradients
 from .rows import COMBINED, RowInputs, compare_rows, neighbour_mode, row_programs
-from .student import Spatial, Student, within
+from .student import Spatial, StudentTokens, within
 from .teacher import combine_neighbours, inverse_norms
 from .tiles import Choice, choose
 
@@ -93,8 +93,8 @@ def folds(call: Call, keep: bool) -> tuple[bool, torch.dtype]:
 
 def call_choice(call: Call, keep: bool) -> Choice:
     """By the products' type, which need not be that of the tokens."""
-    _, narrow = folds(call, keep)
-    return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], narrow)
+    _, compute_dtype = folds(call, keep)
+    return choose(call.tokens.device, call.tokens.shape[2], call.teacher.shape[3], compute_dtype)
 
 
 def statistics_count(raw: bool, stored: bool) -> int:
@@ -107,29 +107,31 @@ def stores_rows(choice: Choice, keep: bool, recompute: bool) -> bool:
     return keep and not recompute and choice.training == "split"
 
 
-def _student(call: Call, keep: bool, choice: Choice) -> Student:
-    raw, narrow = folds(call, keep)
+def _student(call: Call, keep: bool, choice: Choice) -> StudentTokens:
+    raw, compute_dtype = folds(call, keep)
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = narrow == torch.float32 and (allowed or call.compute == torch.float16)
-    return Student(call.tokens, call.spatial, call.clip, call.projector.eps, raw, narrow, tf32, choice.tokens)
+    tf32 = compute_dtype == torch.float32 and (allowed or call.compute == torch.float16)
+    return StudentTokens(
+        call.tokens, call.spatial, call.clip, call.projector.eps, raw, compute_dtype, tf32, choice.tokens
+    )
 
 
-def _chunks(student: Student, limited: bool) -> list[RowChunk]:
+def _chunks(student: StudentTokens, limited: bool) -> list[RowChunk]:
     # Where the extension normalises and resamples at once, nothing is made of the student's own tokens.
     per_frame = student.clip.tokens
     if not student.fused:
         per_frame = max(per_frame, student.spatial.student_tokens)
-    return plan_chunks(student.clip, limited, student.joined, per_frame)
+    return row_chunks(student.clip, limited, student.joined, per_frame)
 
 
 def _inputs(
     call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector,
-    student: Student, mean: torch.Tensor, inverse_std: torch.Tensor, one_pass: bool = False,
+    student: StudentTokens, mean: torch.Tensor, inverse_std: torch.Tensor, one_pass: bool = False,
 ) -> RowInputs:  # fmt: skip
     combined = None
     if neighbour_mode(call.clip) == COMBINED and (one_pass or not frames_fit(call.clip)):
         assert norms is not None  # for the type checker
-        combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.narrow)
+        combined = combine_neighbours(call.teacher, norms, call.clip, tables, chunk, student.compute_dtype)
     return RowInputs(call.teacher, combined, call.clip, tables, folded, (mean, inverse_std) if student.raw else None)
 
 
@@ -173,7 +175,7 @@ def forward(
     makes_rows = not one_pass or neighbour_mode(clip) == COMBINED
     features = call.teacher.shape[3]
     gamma, beta, weight, bias, _ = call.projector
-    folded = fold_projector(gamma, beta, weight, bias, student.narrow, centred=student.raw)
+    folded = fold_projector(gamma, beta, weight, bias, student.compute_dtype, centered=student.raw)
     mask = mask_bytes(call.frame_mask)
     tables = frame_tables(clip, call.frame_index, mask, call.teacher_mask, call.tokens.device)
     norms = _norms(call, one_pass)
@@ -182,7 +184,7 @@ def forward(
     slope = statistics[2] if student.raw and stored else None
     columns = -(-features // choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((clip.all_rows, columns, 3))
-    grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.narrow)
+    grad_rows = call.tokens.new_empty((clip.all_rows if stored else 0, features), dtype=student.compute_dtype)
     aligned = []
     chunks = _chunks(student, limited=not student.raw or (makes_rows and not stored))
     offset_parts, chunk_parts = _offset_parts(chunks if stored else [], call, choice)
@@ -245,7 +247,7 @@ def backward(
             _compare(grad_rows, chunk, inputs, choice, None, slope, chunk_parts[index])
         if need_folded and operand is not None:
             finite = student.finite_rows(chunk, operand, mask)
-            part = product("dW", grad_rows.t(), finite, wide=True, tf32=student.tf32)
+            part = product("dW", grad_rows.t(), finite, to_fp32=True, tf32=student.tf32)
             folded_grad = part if folded_grad is None else folded_grad.add_(part)
         if needs.hidden_states and student.raw:
             span = student.span(chunk)
@@ -255,7 +257,7 @@ def backward(
             )  # fmt: skip
         elif needs.hidden_states:
             dx = product("dx", grad_rows, folded.weight, tf32=student.tf32)
-            student.normalised_gradient(dx, chunk, mask, mean, inverse_std, scale, hidden_rows)
+            student.normalized_gradient(dx, chunk, mask, mean, inverse_std, scale, hidden_rows)
     offset_grad = kept.offset_grad if stored else offset_parts.sum(dim=0)
     weight_grads = _weights(call, needs, folded_grad, offset_grad, scale, student)
     return (hidden_grad if needs.hidden_states else None, *weight_grads)
@@ -267,7 +269,7 @@ def _weights(
     folded_grad: torch.Tensor | None,
     offset_grad: torch.Tensor,
     scale: torch.Tensor,
-    student: Student,
+    student: StudentTokens,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     gamma, beta, weight, bias, _ = call.projector
     weight_grad = gamma_grad = beta_grad = None

@@ -29,7 +29,7 @@ class FoldedProjector(NamedTuple):
 @triton.jit
 def _fold_kernel(
     weight, gamma, beta, bias, scale_in, folded, shift_out, offset_out, width,
-    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, CENTERED: tl.constexpr,
     SCALED: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -51,7 +51,7 @@ def _fold_kernel(
             high = high * tl.load(gamma + tail, mask=there, other=0).to(tl.float32)
     if HAS_BIAS:
         offset += tl.load(bias + row).to(tl.float32)
-    if CENTRED:
+    if CENTERED:
         total = tl.sum(low)
         if HI > 0:
             total += tl.sum(high)
@@ -80,7 +80,7 @@ def fold_projector(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-    centred: bool,
+    centered: bool,
     scale: torch.Tensor | None = None,
 ) -> FoldedProjector:
     """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go.
@@ -101,7 +101,7 @@ def fold_projector(
         bias=weight if bias is None else bias, scale_in=folded.shift if scale is None else scale,
         folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
         width=width, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, HAS_BIAS=bias is not None,
-        CENTRED=centred, SCALED=scale is not None, LO=low, HI=high,
+        CENTERED=centered, SCALED=scale is not None, LO=low, HI=high,
     )  # fmt: skip
     return folded
 
@@ -129,7 +129,7 @@ def _unfold_part(
 @triton.jit
 def _weight_gradient_kernel(
     folded_grad, offset_grad, scale_in, weight, gamma, beta, weight_grad, gamma_parts, beta_parts, features, width,
-    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr,
     AFFINE: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     # Means need whole rows, LO + HI wide; without them HI is 0 and a program has LO columns.
@@ -156,7 +156,7 @@ def _weight_gradient_kernel(
             high_value = high
             if AFFINE:
                 high_value = tl.load(weight + start + tail[None, :], mask=keep, other=0).to(tl.float32)
-        if CENTRED:
+        if CENTERED:
             total = tl.sum(grad, axis=1)
             if HI > 0:
                 total += tl.sum(high, axis=1)
@@ -195,7 +195,7 @@ def unfold_gradients(
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
     weight: torch.Tensor,
-    centred: bool,
+    centered: bool,
     need_weight: bool,
     need_affine: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -212,18 +212,18 @@ def unfold_gradients(
     features, width = weight.shape
     weight = weight.contiguous()
     rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4
-    if centred:
+    if centered:
         rows, steps, (low, high), warps = 1, ceil_div(features, _PROGRAMS), split_width(width), 8
     programs = ceil_div(features, rows * steps)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     parts = weight.new_empty((2, programs, width) if need_affine else (2, 0, 0), dtype=torch.float32)
     launch(
-        "weight_gradients", _weight_gradient_kernel, (programs, 1 if centred else ceil_div(width, low)),
+        "weight_gradients", _weight_gradient_kernel, (programs, 1 if centered else ceil_div(width, low)),
         Cost((folded_grad, weight), (weight_grad, parts)), warps=warps,
         folded_grad=folded_grad, offset_grad=offset_grad, scale_in=scale, weight=weight,
         gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta, weight_grad=weight_grad,
         gamma_parts=parts[0], beta_parts=parts[1], features=features, width=width, HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None, CENTRED=centred, WEIGHT=need_weight, AFFINE=need_affine,
+        HAS_BETA=beta is not None, CENTERED=centered, WEIGHT=need_weight, AFFINE=need_affine,
         ROWS=rows, STEPS=steps, LO=low, HI=high,
     )  # fmt: skip
     # One sum each, since an operator's results share no memory.

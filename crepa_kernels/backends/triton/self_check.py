@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ...grid import few_enough_to_keep, plan_alignment
-from ...inputs import CrepaOutput, Problem, ProjectorWeights
+from ...grid import plan_alignment, should_save_aligned
+from ...inputs import CrepaOutput, LossInputs, ProjectorWeights
 from ...neighbours import Neighbours
 from ...ops.compiling import constant_when_compiled
 from ..torch.autograd import crepa_torch
@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
         least = -(-FEWEST_ROWS // (batch * frames))
         tokens, student_tokens = _congruent(self.tokens, least), _congruent(self.student_tokens, least)
         # Whether the backward pass finds the rows of the common grid or makes them again.
-        if few_enough_to_keep(self.tokens, self.student_tokens):
+        if should_save_aligned(self.tokens, self.student_tokens):
             student_tokens += 16 * max(0, -(-(4 * tokens - student_tokens) // 16))
         return Sizes(batch, frames, student_tokens, tokens)
 
@@ -106,24 +106,24 @@ _answers: dict[Scope, str | None] = {}
 _lock = threading.Lock()
 
 
-def prefers_triton(problem: Problem) -> bool:
+def prefers_triton(inputs: LossInputs) -> bool:
     """Whether ``auto`` takes ``triton`` for this call: known to run, and checked against ``torch`` at the first one.
 
     Inside a CUDA graph capture or a backward pass, where nothing can be tried, an earlier answer counts; without one
     what is known without a try does.
     """
-    h, plan, neighbours = problem.hidden_states, problem.plan, problem.neighbours
+    h, plan, neighbours = inputs.hidden_states, inputs.plan, inputs.neighbours
     if _ruled_out(h.device, h.dtype):
         return False
-    weight = problem.projector.weight
+    weight = inputs.projector.weight
     reach = 0 if neighbours.distance == 0 else 2 if neighbours.cumulative and neighbours.distance > 1 else 1
     way = (
-        plan.student, plan.teacher, reach, problem.frame_index is not None, problem.frame_mask is not None,
-        problem.teacher_mask is not None, problem.recompute, problem.teacher_features.dtype, weight.dtype,
-        problem.compute_dtype,
+        plan.student, plan.teacher, reach, inputs.frame_index is not None, inputs.frame_mask is not None,
+        inputs.teacher_mask is not None, inputs.recompute, inputs.teacher_features.dtype, weight.dtype,
+        inputs.compute_dtype,
     )  # fmt: skip
     # While a trace goes on sizes may be symbols, but for the grids and the projector.
-    clips = (1, 5) if torch.compiler.is_compiling() else (problem.batch, problem.frames)
+    clips = (1, 5) if torch.compiler.is_compiling() else (inputs.batch, inputs.frames)
     sizes = (*clips, plan.student_grid[0] * plan.student_grid[1], plan.tokens)
     return _trusted(h.device, h.dtype, weight.shape[1], weight.shape[0], way, sizes)
 
@@ -264,9 +264,9 @@ def _smallest_kernel(device: torch.device) -> None:
 def _disagreement(
     device: torch.device, dtype: torch.dtype, hidden_size: int, feature_size: int, way: Way, sizes: Sizes
 ) -> str | None:
-    problem = _slice(device, dtype, hidden_size, feature_size, way, sizes)
-    expected, found = _results(crepa_torch, replace(problem, recompute=False)), _results(crepa_triton, problem)
-    rounding = max(torch.finfo(problem.compute_dtype).eps, 2**-10)
+    inputs = _slice(device, dtype, hidden_size, feature_size, way, sizes)
+    expected, found = _results(crepa_torch, replace(inputs, recompute=False)), _results(crepa_triton, inputs)
+    rounding = max(torch.finfo(inputs.compute_dtype).eps, 2**-10)
     names = list(expected)
     errors = torch.stack([
         _row_error(found[name], expected[name]) if name.startswith(_GRADIENT)
@@ -282,7 +282,7 @@ def _disagreement(
 
 def _slice(
     device: torch.device, dtype: torch.dtype, hidden_size: int, feature_size: int, way: Way, sizes: Sizes
-) -> Problem:
+) -> LossInputs:
     """A call that a kernel which is wrong gives itself away in: no mean, weight or neighbour could be left out.
 
     Tokens have means of twenty deviations, frames share half of what they are, and the cosines are about 0.5.
@@ -315,7 +315,7 @@ def _slice(
     mask = None
     if way.masked or way.teacher_masked:
         mask = (counted if way.masked else True) & (exists if way.teacher_masked else frame >= 0)
-    return Problem(
+    return LossInputs(
         hidden_states=h,
         teacher_features=y.to(way.teacher_type or dtype),
         projector=weights,
@@ -331,17 +331,17 @@ def _slice(
     )
 
 
-def _results(backend: Callable[[Problem], CrepaOutput], problem: Problem) -> dict[str, torch.Tensor]:
+def _results(backend: Callable[[LossInputs], CrepaOutput], inputs: LossInputs) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of a training call, and loss and metrics of one without gradients, by name."""
-    gamma, beta, weight, bias, _ = problem.projector
-    given = {"h": problem.hidden_states, "gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
+    gamma, beta, weight, bias, _ = inputs.projector
+    given = {"h": inputs.hidden_states, "gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
     leaves = {name: leaf for name, leaf in given.items() if leaf is not None}
-    output = backend(problem)
+    output = backend(inputs)
     # Of the size of one token's gradient, which fp16 holds.
-    scale = output.loss.new_full((), output.frame_similarity.numel() * problem.plan.tokens)
+    scale = output.loss.new_full((), output.frame_similarity.numel() * inputs.plan.tokens)
     grads = torch.autograd.grad(output.loss, list(leaves.values()), scale)
     with torch.no_grad():
-        without = backend(problem)
+        without = backend(inputs)
     results = {name.replace("_", " "): value.detach() for name, value in output._asdict().items()}
     results |= {f"{name.replace('_', ' ')} without gradients": value for name, value in without._asdict().items()}
     return results | {f"{_GRADIENT}{name}": grad for name, grad in zip(leaves, grads, strict=True)}

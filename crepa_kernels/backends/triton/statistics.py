@@ -44,9 +44,9 @@ def in_loss(mask, row, inside, per_clip, start, per_frame, frames, MASKED: tl.co
 
 @triton.jit
 def _statistics_kernel(
-    tokens, mean_out, inverse_std_out, normalised, mask,
+    tokens, mean_out, inverse_std_out, normalized, mask,
     rows, width, row_stride, eps, first, per_clip, start, per_frame, frames,
-    MASKED: tl.constexpr, NORMALISE: tl.constexpr, ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+    MASKED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -62,7 +62,7 @@ def _statistics_kernel(
     low = low - mean[:, None]
     if HI > 0:
         high = tl.where(there, high - mean[:, None], 0)
-    if NORMALISE:
+    if NORMALIZE:
         # A large mean is rounded to more than the tokens spread: what is left of it shows once it is off.
         left = tl.sum(low, axis=1)
         if HI > 0:
@@ -78,14 +78,14 @@ def _statistics_kernel(
     inverse_std = 1 / tl.sqrt(squares / width + eps)
     tl.store(mean_out + row, mean, mask=inside)
     tl.store(inverse_std_out + row, inverse_std, mask=inside)
-    if NORMALISE:
+    if NORMALIZE:
         keep = in_loss(mask, first + row, inside, per_clip, start, per_frame, frames, MASKED)
-        out = normalised.dtype.element_ty
+        out = normalized.dtype.element_ty
         low = tl.where(keep[:, None], low * inverse_std[:, None], 0)
-        tl.store(normalised + row[:, None] * width + column, narrowed(low, out), mask=inside[:, None])
+        tl.store(normalized + row[:, None] * width + column, narrowed(low, out), mask=inside[:, None])
         if HI > 0:
             high = tl.where(keep[:, None], high * inverse_std[:, None], 0)
-            tl.store(normalised + row[:, None] * width + tail, narrowed(high, out), mask=there)
+            tl.store(normalized + row[:, None] * width + tail, narrowed(high, out), mask=there)
 
 
 def token_statistics(
@@ -95,7 +95,7 @@ def token_statistics(
     eps: float,
     tile: RowTile,
     where: TokenFrames,
-    normalised: torch.Tensor | None = None,
+    normalized: torch.Tensor | None = None,
 ) -> None:
     """mean and 1/std of each row of ``tokens`` (rows, D), and (h - mean)/std into ``normalised`` if given.
 
@@ -103,14 +103,14 @@ def token_statistics(
     """
     rows, width = tokens.shape
     low, high = split_width(width)
-    written = (mean, inverse_std) if normalised is None else (mean, inverse_std, normalised)
+    written = (mean, inverse_std) if normalized is None else (mean, inverse_std, normalized)
     launch(
         "statistics", _statistics_kernel, (ceil_div(rows, tile.rows),), Cost((tokens,), written),
         warps=tile.warps, tokens=tokens, mean_out=mean, inverse_std_out=inverse_std,
-        normalised=mean if normalised is None else normalised, mask=mean if where.mask is None else where.mask,
+        normalized=mean if normalized is None else normalized, mask=mean if where.mask is None else where.mask,
         rows=rows, width=width, row_stride=tokens.stride(0), eps=eps, first=where.first, per_clip=where.per_clip,
         start=where.start, per_frame=where.per_frame, frames=where.frames, MASKED=where.mask is not None,
-        NORMALISE=normalised is not None, ROWS=tile.rows, LO=low, HI=high,
+        NORMALIZE=normalized is not None, ROWS=tile.rows, LO=low, HI=high,
     )  # fmt: skip
 
 

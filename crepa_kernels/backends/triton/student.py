@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...grid import few_enough_to_keep
+from ...grid import should_save_aligned
 from ...ops import has_extension
 from ...ops.layer_norm_resample import layer_norm_resample_backward_out_op, layer_norm_resample_op
 from ...ops.resample import resample_tokens_adjoint_op, resample_tokens_op
@@ -34,11 +34,11 @@ class Spatial:
     @property
     def keeps_aligned(self) -> bool:
         """Whether the backward pass finds the student's rows on the common grid as the forward pass made them."""
-        return self.change != "keep" and few_enough_to_keep(self.grid[0] * self.grid[1], self.student_tokens)
+        return self.change != "keep" and should_save_aligned(self.grid[0] * self.grid[1], self.student_tokens)
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentTokens:
     """The hidden states of a call and how they reach the projection.
 
     Attributes:
@@ -47,7 +47,7 @@ class Student:
         clip: the call's sizes, on the common grid.
         eps: LayerNorm's.
         raw: the product takes the tokens as they are, and LayerNorm is folded into it.
-        narrow: the products' type.
+        compute_dtype: the products' type.
         tf32: fp32 products may round their operands to 10 bits, as fp16 has.
         tile: of kernels over rows of width D.
     """
@@ -57,7 +57,7 @@ class Student:
     clip: Clip
     eps: float
     raw: bool
-    narrow: torch.dtype
+    compute_dtype: torch.dtype
     tf32: bool
     tile: RowTile
 
@@ -73,7 +73,7 @@ class Student:
         # Tensors without memory stand for a GPU's, in a call whose launches are recorded.
         device_type = "cuda" if self.tokens.is_meta else self.tokens.device.type
         # Its rows have the tokens' type, and fp32 ones are rounded to the products' afterwards.
-        same_type = self.tokens.dtype in (self.narrow, torch.float32)
+        same_type = self.tokens.dtype in (self.compute_dtype, torch.float32)
         return self.spatial.change == "resample" and same_type and has_extension(device_type)
 
     @property
@@ -116,16 +116,16 @@ class Student:
         """
         span, tokens = self.span(chunk), self.rows(chunk)
         if self.fused:
-            rows, *of_tokens = self._normalised_and_resampled(tokens, _in_loss(chunk, mask))
+            rows, *of_tokens = self._normalized_and_resampled(tokens, _in_loss(chunk, mask))
             if not measured:
                 mean[span], inverse_std[span] = (each.view(-1) for each in of_tokens)
-            return rows.view(-1, tokens.shape[1]).to(self.narrow)
-        normalised = None if self.raw else tokens.new_empty(tokens.shape, dtype=self.narrow)
+            return rows.view(-1, tokens.shape[1]).to(self.compute_dtype)
+        normalized = None if self.raw else tokens.new_empty(tokens.shape, dtype=self.compute_dtype)
         if not (self.raw and measured):
             where = self.frames_of(span, mask)
             of_chunk = within(mean, span), within(inverse_std, span)
-            token_statistics(tokens, *of_chunk, self.eps, self.tile, where, normalised)
-        return tokens if normalised is None else self._align(normalised)
+            token_statistics(tokens, *of_chunk, self.eps, self.tile, where, normalized)
+        return tokens if normalized is None else self._align(normalized)
 
     @property
     def _geometry(self) -> tuple[Sequence[int], Sequence[int], bool]:
@@ -139,7 +139,7 @@ class Student:
         """Of rows as wide as ``rows``, (frames, tokens, D), but ``per_frame`` of them in each frame."""
         return rows.shape[0] * per_frame * rows.shape[2] * rows.element_size()
 
-    def _normalised_and_resampled(
+    def _normalized_and_resampled(
         self, tokens: torch.Tensor, in_loss: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         framed = self._framed(tokens)
@@ -149,17 +149,17 @@ class Student:
             "layer_norm_resample", cost, lambda: layer_norm_resample_op(framed, *self._geometry, self.eps, in_loss)
         )
 
-    def _align(self, normalised: torch.Tensor) -> torch.Tensor:
-        spatial, width = self.spatial, normalised.shape[1]
+    def _align(self, normalized: torch.Tensor) -> torch.Tensor:
+        spatial, width = self.spatial, normalized.shape[1]
         if spatial.change == "keep":
-            return normalised
-        framed = self._framed(normalised)
+            return normalized
+        framed = self._framed(normalized)
         if spatial.change == "pool":
             return framed.mean(dim=1)
         cost = Cost((framed,), (self._bytes(framed, self.clip.tokens),))
         return operator("resample", cost, lambda: resample_tokens_op(framed, *self._geometry)).view(-1, width)
 
-    def normalised_gradient(
+    def normalized_gradient(
         self,
         grad: torch.Tensor,
         chunk: RowChunk,

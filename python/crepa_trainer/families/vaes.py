@@ -20,7 +20,7 @@ class VaeEncoding:
     """
 
     compression: Callable[[Any], tuple[int, int]]
-    normalised: Callable[[Any, Tensor], Tensor]
+    normalized: Callable[[Any, Tensor], Tensor]
 
 
 def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -31,12 +31,12 @@ def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tenso
     video = pixels.to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (B, 3, P, H, W)
     distribution = vae.encode(video).latent_dist
     latents = distribution.mode() if generator is None else distribution.sample(generator)
-    return normalised(vae, latents)
+    return normalized(vae, latents)
 
 
-def normalised(vae: Any, latents: Tensor) -> Tensor:
+def normalized(vae: Any, latents: Tensor) -> Tensor:
     """Latents of the VAE (B, C, T, h, w) in fp32 as the transformer sees them."""
-    return ENCODINGS[type(vae).__name__].normalised(vae, latents.float())
+    return ENCODINGS[type(vae).__name__].normalized(vae, latents.float())
 
 
 def _by_config(vae: Any, latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..loop import NoisyLatents
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
 from .noise import scheduler_shift, shifted
-from .vaes import normalised
+from .vaes import normalized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -114,7 +114,7 @@ class WanFamily(TrainingFamily):
             return encoded
         video = pixels[None].to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (1, 3, P, H, W)
         video[:, :, 1:] = 0
-        image = normalised(vae, vae.encode(video).latent_dist.mode())[0]
+        image = normalized(vae, vae.encode(video).latent_dist.mode())[0]
         mask = image.new_zeros(self._scale("scale_factor_temporal", 4), *image.shape[1:])
         mask[:, 0] = 1
         encoded["condition"] = torch.cat([mask, image])

@@ -12,7 +12,7 @@ from torch import nn
 from crepa_kernels import CrepaProjector
 from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.config.rules import DINOV2_HUB_IDS
-from crepa_kernels.grid import Grid, count, few_enough_to_keep, plan_alignment
+from crepa_kernels.grid import Grid, num_tokens, plan_alignment, should_save_aligned
 from crepa_kernels.loss import requested_backend
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 
@@ -48,7 +48,7 @@ class BucketPlan:
 
     @property
     def tokens_per_frame(self) -> int:
-        return count(self.grid)
+        return num_tokens(self.grid)
 
     @property
     def tokens(self) -> int:
@@ -181,7 +181,7 @@ def kept_bytes(
     rows: B T M, compared tokens; student_rows: B T P, the student's; dtype: of the hidden states.
     """
     product = FP32 if dtype is torch.float16 else dtype.itemsize
-    resampled = few_enough_to_keep(rows, student_rows)
+    resampled = should_save_aligned(rows, student_rows)
     aligned = rows * hidden_size * product if resampled else 0
     if triton:
         weights = feature_size * (hidden_size * product + 12)

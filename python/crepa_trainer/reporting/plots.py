@@ -102,7 +102,7 @@ def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: in
     """
     teacher = [F.normalize(clip.teacher.float().cpu(), dim=-1) for clip in clips]
     student = [F.normalize(clip.student.float().cpu(), dim=-1) for clip in clips]
-    colours = _PcaColours(torch.cat([features.flatten(0, 2) for features in teacher]))
+    colors = _PcaColours(torch.cat([features.flatten(0, 2) for features in teacher]))
     columns: list[tuple[str, list[Any]]] = []
     for clip, y, p in zip(clips, teacher, student, strict=True):
         last = len(clip.pixels) - 1
@@ -111,7 +111,7 @@ def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: in
             columns.append(
                 (
                     f"{clip.name}\nframe {clip.frame_numbers[f]}",
-                    [frame, colours(y[f]), colours(p[f]), (y[f] * p[f]).sum(-1).numpy()],
+                    [frame, colors(y[f]), colors(p[f]), (y[f] * p[f]).sum(-1).numpy()],
                 )
             )
     height, width = clips[0].pixels.shape[-2:]
