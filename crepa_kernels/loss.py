@@ -15,9 +15,10 @@ from .backends.triton.availability import why_no_triton, why_not_triton_for
 from .backends.triton.backend import crepa_triton
 from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
-from .inputs import CrepaOutput, LossInputs, check_inputs
+from .inputs import LossInputs, check_inputs
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
+from .output import CrepaOutput
 from .projector import CrepaProjector
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .inputs import CrepaOutput, LossInputs
+from .inputs import LossInputs
+from .output import CrepaOutput
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of
 from torch.utils.checkpoint import checkpoint
 
+from crepa_kernels.models.families import family_of
 from crepa_kernels.regularizer.attach import PROJECTOR_NAME
 
 STUDENT, TEACHER = 1, 2
@@ -34,10 +35,14 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     inputs = tiny.inputs(2, model=transformer)
     # A reentrant checkpoint passes gradients only to inputs that ask for them.
     inputs["hidden_states"].requires_grad_(True)
+    family, index = family_of(transformer), crepa.config.crepa_block_index
+    outputs: list[torch.Tensor] = []
+    hook = family.blocks(transformer)[index].register_forward_hook(
+        lambda module, args, output: outputs.append(family.video_tokens(output))
+    )
     prediction = transformer(**inputs)[0]
-    slot = crepa._capture._slots[crepa.config.crepa_block_index]
-    states = slot.output
-    assert states is not None
+    hook.remove()
+    (states,) = outputs
     mask = torch.ones(2, tiny.frames, dtype=torch.bool)
     mask[:, 0] = False
     pixels = None if "crepa_feature_source" in settings else pixels_of(tiny, 2)
@@ -45,7 +50,8 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     assert -1 <= logs["crepa_similarity"] <= 1
     (to_states,) = torch.autograd.grad(aux, states, retain_graph=True)
     (prediction.square().mean() + aux).backward()
-    assert slot.output is states, "the recomputation in the backward was captured"
+    # An error where the recomputation in the backward was captured: that does not come from these states.
+    torch.autograd.grad(crepa._capture.states(index).hidden_states.sum(), states)
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     return {"states": to_states, **gradients}
 

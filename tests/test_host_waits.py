@@ -106,8 +106,8 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     for check in ("check_attachable", "check_attached"):
         monkeypatch.setattr(f"crepa_kernels.regularizer.crepa.{check}", lambda *args: None)
-    for module in ("monitor", "measurement"):
-        monkeypatch.setattr(f"crepa_kernels.{module}.HostCopy", _Arrived)
+    for module in ("monitor", "step_sum"):
+        monkeypatch.setattr(f"crepa_kernels.regularizer.{module}.HostCopy", _Arrived)
 
 
 SOURCES: dict[str, dict[str, Any]] = {

@@ -48,7 +48,7 @@ class Run:
         for step in steps:
             for micro in range(2):
                 prediction = self.transformer(**wan_inputs(seed=2 * step + micro))[0]
-                captured = self.crepa._capture._slots[0].output is not None
+                captured = not self.crepa._capture.is_empty
                 aux, logs = self.crepa.loss(step=step, features=features(step))
                 loss = prediction.square().mean() + aux
                 loss.backward()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..inputs import CrepaOutput, LossInputs
+from ..inputs import LossInputs
 from ..ops.rows import NORM_FLOOR
+from ..output import CrepaOutput
 from ..reduction import plan_reduction, reduce_frames
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..grid import SpatialAlign
 from .rules import (
     DINOV2_HUB_IDS,
     PREFIX,
@@ -38,8 +39,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-SpatialAlign = Literal["student", "teacher", "smaller", "pool"]
 
 
 def _whole_number(value: Any) -> Any:

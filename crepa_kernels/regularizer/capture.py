@@ -124,6 +124,11 @@ class Capture:
         zero: torch.Tensor = _ZeroOf.apply(*parameters)
         return zero
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no states are held."""
+        return all(slot.output is None for slot in self._slots.values())
+
     def states(self, index: int) -> CapturedStates:
         """The output of block ``index`` in the last forward.
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...inputs import CrepaOutput, LossInputs
+from ...inputs import LossInputs
 from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
+from ...output import CrepaOutput
 from ...reduction import plan_reduction, reduce_frames
 from .chunks import Chunk, plan_chunks
 from .student import Aligned, Settings, StudentRows

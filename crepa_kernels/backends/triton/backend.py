@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...inputs import CrepaOutput, LossInputs
+from ...inputs import LossInputs
+from ...output import CrepaOutput
 from .operator import CHANGES, TYPES, Options, frame_alignment_op
 
 

@@ -54,20 +54,28 @@ class Cost:
 
 
 _recording: list[Launch] | None = None
+_counting = True
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Inside, launches are listed and not carried out, operators aside; results hold whatever their memory held."""
-    global _recording
-    outer, _recording = _recording, []
+def recorded(*, count_bytes: bool = True) -> Iterator[list[Launch]]:
+    """Inside, launches are listed and not carried out, operators aside; results hold whatever their memory held.
+
+    Without ``count_bytes`` they are said to move nothing, and what the host does is what a step has it do.
+    """
+    global _recording, _counting
+    outer = _recording, _counting
+    found: list[Launch] = []
+    _recording, _counting = found, count_bytes
     try:
-        yield _recording
+        yield found
     finally:
-        _recording = outer
+        _recording, _counting = outer
 
 
 def _bytes(parts: tuple[torch.Tensor | int, ...]) -> int:
+    if not _counting:
+        return 0
     return sum(part if isinstance(part, int) else part.numel() * part.element_size() for part in parts)
 
 

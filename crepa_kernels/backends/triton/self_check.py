@@ -26,9 +26,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ...grid import plan_alignment, should_save_aligned
-from ...inputs import CrepaOutput, LossInputs, ProjectorWeights
+from ...inputs import LossInputs, ProjectorWeights
 from ...neighbours import Neighbours
 from ...ops.compiling import constant_when_compiled
+from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
 from .availability import interpreting, why_not_triton_for
 from .backend import crepa_triton

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from ..settings import RunSettings
-
 TASKS = ("text2video", "image2video")
 
 # Embedding of one prompt: tensors by name, without a batch axis.
@@ -117,7 +115,7 @@ class TrainingFamily(ModelSizes, ABC):
     def transformer_part(self) -> str:
         return self.part_of_expert(self.model, self.configs["pipeline"], self.expert)
 
-    def check_run(self, settings: RunSettings, device_type: str) -> None:
+    def check_run(self, batch_size: int, device_type: str) -> None:
         """ValueError for what this model cannot be trained with, on a device of this type."""
 
     def _check_task(self) -> None:

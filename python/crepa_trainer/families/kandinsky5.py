@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily
 from .noise import with_given_first_frame
 from .sizes import ClipSize
-
-if TYPE_CHECKING:
-    from ..settings import RunSettings
 
 TEXT_TOKENS = 512  # the pipelines' default max_sequence_length
 PIXEL_MULTIPLE = 16  # which the pipelines ask of height and width
@@ -53,10 +50,10 @@ class Kandinsky5Family(TrainingFamily):
     def _sparse(self) -> bool:
         return bool(self.configs["transformer"]["attention_type"] == "nabla")
 
-    def check_run(self, settings: RunSettings, device_type: str) -> None:
-        if settings.batch_size > 1:
+    def check_run(self, batch_size: int, device_type: str) -> None:
+        if batch_size > 1:
             raise ValueError(
-                f"batch_size = {settings.batch_size}: {self.name} has no mask for texts of different lengths, so a "
+                f"batch_size = {batch_size}: {self.name} has no mask for texts of different lengths, so a "
                 "forward takes one clip: set batch_size to 1 and gradient_accumulation_steps to as many"
             )
         if self._sparse and device_type == "cpu":

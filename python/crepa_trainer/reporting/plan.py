@@ -131,7 +131,7 @@ def make_plan(
             read, settings or a device that the family cannot be trained with, a backend that cannot run there.
     """
     check_blocks(config, family)
-    family.check_run(settings, device_type)
+    family.check_run(settings.batch_size, device_type)
     parameters, trained = _count_parameters(settings, family)
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)

@@ -1,0 +1,94 @@
+"""Who imports whom in the two packages, read from the sources and not from what runs.
+
+python tests/house.py      prints the rooms, a circle and the arrows against a wall
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"crepa_kernels": ROOT / "crepa_kernels", "crepa_trainer": ROOT / "python" / "crepa_trainer"}
+MOST_ROOMS = 20
+
+_LOSS = ("loss", "inputs", "output", "projector", "grid", "frames", "neighbours", "reduction", "backends", "ops")
+_STEP = tuple(f"crepa_kernels.{wing}" for wing in ("regularizer", "teachers", "models", "config"))
+# What lies behind the wall from each module or package: the loss needs torch alone, a model knows no trainer.
+WALLS: Mapping[str, tuple[str, ...]] = {
+    **{f"crepa_kernels.{room}": (*_STEP, "crepa_trainer") for room in _LOSS},
+    "crepa_kernels.models": ("crepa_kernels.regularizer", "crepa_kernels.teachers", "crepa_kernels.config"),
+    "crepa_kernels": ("crepa_trainer",),
+    "crepa_trainer.families": (
+        *(f"crepa_trainer.{room}" for room in ("settings", "run", "loop", "data", "reporting", "checkpoint")),
+    ),
+}
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    for name, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([name, *(part for part in parts if part != "__init__")]), path
+
+
+def _targets(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        above = module.split(".")[: -(node.level - is_package) or None] if node.level else []
+        source = ".".join([*above, *([node.module] if node.module else [])])
+        yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def imports() -> dict[str, set[str]]:
+    """Of each module, those of the two packages that it imports: also where only a type checker or a call does."""
+    sources = dict(_sources())
+    found: dict[str, set[str]] = {}
+    for module, path in sources.items():
+        tree = ast.walk(ast.parse(path.read_text()))
+        targets = {target for node in tree for target in _targets(node, module, path.name == "__init__.py")}
+        # A name of a module, or of something in it.
+        named = {target if target in sources else target.rpartition(".")[0] for target in targets}
+        found[module] = (named & sources.keys()) - {module}
+    return found
+
+
+def circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """One circle of imports, however far around, its first module again at its end; empty where there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def against_the_walls(arrows: Mapping[str, set[str]]) -> list[str]:
+    def inside(module: str, room: str) -> bool:
+        return module == room or module.startswith(f"{room}.")
+
+    return sorted(
+        f"{module} -> {target}"
+        for module, targets in arrows.items()
+        for target in targets
+        for room, behind in WALLS.items()
+        if inside(module, room) and any(inside(target, other) for other in behind)
+    )
+
+
+def rooms() -> list[str]:
+    """The files and folders at the top of ``crepa_kernels``, its face aside."""
+    entries = PACKAGES["crepa_kernels"].iterdir()
+    return sorted(
+        e.name for e in entries if (e.suffix == ".py" and e.stem != "__init__") or (e / "__init__.py").exists()
+    )
+
+
+if __name__ == "__main__":
+    found = imports()
+    print(f"{len(rooms())} rooms: {' '.join(rooms())}")
+    print(f"{sum(map(len, found.values()))} arrows between {len(found)} modules")
+    print("circle:", " -> ".join(circle(found)) or "none")
+    print("against a wall:", *(against_the_walls(found) or ["none"]), sep="\n  ")

@@ -1,0 +1,25 @@
+"""The house stands: few rooms, no circle of imports, nothing through a wall. ``tests/house.py`` prints it."""
+
+from __future__ import annotations
+
+from house import MOST_ROOMS, against_the_walls, circle, imports, rooms
+
+
+def test_a_reader_sees_the_wings_first() -> None:
+    assert len(rooms()) <= MOST_ROOMS
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circle(imports()) == []
+
+
+def test_no_import_goes_through_a_wall() -> None:
+    assert against_the_walls(imports()) == []
+
+
+def test_a_circle_and_an_arrow_through_a_wall_are_found() -> None:
+    arrows = {"crepa_kernels.loss": {"crepa_kernels.grid"}, "crepa_kernels.grid": {"crepa_kernels.config.schema"}}
+    assert circle(arrows) == []
+    assert against_the_walls(arrows) == ["crepa_kernels.grid -> crepa_kernels.config.schema"]
+    arrows["crepa_kernels.config.schema"] = {"crepa_kernels.loss"}
+    assert set(circle(arrows)) == arrows.keys()
