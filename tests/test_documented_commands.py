@@ -164,3 +164,21 @@ def test_the_documented_memory_is_what_the_plan_predicts() -> None:
         )
         said = [memory.projector, memory.kept, memory.teacher, memory.total]
         assert [projector, kept, teacher, total] == [_bytes(size) for size in said], name
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_links_to_and_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    files = set(re.findall(r"`((?:crepa_kernels|python|csrc|tests|benches|docs)/[\w./]+)`", text))
+    missing = {link for link in links if link and not (page.parent / link).exists()}
+    missing |= {name for name in files if not (ROOT / name).exists() and "NAME" not in name and "DEVICE" not in name}
+    assert missing == set()
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    assert [page.name for page in PAGES if page.name != "index.md" and f"{page.name})" not in index] == []
