@@ -21,9 +21,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
-    "CrepaSchedule": "schedule",
-    "image_to_video_mask": "families",
-    "supported_families": "families",
+    "CrepaSchedule": "regularizer.schedule",
+    "image_to_video_mask": "models.families",
+    "supported_families": "models.families",
 }
 
 __all__ = [
