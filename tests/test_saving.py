@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from accelerate import Accelerator
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from said import everything_said
 from tiny import tiny_pipeline, tiny_vae, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.regularizer.saving import replacing
 
 CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
 # Weights read from a file lie at other addresses, and products over them round differently.
@@ -256,3 +259,19 @@ def test_a_state_is_not_used_where_crepa_is_off(caplog: pytest.LogCaptureFixture
     _, crepa = trained()
     CrepaRegularizer({"crepa_enabled": False}, tiny_wan()).load_state_dict(crepa.state_dict())
     assert "crepa_enabled is false" in caplog.text
+
+
+def test_a_full_disk_leaves_the_files_before_it_whole(tmp_path: Path) -> None:
+    _, crepa = trained(1)
+    crepa.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            trained(2)[1].save_pretrained(tmp_path)
+        with pytest.raises(OSError, match=r"a file\.json"), replacing(tmp_path / "a file.json") as file:
+            file.write_bytes(bytes(101))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +19,28 @@ from ..projector import CrepaProjector
 
 PROJECTOR_FILE = "crepa_projector.safetensors"
 CONFIG_FILE = "crepa_config.json"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place at the end; whatever happens, ``path`` is old or new.
+
+    Raises:
+        OSError: naming ``path`` where the disk is full or cannot be written; nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        yield unfinished
+        # Otherwise a machine that loses power may keep the new name and not the bytes.
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def whole_weights(projector: CrepaProjector) -> dict[str, torch.Tensor]:
@@ -62,15 +87,13 @@ def save_crepa(folder: str | os.PathLike[str], config: CrepaConfig, projector: C
         weights = whole_weights(projector)
     if sharded and dist.get_rank() != 0:
         return
-    where.mkdir(parents=True, exist_ok=True)
     if weights:
         torch_io = require("safetensors.torch", "saving the projector")
-        torch_io.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            where / PROJECTOR_FILE,
-            metadata={"format": "pt"},
-        )
-    (where / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        with replacing(where / PROJECTOR_FILE) as file:
+            torch_io.save_file(tensors, file, metadata={"format": "pt"})
+    with replacing(where / CONFIG_FILE) as file:
+        file.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def load_crepa(folder: str | os.PathLike[str]) -> tuple[CrepaConfig, dict[str, torch.Tensor]]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from crepa_kernels.regularizer.saving import replacing
 
 CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 SAMPLE = 1 << 16  # bytes read at each of three places of a video file
@@ -107,20 +108,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(kept, {CHECKSUM: f"{_checksum(path, kept)} {path.name}"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            # Otherwise a machine that loses power may keep the new name and not the bytes.
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    with replacing(path) as file:
+        file.write_bytes(data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
