@@ -422,7 +422,7 @@ RUN = """
 import logging, sys
 import torch
 torch.cuda.is_available = lambda: True  # by which Triton takes its CUDA driver
-from crepa_kernels.triton import self_check
+from crepa_kernels.backends.triton import self_check
 self_check.why_not_triton_for = lambda device, dtype: None
 {before}
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")

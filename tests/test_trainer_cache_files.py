@@ -127,7 +127,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path: Path) -> None:
 WRITER = """
 import itertools, sys, torch
 from pathlib import Path
-from crepa_trainer.cache_files import write_tensors
+from crepa_trainer.data.files import write_tensors
 for n in itertools.count():
     write_tensors(Path(sys.argv[1]) / "kind" / "file.safetensors", {"a": torch.full((1_000_000,), float(n))})
     print(n, flush=True)

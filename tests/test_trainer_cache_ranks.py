@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
-from crepa_trainer.cache import prepare_cache
+from crepa_trainer.data.cache import prepare_cache
 from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
 from crepa_trainer.settings import RunSettings
 
