@@ -8,15 +8,14 @@ prints one JSON object for every kernel of that name. Each runs in a process of 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 
 # Bytes of shared memory that one block may take.
@@ -57,11 +56,7 @@ class Request:
 
     def run(self) -> list[dict[str, Any]]:
         """Compiles in a process of its own; RuntimeError with the compiler's words if it cannot."""
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        root = str(Path(__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-        command = [sys.executable, __file__, json.dumps(self.__dict__)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = processes.run(compile_and_print, self, without=("TRITON_INTERPRET",))
         if done.returncode != 0:
             raise RuntimeError(f"{self} failed to compile:\n{done.stderr[-4000:]}")
         return json.loads(done.stdout)
@@ -195,8 +190,7 @@ def _nvidia_facts(built: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    request = Request(**json.loads(sys.argv[1]))
+def compile_and_print(request: Request) -> None:
     compiled: list[dict[str, Any]] = []
     seen = set()
     for launch in launches_of(request):
@@ -210,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compile_and_print(Request(**json.loads(sys.argv[1])))

@@ -16,12 +16,12 @@ from crepa_trainer.cli import main
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from processes import environment
 from safetensors.torch import load_file
 from said import everything_said
 from training_runs import (
     TinyClips,
     command,
-    environment,
     save_models,
     tiny_config,
     tiny_settings,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from crepa_trainer.folders import LOCK_FILE, one_run_in
-from training_runs import environment
+from processes import environment
 
 HOLD = """
 import pathlib, sys

@@ -11,8 +11,9 @@ import pytest
 import torch
 from crepa_trainer.cli import main
 from crepa_trainer.launcher import training_device
+from processes import environment
 from safetensors.torch import load_file
-from training_runs import environment, save_models
+from training_runs import save_models
 from videos import captioned_squares
 
 # As `accelerate config` writes it for torch.compile.

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.reporting.trackers import read_csv
-from training_runs import TinyClips, command, environment, save_models, tiny_config, tiny_settings, train
+from processes import environment
+from training_runs import TinyClips, command, save_models, tiny_config, tiny_settings, train
 
 SECONDS = 240
 

@@ -21,6 +21,7 @@ from crepa_trainer.launcher import launched_processes
 from crepa_trainer.reporting.trackers import read_csv
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
+from processes import environment, run
 from rich.console import Console
 from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -134,25 +135,20 @@ def train_elsewhere(
     """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips, and
     `file_size`, the bytes past which no file may grow, and `start`, how worker processes are started.
     """
-    return subprocess.run(
-        command(settings, config, processes=processes, **clips),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-    )
+    if processes == 1:
+        return run(_main, _given(settings, config, clips), timeout=timeout)
+    words = command(settings, config, processes=processes, **clips)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment())
 
 
 def command(settings: RunSettings, config: CrepaConfig, *, processes: int = 1, **clips: Any) -> list[str]:
     """What runs `train` in a process of its own, or under torchrun in several."""
-    given = {"settings": settings.model_dump(mode="json"), "config": config.to_dict(), "clips": clips}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
-    return [sys.executable, *launcher, __file__, json.dumps(given)]
+    return [sys.executable, *launcher, __file__, json.dumps(_given(settings, config, clips))]
 
 
-def environment() -> dict[str, str]:
-    """In which such a process finds the packages and the tests' helpers."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+def _given(settings: RunSettings, config: CrepaConfig, clips: Mapping[str, Any]) -> dict[str, Any]:
+    return {"settings": settings.model_dump(mode="json"), "config": config.to_dict(), "clips": dict(clips)}
 
 
 def _main(given: Mapping[str, Any]) -> None:
