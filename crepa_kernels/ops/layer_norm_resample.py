@@ -132,7 +132,7 @@ def _empty(
 
 
 @torch.library.impl("crepa_kernels::layer_norm_resample", "CompositeExplicitAutograd")
-def _(
+def _layer_norm_resample(
     tokens: torch.Tensor,
     source_grid: Sequence[int],
     target_grid: Sequence[int],
@@ -148,7 +148,7 @@ def _(
 
 
 @torch.library.impl("crepa_kernels::layer_norm_resample_backward", "CompositeExplicitAutograd")
-def _(
+def _layer_norm_resample_backward(
     grad: torch.Tensor,
     tokens: torch.Tensor,
     mean: torch.Tensor,
@@ -168,7 +168,7 @@ def _(
 
 
 @torch.library.register_fake("crepa_kernels::layer_norm_resample_backward")
-def _(
+def _layer_norm_resample_backward_fake(
     grad: torch.Tensor,
     tokens: torch.Tensor,
     mean: torch.Tensor,
@@ -184,7 +184,7 @@ def _(
 
 
 @torch.library.impl("crepa_kernels::layer_norm_resample_backward_out", "CompositeExplicitAutograd")
-def _(
+def _layer_norm_resample_backward_out(
     grad: torch.Tensor,
     tokens: torch.Tensor,
     mean: torch.Tensor,
@@ -201,7 +201,7 @@ def _(
 
 
 @torch.library.register_fake("crepa_kernels::layer_norm_resample_backward_out")
-def _(
+def _layer_norm_resample_backward_out_fake(
     grad: torch.Tensor,
     tokens: torch.Tensor,
     mean: torch.Tensor,

@@ -190,14 +190,18 @@ resample_tokens_adjoint_op = torch.ops.crepa_kernels.resample_tokens_adjoint.def
 
 
 @torch.library.impl("crepa_kernels::resample_tokens", "CompositeExplicitAutograd")
-def _(tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+def _resample_tokens(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+) -> torch.Tensor:
     log_fallback(tokens.device.type)
     check_tokens(tokens, source_grid, target_grid)
     return resample(tokens, source_grid, target_grid, antialias) if tokens.numel() else on_grid(tokens, target_grid)
 
 
 @torch.library.impl("crepa_kernels::resample_tokens_adjoint", "CompositeExplicitAutograd")
-def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+def _resample_tokens_adjoint(
+    grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+) -> torch.Tensor:
     log_fallback(grad.device.type)
     check_tokens(grad, target_grid, source_grid)
     empty = grad.numel() == 0
@@ -205,13 +209,17 @@ def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int]
 
 
 @torch.library.register_fake("crepa_kernels::resample_tokens")
-def _(tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+def _resample_tokens_fake(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+) -> torch.Tensor:
     check_tokens(tokens, source_grid, target_grid)
     return on_grid(tokens, target_grid)
 
 
 @torch.library.register_fake("crepa_kernels::resample_tokens_adjoint")
-def _(grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool) -> torch.Tensor:
+def _resample_tokens_adjoint_fake(
+    grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+) -> torch.Tensor:
     check_tokens(grad, target_grid, source_grid)
     return on_grid(grad, source_grid)
 

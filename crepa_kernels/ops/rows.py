@@ -43,7 +43,7 @@ normalize_rows_op = torch.ops.crepa_kernels.normalize_rows.default
 
 
 @torch.library.impl("crepa_kernels::align_rows", "CompositeExplicitAutograd")
-def _(
+def _align_rows(
     projected: Tensor,
     mean: Tensor | None,
     inverse_std: Tensor | None,
@@ -110,7 +110,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("crepa_kernels::align_rows")
-def _(
+def _align_rows_fake(
     projected: Tensor,
     mean: Tensor | None,
     inverse_std: Tensor | None,
@@ -130,7 +130,7 @@ def _(
 
 
 @torch.library.impl("crepa_kernels::align_rows_backward", "CompositeExplicitAutograd")
-def _(
+def _align_rows_backward(
     q: Tensor,
     grad: Tensor,
     inverse_norm: Tensor,
@@ -168,7 +168,7 @@ def _(
 
 
 @torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
-def _(tokens: Tensor, eps: float, normalized: bool) -> Rows:
+def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
 
     The three are (N...,) in fp32 (fp64 for fp64); the mean is the sum of two numbers, where one would be rounded.
@@ -184,14 +184,14 @@ def _(tokens: Tensor, eps: float, normalized: bool) -> Rows:
 
 
 @torch.library.register_fake("crepa_kernels::layer_norm_rows")
-def _(tokens: Tensor, eps: float, normalized: bool) -> Rows:
+def _layer_norm_rows_fake(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     rows, accum_dtype = tokens.shape[:-1].numel(), torch.promote_types(tokens.dtype, torch.float32)
     mean, low, inverse_std = (tokens.new_empty(rows, dtype=accum_dtype) for _ in range(3))
     return tokens.new_empty((rows if normalized else 0, tokens.shape[-1])), mean, low, inverse_std
 
 
 @torch.library.impl("crepa_kernels::normalize_rows", "CompositeExplicitAutograd")
-def _(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tensor) -> None:
+def _normalize_rows(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tensor) -> None:
     """out (N..., C) = (h - mean - low) / std of ``tokens`` (..., N, C), from what ``layer_norm_rows`` returned."""
     rows = tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]
     out.copy_(rows.sub_(low[:, None]).mul_(inverse_std[:, None]))
@@ -199,5 +199,5 @@ def _(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tenso
 
 @torch.library.register_fake("crepa_kernels::align_rows_backward")
 @torch.library.register_fake("crepa_kernels::normalize_rows")
-def _(*arguments: object) -> None:
+def _normalize_rows_fake(*arguments: object) -> None:
     return None
