@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +40,62 @@ def _start_server() -> None:
         os.environ.update(before)
 
 
-def _child(function: Callable[..., None], arguments: tuple[Any, ...], given: Mapping[str, str], folder: str) -> None:
+def _child(function: Callable[..., None], arguments: tuple[Any, ...], given: Mapping[str, str], output: str) -> None:
     os.environ.clear()
     os.environ.update(given)
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     function(*arguments)
 
 
+def _ranks(number: int) -> Iterator[dict[str, str]]:
+    """What torchrun has in the environment of each of ``number`` processes of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for rank in map(str, range(number)):
+        sizes = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        yield {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **sizes}
+
+
 def run(
-    function: Callable[..., None], *arguments: Any, timeout: float = 300, without: tuple[str, ...] = ()
+    function: Callable[..., None], *arguments: Any, ranks: int = 1, timeout: float = 300, without: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """``function(*arguments)`` elsewhere, both importable there; its exit status and what it printed.
 
+    With several ``ranks`` it runs as often side by side; the first that fails ends the others, and its is the status.
+
     Raises:
-        subprocess.TimeoutExpired: after ``timeout`` seconds; it is killed then.
+        subprocess.TimeoutExpired: after ``timeout`` seconds; all are killed then.
     """
     _start_server()
     given = {name: value for name, value in environment().items() if name not in without}
+    each = [{**given, **rank} for rank in _ranks(ranks)] if ranks > 1 else [given]
+    deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
-        process = _context.Process(target=_child, args=(function, arguments, given, folder))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        children = [
+            _context.Process(target=_child, args=(function, arguments, variables, f"{folder}/{rank}"))
+            for rank, variables in enumerate(each)
+        ]
+        files = [f"{folder}/{rank}.{name}" for rank in range(ranks) for name in ("out", "err")]
+        for file in files:
+            Path(file).touch()
+        for child in children:
+            child.start()
+        while any(child.exitcode is None for child in children) and not any(child.exitcode for child in children):
+            wait(
+                [child.sentinel for child in children if child.exitcode is None], max(0.0, deadline - time.monotonic())
+            )
+            if time.monotonic() > deadline:
+                break
+        running = [child for child in children if child.exitcode is None]
+        status = next((child.exitcode for child in children if child.exitcode), 0)
+        for child in running:
+            child.kill()
+            child.join()
+        if running and not status:
             raise subprocess.TimeoutExpired(function.__name__, timeout)
-        said = [(Path(folder) / name).read_text() for name in ("out", "err")]
-    return subprocess.CompletedProcess(function.__name__, process.exitcode, *said)
+        said = [
+            "".join(Path(f"{folder}/{rank}.{name}").read_text() for rank in range(ranks)) for name in ("out", "err")
+        ]
+    return subprocess.CompletedProcess(function.__name__, status, *said)

@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
+from crepa_trainer.data.cache import prepare_cache
+from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
 from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.settings import RunSettings
 from hub_cases import CASES
+from processes import run
+from rich.console import Console
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
-SCRIPT = """
-import io, json, sys
-from collections import Counter
-from time import sleep
-import torch
-from accelerate import Accelerator
-from rich.console import Console
 from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
-from crepa_trainer.data.cache import prepare_cache
-from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
-from crepa_trainer.settings import RunSettings
 
-torch.set_num_threads(1)
-given = json.loads(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-calls = Counter()
-counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
-counted_calls += [(HunyuanVideoFamily, name) for name in ("load_text", "encode_text", "encode_text_of_clip")]
-for owner, name in (*counted_calls, (DinoV2Teacher, "_load")):
-    def counted(*args, original=getattr(owner, name), name=name, **kwargs):
+
+def _counted(calls: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls[name] += 1
-        return original(*args, **kwargs)
-    setattr(owner, name, counted)
-settings = RunSettings(**given["settings"])
-config = CrepaConfig(**given["config"])
-rank = accelerator.process_index
-if given.get("apart"):
-    settings = settings.model_copy(update={"cache": settings.output / f"cache{rank}"})
-family = TrainingFamily.of(settings.model, settings.task)
-for time in ("first", "again"):
-    calls.clear()
-    # The other one comes late, when the first one could have written a part.
-    sleep(2 * rank)
-    clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
-    sums = [float(clips[n][name].sum()) for n in range(len(clips)) for name in ("latents", "text")]
-    result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
-    (settings.output / f"{time}{rank}.json").write_text(json.dumps(result))
-"""
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def fill_twice(given: dict[str, Any]) -> None:
+    """What this process encodes of one cache, and then again: its calls, names and sums, as files of the output."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    calls: Counter[str] = Counter()
+    counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
+    counted_calls += [(HunyuanVideoFamily, name) for name in ("load_text", "encode_text", "encode_text_of_clip")]
+    for owner, name in (*counted_calls, (DinoV2Teacher, "_load")):
+        setattr(owner, name, _counted(calls, name, getattr(owner, name)))
+    settings = RunSettings(**given["settings"])
+    config = CrepaConfig(**given["config"])
+    rank = accelerator.process_index
+    if given.get("apart"):
+        settings = settings.model_copy(update={"cache": settings.output / f"cache{rank}"})
+    family = TrainingFamily.of(settings.model, settings.task)
+    for time in ("first", "again"):
+        calls.clear()
+        # The other one comes late, when the first one could have written a part.
+        sleep(2 * rank)
+        clips = prepare_cache(settings, config, family, accelerator.device, Console(file=io.StringIO()))
+        sums = [float(clips[n][name].sum()) for n in range(len(clips)) for name in ("latents", "text")]
+        result = {"calls": calls, "names": [key.name for key in clips.keys], "sums": sums}
+        (settings.output / f"{time}{rank}.json").write_text(json.dumps(result))
+
 
 TEXT_CALLS = ("load_text", "encode_text_of_clip", "encode_text")
 
@@ -89,14 +97,8 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def launch(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    script = Path(given["settings"]["output"]) / "script.py"
-    script.write_text(SCRIPT)
-    return torchrun(str(script), json.dumps(given))
-
-
 def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any], tmp_path: Path) -> None:
-    done = launch(given)
+    done = run(fill_twice, given, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [tmp_path / "out" / f"{time}{rank}.json" for time in ("first", "again") for rank in (0, 1)]
     first, second, *again = (json.loads(file.read_text()) for file in files)
@@ -111,7 +113,7 @@ def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any], 
 
 @pytest.mark.slow
 def test_a_cache_that_the_processes_do_not_share_is_refused(given: dict[str, Any]) -> None:
-    done = launch({**given, "apart": True})
+    done = run(fill_twice, {**given, "apart": True}, ranks=2)
     assert done.returncode != 0
     assert "cache must be a folder that they share" in done.stderr
 
@@ -143,7 +145,8 @@ def test_an_error_of_one_process_ends_all(given: dict[str, Any], tmp_path: Path)
 @pytest.mark.slow
 def test_texts_with_first_frames_are_shared_out_as_the_clips_are(given: dict[str, Any], tmp_path: Path) -> None:
     model = CASES["hunyuan token_replace"].save(tmp_path / "hunyuan")
-    done = launch({**given, "settings": {**given["settings"], "model": str(model), "task": "image2video"}})
+    settings = {**given["settings"], "model": str(model), "task": "image2video"}
+    done = run(fill_twice, {**given, "settings": settings}, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [tmp_path / "out" / f"{time}{rank}.json" for time in ("first", "again") for rank in (0, 1)]
     first, second, *again = (json.loads(file.read_text()) for file in files)

@@ -21,7 +21,7 @@ from crepa_trainer.launcher import launched_processes
 from crepa_trainer.reporting.trackers import read_csv
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
-from processes import environment, run
+from processes import run
 from rich.console import Console
 from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -132,13 +132,10 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
 def train_elsewhere(
     settings: RunSettings, config: CrepaConfig, *, processes: int = 1, timeout: float = 300, **clips: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, or in several under torchrun. `clips`: arguments of TinyClips, and
+    """The same in a process of its own, or in several as under torchrun. `clips`: arguments of TinyClips, and
     `file_size`, the bytes past which no file may grow, and `start`, how worker processes are started.
     """
-    if processes == 1:
-        return run(_main, _given(settings, config, clips), timeout=timeout)
-    words = command(settings, config, processes=processes, **clips)
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment())
+    return run(_main, _given(settings, config, clips), ranks=processes, timeout=timeout)
 
 
 def command(settings: RunSettings, config: CrepaConfig, *, processes: int = 1, **clips: Any) -> list[str]:
