@@ -13,6 +13,7 @@ from ..data.listing import counted
 from ..data.names import teacher_is_encoder
 from ..data.sampler import MADE_AHEAD
 from ..data.video import VideoInfo
+from ..terminal import plain
 from .plan import BucketPlan, Plan
 
 Rows = list[tuple[str, str]]
@@ -25,7 +26,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [*_model_rows(plan), *_data_rows(plan), *_crepa_rows(plan), *_step_rows(plan)]:
-        table.add_row(name, text)
+        table.add_row(name, plain(text))
     console.print(table, highlight=False, markup=False)
 
 
