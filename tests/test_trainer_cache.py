@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.data.cache import Bucket, CachedClips, prepare_cache
-from crepa_trainer.data.clips import read_clips
+from crepa_trainer.data.clips import read_clips, read_frames
+from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.names import teacher_frames
 from crepa_trainer.data.video import DataError, VideoError, probe_video
 from crepa_trainer.families import TrainingFamily, WanFamily
@@ -24,7 +25,7 @@ from crepa_trainer.settings import RunSettings
 from rich.console import Console
 from tiny import tiny_dinov2, tiny_wan
 from tiny_pipelines import save_tiny_wan_pipeline
-from videos import moving_square, write_video
+from videos import moving_square, write_video, write_with_empty_samples
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, frame_indices
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
@@ -341,6 +342,38 @@ def test_a_video_that_breaks_while_it_is_decoded_is_named_skipped_and_counted(
     loads = Loads(monkeypatch)
     assert prepare(settings(models, data), crepa(models)).keys == clips.keys
     assert loads.made() == set()
+
+
+def test_a_video_that_ends_early_goes_to_the_bucket_that_it_fits(
+    models: Path, data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, frames in (("half", 12), ("less", 3)):
+        path = write_with_empty_samples(data / f"{name}.mp4", moving_square(frames, 48, 80))
+        path.with_suffix(".txt").write_text("a square")
+        assert (probe_video(path).frames, len(read_frames(path, 48, 80, 100))) == (2 * frames, frames)
+    run = settings(models, data, frame_counts=(5, 9, 21), strict=False)
+    with caplog.at_level(logging.WARNING, "crepa_trainer"):
+        clips = prepare(run, crepa(models))
+    kept = [key.name for key in clips.keys if key.video in ("half.mp4", "less.mp4")]
+    assert kept == ["half.mp4 [0:9]", "half.mp4 [3:12]"]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{data}/half.mp4 shows 12 frames, its container says 24: its clips are 9 frames of 32x48",
+        f"skipped {data}/less.mp4: 3 frames, the shortest clip needs 5",
+        "1 of 4 videos skipped",
+    ]
+    ((_, pixels),) = read_clips(data / "half.mp4", 32, 48, [3], 9)
+    family, index = TrainingFamily.of(run.model), [key.name for key in clips.keys].index("half.mp4 [3:12]")
+    latents = family.encode_clip(family.load_vae(torch.float32), pixels)["latents"]
+    assert torch.equal(clips[index]["latents"], latents)
+    # The next start and its plan know it.
+    loads = Loads(monkeypatch)
+    found = find_clips(run, family)
+    assert [key.name for key in found.keys if key.video == "half.mp4"] == kept
+    assert prepare(run, crepa(models)).keys == clips.keys
+    assert loads.made() == set()
+    with pytest.raises(VideoError, match=r"less\.mp4: 3 frames, the shortest clip needs 5 \(strict\)"):
+        prepare(settings(models, data, frame_counts=(5, 9, 21), strict=True), crepa(models))
 
 
 def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from crepa_trainer.cli import main
+from crepa_trainer.terminal import plain
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +36,9 @@ def test_a_program_that_calls_it_has_its_logging_back(debug: bool) -> None:
     code = f"""
 import logging
 from crepa_trainer.cli import main
+from crepa_trainer.terminal import plain
+from tiny_pipelines import save_tiny_wan_pipeline
+from videos import moving_square, write_video
 def state():
     loggers = [logging.getLogger(name) for name in (None, "crepa_kernels", "crepa_trainer")]
     return [(logger.level, logger.handlers[:]) for logger in loggers]
@@ -116,3 +122,41 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("--crepa_lambda" in text) == (len(words) == 2)
         assert ("--lora_rank" in text) == (words[0] == "run")
         assert ("--steps N" in text) == (words[0] == "demo")
+
+
+WILD = "a\x1b[31m\nb\u202ec\x9b2J"
+PLAIN = r"a\x1b[31m\nb\u202ec\x9b2J"
+
+
+def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan, a log line and errors of a folder whose names hold escape sequences and bidi marks."""
+    data = tmp_path / "data"
+    data.mkdir()
+    save_tiny_wan_pipeline(tmp_path / "wan")
+    for name, frames in ((f"{WILD}.mp4", 9), (f"{WILD} short.mp4", 3)):
+        write_video(tmp_path / "a.mp4", moving_square(frames, 32, 48)).rename(data / name)
+        (data / name).with_suffix(".txt").write_text("a square")
+    words = ["run", "--model", str(tmp_path / "wan"), "--data", str(data), "--output", str(tmp_path / "out")]
+    words += ["--resolutions", "[[96, 144]]", "--frame_counts", "[9]", "--max_train_steps", "1", "--plan"]
+    done = python("-m", "crepa_trainer", *words)
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout
+    assert f"{PLAIN}.mp4 3 times" in plan  # enlarged, in the plan's table
+    assert f"skipped {data}/{PLAIN} short.mp4: 3 frames" in " ".join(plan.split())  # a line of the log
+    (data / f"{WILD}.txt").unlink()
+    assert main(words) == 2
+    missing = capsys.readouterr().err
+    assert r"a\x1b[31m b\u202ec\x9b2J.txt is missing" in missing
+    with pytest.raises(SystemExit):
+        main(["export", "nowhere", "--dtype", "\x1b[31m"])
+    unknown = capsys.readouterr().err
+    assert r"\x1b[31m" in unknown
+    for text in (plan, missing, unknown):
+        assert not set("\x1b\x9b\u202e") & set(text)
+
+
+def test_what_is_read_from_left_to_right_stays_as_it_is() -> None:
+    for text in ("a square", "日本", "עברית", "👩\u200d🚀", "é", "[red]", "a\\b"):
+        assert plain(text) == text
+    assert plain("\udcff") == r"\udcff"  # a byte that is no UTF-8
+    assert plain("a\r\nb\u2028", "\n") == "a\\r\nb\\u2028"

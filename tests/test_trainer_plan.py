@@ -334,6 +334,18 @@ def test_what_becomes_of_pictures_and_times_is_said(folder: Path, tmp_path: Path
     assert "frame rates taken at 50 a second; found: 25 (2 videos), 60 (1 video), variable (1 video)" in printed(plan)
 
 
+def test_captions_that_the_text_encoder_cuts_are_named(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name, words in (("a", 20), ("deep/B", 700), ("c", 511), ("d", 700)):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write(data / f"{name}.mp4", [corners()] * 5)
+        (data / f"{name}{'.TXT' if name == 'deep/B' else '.txt'}").write_text(" ".join(["square"] * words))
+    long = " ".join(["red"] * 1100)
+    plan = planned(folder, CrepaConfig(), data=data, validation_prompts=("a", long), validation_every=5)
+    assert "captions cut at 512 tokens: d.txt (701); deep/B.TXT (701); validation prompt 2 (1,101)" in printed(plan)
+    assert "cut" not in printed(planned(folder, CrepaConfig()))
+
+
 def test_a_plan_is_printed_and_nothing_else_happens(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,28 @@ def test_a_recording_that_begins_anywhere_has_the_frames_that_can_be_shown(tmp_p
         assert frames == list(range(frames[0], 40))
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_trim_at_an_open_group_of_pictures_has_the_frames_that_can_be_shown(
+    tmp_path: Path, codec: str, suffix: str
+) -> None:
+    groups = "open-gop=1:keyint=12:min-keyint=12:bframes=4:b-adapt=0:scenecut=0"
+    options = {"x264-params": groups} if codec == "libx264" else {"x265-params": f"{groups}:log-level=none"}
+    whole = write(tmp_path / "whole.mp4", counted(40), codec=codec, options=options)
+    path = tmp_path / f"cut.{suffix}"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream, packets = target.add_stream_from_template(source.streams.video[0]), list(source.demux(video=0))[:-1]
+        begin = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+        # Late enough that no edit list leaves out the frames before the key frame, which need those that were cut away.
+        late = min(packet.dts for packet in packets[begin:]) - 12 * 512
+        for packet in packets[begin:]:
+            packet.stream, packet.pts, packet.dts = stream, packet.pts - late, packet.dts - late
+            target.mux(packet)
+    frames = values(read_frames(path, 64, 64, 100))
+    assert frames == list(range(frames[0], 40))
+    assert probe_video(path).frames == len(frames) < len(packets) - begin
+
+
 RATES = [(60, 24, 8), (60, 30, 10), (25, 25, 20), (12, 24, 40), (50, 12.5, 5)]
 
 

@@ -30,6 +30,32 @@ def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = F
     return path
 
 
+def write_with_empty_samples(path: Path, frames: Iterable[np.ndarray]) -> Path:
+    """H.265 in which every other sample shows nothing: it has twice as many by its index, and no error in it."""
+    whole = path.with_name(f"{path.stem}-whole.mp4")
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("libx265", rate=25)
+        stream.pix_fmt, stream.options = "yuv420p", {"x265-params": "log-level=none:bframes=0"}
+        frames = list(frames)
+        stream.height, stream.width = frames[0].shape[:2]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream, number = target.add_stream_from_template(source.streams.video[0]), 0
+        for packet in source.demux(video=0):
+            if packet.dts is None:
+                continue
+            # The second is an access unit delimiter alone.
+            for each in (packet, av.Packet(bytes.fromhex("00000003460150"))):
+                each.time_base, each.stream = packet.time_base, stream
+                each.pts = each.dts = 512 * number
+                number += 1
+                target.mux(each)
+    whole.unlink()
+    return path
+
+
 def moving_square(frames: int, height: int = 48, width: int = 80, seed: int = 0) -> list[np.ndarray]:
     """A bright square that wanders over a coloured pattern: something to see, and different for each seed."""
     rng = np.random.default_rng(seed)

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .stopping import Stopped, stopped_by_signals
+from .terminal import PlainFormatter, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,14 +60,19 @@ def _logging_left_as_it_was() -> Iterator[None]:
 def _complain(message: str) -> None:
     # One line, however many settings are wrong.
     line = "; ".join(message.split("\n  ")).replace(":; ", ": ")
-    print(f"crepa-train: error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"crepa-train: error: {plain(' '.join(line.split()))}", file=sys.stderr)
 
 
 Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], None]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+
 def _run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="crepa-train", description="Trains video diffusion transformers with CREPA.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -150,7 +156,7 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[given.dtype]
     console = _console(given.debug)
     line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(plain(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +226,8 @@ def _console(debug: bool) -> Console:
     # In a file nothing is gained by breaking lines, least of all in the middle of a path.
     console = Console(quiet=not first, width=None if sys.stdout.isatty() else FILE_WIDTH)
     handler: Any = RichHandler(console=console if first else Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(PlainFormatter(PACKAGES))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = logging.DEBUG if debug else logging.INFO if first else logging.ERROR
     for name in PACKAGES:
         logging.getLogger(name).setLevel(level)

@@ -33,6 +33,7 @@ from .reporting.table import print_plan
 from .reporting.trackers import CSVTracker
 from .stopping import Stopped, stop_kept
 from .student import make_average, make_student, trained_parameters
+from .terminal import plain
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def train_on(
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
-        console.print(f"going on from {checkpoint.folder}", highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(f"going on from {checkpoint.folder}"), highlight=False, markup=False, soft_wrap=True)
         checkpoints.load(checkpoint)
     elif settings.resume is not None:
         console.print("there is no checkpoint yet: starting at step 0", highlight=False)
@@ -175,7 +176,7 @@ def train_on(
         folder = settings.output / export.FOLDER
         export.export(family, transformer, student.crepa, average, full=full, folder=folder)
         where = export.where(folder, full=full, expert=settings.expert)
-        console.print(where, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(where), highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()

@@ -20,10 +20,18 @@ from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 from .clips import read_clips
-from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, listed, skip_video, tell_skipped
-from .files import DamagedFile, check_whole, file_name, read_tensors, remove_abandoned, write_tensors
+from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, fit_again, listed, skip_video, tell_skipped
+from .files import (
+    DamagedFile,
+    check_whole,
+    file_name,
+    read_tensors,
+    remember_frames,
+    remove_abandoned,
+    write_tensors,
+)
 from .names import CacheNames, ClipFiles, encoder_type, teacher_frames
-from .video import DataError, VideoError
+from .video import DataError, EndsEarly, VideoError
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -117,22 +125,25 @@ def prepare_cache(
         OSError: the folder cannot be written.
     """
     found = find_clips(settings, family) if found is None else found
+    videos = found.videos
     names = CacheNames(settings, config, family, device, found)
-    files = dict(zip(found.keys, map(names.files, found.keys), strict=True))
-    missing = _missing(path for each in files.values() for path in each.of_pixels)
     state = PartialState()
-    # Nobody may write before everybody has looked, or their shares would not be of one whole.
-    state.wait_for_everyone()
     if state.is_main_process:
         remove_abandoned(settings.cache_folder)
     filler = _Filler(state, config, family, device, console, names)
-    incomplete = {key: each for key, each in files.items() if missing.intersection(each.of_pixels)}
-    skipped = filler.encode_videos(incomplete, missing, settings.strict)
-    tell_skipped(skipped, found.videos)
+    files = {key: names.files(key) for key in found.keys}
+    skipped, lengths = filler.encode_videos(files)
+    if lengths:
+        # Videos that have fewer frames than their containers say: the clips that fit into them.
+        shorter = fit_again(found, lengths, settings)
+        skipped |= {path: shorter.skipped[path] for path in shorter.skipped.keys() - found.skipped.keys()}
+        files = {key: names.files(key) for key in shorter.keys}
+        skipped |= filler.encode_videos(files)[0]
+    tell_skipped(skipped, videos)
     clips = {key: each for key, each in files.items() if all(path.is_file() for path in each.of_pixels)}
     _check_shared(clips, settings.cache_folder)
     if not clips:
-        raise DataError(f"no usable clip in {found.videos} video(s): {listed(map(': '.join, skipped.items()))}")
+        raise DataError(f"no usable clip in {videos} video(s): {listed(map(': '.join, skipped.items()))}")
     prompts = _validation_texts(settings.validation_prompts, clips, names)
     captions = [
         _Text(key.caption, str(caption_file(found.folder / key.video)), each.text, each.latents)
@@ -280,26 +291,41 @@ class _Filler:
             return self.family.encode_text(parts, [text.prompt])[0]
         return self.family.encode_text_of_clip(parts, text.prompt, _read_or_remove(text.clip)["first_frame"])
 
-    def encode_videos(self, clips: dict[ClipKey, ClipFiles], missing: set[Path], strict: bool) -> dict[str, str]:
-        """Videos that could not be decoded, of all processes, with the reason; their intact clips are there."""
+    def encode_videos(self, files: Mapping[ClipKey, ClipFiles]) -> tuple[dict[str, str], dict[str, int]]:
+        """Makes what is missing. Returns videos that could not be decoded, with the reason, and those that ended early,
+        with the number of their frames, both of all processes; their intact clips are there.
+        """
+        missing = _missing(path for each in files.values() for path in each.of_pixels)
+        # Nobody may write before everybody has looked, or their shares would not be of one whole.
+        self.state.wait_for_everyone()
+        clips = {key: each for key, each in files.items() if missing.intersection(each.of_pixels)}
         videos: dict[str, list[ClipKey]] = {}
         for key in clips:
             videos.setdefault(key.video, []).append(key)
         world = self.state.num_processes
-        encoders = _Encoders(self.config, self.family, self.device, self.names.settings.vae_tiling)
+        settings, found = self.names.settings, self.names.found
+        encoders = _Encoders(self.config, self.family, self.device, settings.vae_tiling)
         skipped: dict[str, str] = {}
+        lengths: dict[str, int] = {}
         for share in self._in_step("videos", _chunks(list(videos), world)):
             if self.state.process_index >= len(share):
                 continue
             video = share[self.state.process_index]
             try:
                 self._encode_video(encoders, {key: clips[key] for key in videos[video]}, missing)
+            except EndsEarly as error:
+                lengths[video] = error.frames
+                remember_frames(settings.cache_folder, found.contents[video], settings.fps, error.frames)
             except VideoError as error:
-                skip_video(skipped, self.names.found.folder / video, error, strict=strict)
+                skip_video(skipped, found.folder / video, error, strict=settings.strict)
         if encoders.loaded:
             encoders.loaded.clear()
             release_memory()
-        return {video: reason for each in gather_object([skipped]) for video, reason in each.items()}
+        everywhere = gather_object([(skipped, lengths)])
+        return (
+            {video: reason for each, _ in everywhere for video, reason in each.items()},
+            {video: frames for _, each in everywhere for video, frames in each.items()},
+        )
 
     def _encode_video(self, encoders: _Encoders, clips: dict[ClipKey, ClipFiles], missing: set[Path]) -> None:
         first = next(iter(clips))

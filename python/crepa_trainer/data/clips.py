@@ -14,7 +14,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from .video import DataError, VideoError, frames_of, opened, upright
+from .video import DataError, EndsEarly, VideoError, frames_of, opened, upright
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ def read_clips(
     """(start, pixels (frames, 3, height, width) uint8) of the clips at `starts`, in that order, by one decoding.
 
     As `read_frames`; only frames of clips that are not complete yet are held. Frame numbers are those of the file, or
-    with `fps` of the times at that rate, so all frames up to the last clip are decoded. VideoError also where the file
-    ends before that.
+    with `fps` of the times at that rate, so all frames up to the last clip are decoded. EndsEarly where there are
+    fewer.
     """
     reformatter = VideoReformatter()
     held: dict[int, np.ndarray] = {}
@@ -106,7 +106,7 @@ def read_clips(
                 if not pending:
                     return
                 held = {n: picture for n, picture in held.items() if n >= pending[0]}
-    raise VideoError(f"ends after {number + 1} frames, a clip of it needs {pending[0] + frames}")
+    raise EndsEarly(number + 1, pending[0] + frames)
 
 
 def _pixels(pictures: list[np.ndarray]) -> Tensor:

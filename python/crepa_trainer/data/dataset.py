@@ -8,14 +8,14 @@ import logging
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from crepa_kernels.config import ConfigError
 from crepa_kernels.config.rules import describe
 
-from .files import content_identity
+from .files import content_identity, remembered_frames
 from .listing import list_videos
 from .video import DataError, VideoError, VideoInfo, probe_video
 
@@ -111,19 +111,52 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
                 # Asked for: with `strict` no error either.
                 skipped[str(path)] = f'HDR ({info.hdr}), and hdr is "skip"'
                 continue
-            bucket = choose_bucket(info, settings.resolutions, settings.frame_counts)
+            content, name = content_identity(path), path.relative_to(settings.data).as_posix()
+            shown = remembered_frames(settings.cache_folder, content, settings.fps)
+            # One that fits nowhere is left out when it is encoded, as in the run's first start.
+            if shown is not None and shown >= min(settings.frame_counts):
+                info = replace(info, frames=shown)
+            keys += _clips_of(name, info, captions[path], settings)
         except VideoError as error:
             skip_video(skipped, path, error, strict=settings.strict)
             continue
-        name = path.relative_to(settings.data).as_posix()
-        contents[name], infos[name] = content_identity(path), info
-        starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
-        keys += [ClipKey(name, start, bucket, captions[path]) for start in starts]
+        contents[name], infos[name] = content, info
     tell_skipped(skipped, len(videos))
     if not keys:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
     return FoundClips(settings.data, tuple(keys), skipped, contents, infos, listing.passed_over)
+
+
+def _clips_of(name: str, info: VideoInfo, caption: str, settings: RunSettings) -> list[ClipKey]:
+    """The clips of one video. VideoError for one that is too short."""
+    bucket = choose_bucket(info, settings.resolutions, settings.frame_counts)
+    starts = clip_starts(info.frames, bucket.frames, settings.clips_per_video)
+    return [ClipKey(name, start, bucket, caption) for start in starts]
+
+
+def fit_again(found: FoundClips, lengths: Mapping[str, int], settings: RunSettings) -> FoundClips:
+    """`found` with other clips of the videos that turned out to show fewer frames, `lengths`, than was found.
+
+    One that is too short for any is skipped; a VideoError with `settings.strict`.
+    """
+    clips: dict[str, list[ClipKey]] = {}
+    for key in found.keys:
+        clips.setdefault(key.video, []).append(key)
+    infos, skipped = dict(found.infos), dict(found.skipped)
+    for name, frames in lengths.items():
+        said, infos[name] = infos[name].frames, replace(infos[name], frames=frames)
+        path, caption = found.folder / name, clips[name][0].caption
+        try:
+            clips[name] = _clips_of(name, infos[name], caption, settings)
+        except VideoError as error:
+            del clips[name]
+            skip_video(skipped, path, error, strict=settings.strict)
+        else:
+            bucket = clips[name][0].bucket
+            logger.warning("%s shows %d frames, its container says %d: its clips are %s", path, frames, said, bucket)
+    keys = tuple(key for each in clips.values() for key in each)
+    return replace(found, keys=keys, infos=infos, skipped=skipped)
 
 
 def skip_video(skipped: dict[str, str], path: Path, error: VideoError, *, strict: bool) -> None:

@@ -125,6 +125,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def remember_frames(folder: Path, video: str, fps: float | None, frames: int) -> None:
+    """Keeps how many frames of a video can be shown, where its container says another number; `video`: its content."""
+    write_tensors(_frames_file(folder, video, fps), {"frames": torch.tensor(frames)})
+
+
+def remembered_frames(folder: Path, video: str, fps: float | None) -> int | None:
+    """What was kept of a video by `remember_frames`, or None."""
+    try:
+        return int(read_tensors(_frames_file(folder, video, fps))["frames"])
+    except (FileNotFoundError, DamagedFile):
+        return None
+
+
+def _frames_file(folder: Path, video: str, fps: float | None) -> Path:
+    return folder / "frames" / file_name({"video": video, "fps": fps})
+
+
 def check_whole(path: Path) -> None:
     """DamagedFile where a file is cut off, is none of ours or another one; its header is read, its tensors are not."""
     try:

@@ -37,6 +37,14 @@ class VideoError(DataError):
     """One video file cannot be used; the message says why."""
 
 
+class EndsEarly(VideoError):
+    """A video can be decoded without an error, and shows but `frames` frames."""
+
+    def __init__(self, frames: int, needed: int) -> None:
+        super().__init__(f"ends after {frames} frames, a clip of it needs {needed}")
+        self.frames = frames
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """A video's length in frames, and the size of its upright picture in square pixels.
@@ -98,12 +106,15 @@ def probe_video(path: Path, fps: float | None = None) -> VideoInfo:
         kind = container.format.name.split(",")[0]
         times = _indexed_times(path, stream) if kind == _MOV else None
         sure = kind in (_MOV, _MATROSKA) and stream.codec_context.name in _FRAME_A_PACKET
-        first, shown, begun = None, [], False
+        shown: list[Any] = []
+        first, begun = None, False
         for packet in container.demux(stream):
             if packet.size:
                 sure, begun = sure and (begun or (packet.is_keyframe and not packet.is_corrupt)), True
                 # Edit lists leave out packets that others still need.
                 if not _is_left_out(packet):
+                    # What is shown before the first key frame needs frames that were cut away.
+                    sure = sure and not (shown and None not in (packet.pts, shown[0]) and packet.pts < shown[0])
                     shown.append(packet.pts)
             if not sure:
                 break

@@ -7,11 +7,13 @@ from .kandinsky5 import Kandinsky5Family
 from .ltxvideo import LtxVideoFamily
 from .sanavideo import SanaVideoFamily
 from .sizes import ClipSize
+from .text_limits import CutText
 from .wan import WanFamily
 
 __all__ = [
     "ClipSize",
     "CogVideoXFamily",
+    "CutText",
     "HunyuanVideoFamily",
     "Kandinsky5Family",
     "LtxVideoFamily",

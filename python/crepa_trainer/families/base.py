@@ -20,6 +20,7 @@ from ..loop import NoisyLatents, add_noise
 from .folder import constructor_defaults, has_part, missing_shards, read_config
 from .noise import scheduler_shift, shifted, with_clean_first_frame
 from .sizes import ClipSize, ModelSizes
+from .text_limits import TextLimits
 from .vaes import encode
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ TASKS = ("text2video", "image2video")
 Text = Mapping[str, Tensor]
 
 
-class TrainingFamily(ModelSizes, ABC):
+class TrainingFamily(ModelSizes, TextLimits, ABC):
     """A pipeline in the hub's layout, of one family. Made by `TrainingFamily.of`, which reads configs alone.
 
     Class attributes, beside those of `ModelSizes`:
@@ -156,8 +157,7 @@ class TrainingFamily(ModelSizes, ABC):
         parts: dict[str, Any] = {}
         for name in self.text_parts:
             if name.startswith("tokenizer"):
-                # Of a processor of texts and images too the texts' part alone: the rest needs torchvision.
-                parts[name] = transformers.AutoTokenizer.from_pretrained(self.model, subfolder=name)
+                parts[name] = self.load_tokenizer(name)
                 continue
             kind = getattr(transformers, self.configs["pipeline"][name][1])
             parts[name] = kind.from_pretrained(self.model, subfolder=name, dtype=dtype).requires_grad_(False).eval()

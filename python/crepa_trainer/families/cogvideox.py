@@ -66,13 +66,17 @@ class CogVideoXFamily(TrainingFamily):
     def _spatial(self) -> int:
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
 
+    @property
+    def text_limits(self) -> Mapping[str, int]:
+        # Without a mask: the transformer was trained on as many tokens, however short the text is.
+        return {"tokenizer": int(self.configs["transformer"]["max_text_seq_length"])}
+
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         embeddings, _ = parts.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
-            # Without a mask: the transformer was trained on as many tokens, however short the text is.
-            max_sequence_length=self.configs["transformer"]["max_text_seq_length"],
+            max_sequence_length=self.text_limits["tokenizer"],
         )
         return [{"text": embedding.clone()} for embedding in embeddings]
 

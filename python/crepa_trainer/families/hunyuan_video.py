@@ -12,6 +12,7 @@ from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
 from .noise import with_given_first_frame
+from .text_limits import CLIP_TOKENS, tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,6 +35,7 @@ class HunyuanVideoFamily(TrainingFamily):
     name = "hunyuan_video"
     transformer_class = "HunyuanVideoTransformer3DModel"
     text_parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    text_limits: ClassVar = {"tokenizer": 256, "tokenizer_2": CLIP_TOKENS}  # 256: the pipelines' default
     depth = ("num_layers", "num_single_layers")
     pixel_multiple = 16
     pipelines: ClassVar = {"text2video": "HunyuanVideoPipeline", "image2video": "HunyuanVideoImageToVideoPipeline"}
@@ -98,16 +100,31 @@ class HunyuanVideoFamily(TrainingFamily):
         which the pipeline encodes with a black image and without the options of its other prompts.
         """
         if self.task == "text2video":
-            return _texts(parts.encode_prompt(list(prompts)))
+            return _texts(parts.encode_prompt(list(prompts), **self._limit))
         black = picture(torch.zeros(3, 16, 16, dtype=torch.uint8))
-        return [_texts(parts.encode_prompt(black, [prompt]))[0] for prompt in prompts]
+        return [_texts(parts.encode_prompt(black, [prompt], **self._limit))[0] for prompt in prompts]
+
+    @property
+    def _limit(self) -> dict[str, int]:
+        return {"max_sequence_length": self.text_limits["tokenizer"]}
+
+    def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
+        if part != "tokenizer":
+            return super().token_count(tokenizer, part, prompt)
+        if self.task == "text2video":
+            from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as instruction
+        else:
+            from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import (
+                DEFAULT_PROMPT_TEMPLATE as instruction,
+            )
+        return tokens(tokenizer, instruction["template"].format(prompt)) - instruction["crop_start"]
 
     @torch.no_grad()
     def encode_text_of_clip(self, parts: Any, prompt: str, first_frame: Tensor) -> Text:
         """As `encode_text`; for image to video `text` begins with what the text encoder makes of the first frame."""
         if self.task == "text2video":
             return super().encode_text_of_clip(parts, prompt, first_frame)
-        return _texts(parts.encode_prompt(picture(first_frame), [prompt], **self.text_image_options))[0]
+        return _texts(parts.encode_prompt(picture(first_frame), [prompt], **self._limit, **self.text_image_options))[0]
 
     def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,

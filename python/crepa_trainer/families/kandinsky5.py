@@ -13,8 +13,8 @@ from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily
 from .noise import with_given_first_frame
 from .sizes import ClipSize
+from .text_limits import CLIP_TOKENS, tokens
 
-TEXT_TOKENS = 512  # the pipelines' default max_sequence_length
 PIXEL_MULTIPLE = 16  # which the pipelines ask of height and width
 SPARSE_TOKENS = 8  # side of the squares of tokens that sparse attention takes
 # The image-to-video pipeline moves the statistics of its first latent frames to those of the ones after them.
@@ -28,6 +28,7 @@ class Kandinsky5Family(TrainingFamily):
     transformer_class = "Kandinsky5Transformer3DModel"
     pipelines: ClassVar = {"text2video": "Kandinsky5T2VPipeline", "image2video": "Kandinsky5I2VPipeline"}
     text_parts: ClassVar = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    text_limits: ClassVar = {"tokenizer": 512, "tokenizer_2": CLIP_TOKENS}  # 512: the pipelines' default
     depth: ClassVar = ("num_visual_blocks",)
     # The whole names, as feed-forwards and the model itself have an out_layer too.
     lora_targets: ClassVar = (
@@ -91,8 +92,18 @@ class Kandinsky5Family(TrainingFamily):
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         """`text` (L, d) of Qwen, L as long as the prompt is, and `pooled` (d,) of CLIP."""
         # One by one: a shorter prompt beside a longer one would be filled up with tokens that are attended to.
-        encoded = [parts.encode_prompt([prompt], max_sequence_length=TEXT_TOKENS) for prompt in prompts]
+        limit = self.text_limits["tokenizer"]
+        encoded = [parts.encode_prompt([prompt], max_sequence_length=limit) for prompt in prompts]
         return [{"text": text[0].clone(), "pooled": pooled[0].clone()} for text, pooled, _ in encoded]
+
+    def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
+        if part != "tokenizer":
+            return super().token_count(tokenizer, part, prompt)
+        from diffusers import Kandinsky5T2VPipeline
+
+        pipeline = Kandinsky5T2VPipeline(*[None] * 7)
+        instructed = pipeline.prompt_template.format(prompt)
+        return tokens(tokenizer, instructed) - pipeline.prompt_template_encode_start_idx
 
     def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,

@@ -22,11 +22,14 @@ class LtxVideoFamily(TrainingFamily):
     name = "ltxvideo"
     transformer_class = "LTXVideoTransformer3DModel"
     pixel_multiple = 32
+    text_limits: ClassVar = {"tokenizer": 128}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "LTXPipeline", "image2video": "LTXImageToVideoPipeline"}
 
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        texts, masks, _, _ = parts.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        texts, masks, _, _ = parts.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_limits["tokenizer"]
+        )
         return [{"text": text.clone(), "text_mask": mask.clone()} for text, mask in zip(texts, masks, strict=True)]
 
     def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:

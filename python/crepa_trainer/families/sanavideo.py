@@ -12,6 +12,7 @@ from torch import Tensor
 from ..loop import NoisyLatents
 from .base import Text, TrainingFamily
 from .sizes import ClipSize
+from .text_limits import tokens
 
 
 class SanaVideoFamily(TrainingFamily):
@@ -20,21 +21,27 @@ class SanaVideoFamily(TrainingFamily):
     name = "sanavideo"
     transformer_class = "SanaVideoTransformer3DModel"
     pixel_multiple = 32
+    text_limits: ClassVar = {"tokenizer": 300}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "SanaVideoPipeline", "image2video": "SanaImageToVideoPipeline"}
 
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         """As the pipeline's call: under its instruction for the text encoder, but the empty prompt alone."""
-        instruction = inspect.signature(parts.__call__).parameters["complex_human_instruction"].default
         texts: list[Text] = []
         for prompt in prompts:
             text, mask, _, _ = parts.encode_prompt(
                 [prompt],
                 do_classifier_free_guidance=False,
-                complex_human_instruction=instruction if prompt else None,
+                max_sequence_length=self.text_limits["tokenizer"],
+                complex_human_instruction=_instruction() if prompt else None,
             )
             texts.append({"text": text[0].clone(), "text_mask": mask[0].clone()})
         return texts
+
+    def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
+        instruction, prompt = "\n".join(_instruction()), prompt.lower().strip()
+        # As the pipeline counts: the tokens at both ends of an instruction alone make room for two of the prompt's.
+        return tokens(tokenizer, instruction + prompt) - (tokens(tokenizer, instruction) - 2)
 
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
         timestep = noisy.timestep
@@ -65,3 +72,10 @@ class SanaVideoFamily(TrainingFamily):
         sizes = super().size_arguments(size)
         # A clip is sampled in the size that is trained, not in the nearest of the pipeline's own.
         return {"frames": sizes.pop("num_frames"), **sizes, "use_resolution_binning": False}
+
+
+def _instruction() -> list[str]:
+    from diffusers import SanaVideoPipeline
+
+    lines: list[str] = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
+    return lines

@@ -12,12 +12,12 @@ from ..loop import NoisyLatents
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
 from .noise import scheduler_shift, shifted
+from .text_limits import tokens
 from .vaes import normalized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-TEXT_TOKENS = 512  # WanPipeline's default max_sequence_length
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
 
 
@@ -30,6 +30,7 @@ class WanFamily(TrainingFamily):
     name = "wan"
     transformer_class = "WanTransformer3DModel"
     pixel_multiple = 16
+    text_limits: ClassVar = {"tokenizer": 512}  # WanPipeline's default max_sequence_length
     pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 
     def _check_task(self) -> None:
@@ -82,9 +83,14 @@ class WanFamily(TrainingFamily):
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         embeddings, _ = parts.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_limits["tokenizer"]
         )
         return [{"text": embedding.clone()} for embedding in embeddings]
+
+    def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return tokens(tokenizer, prompt_clean(prompt))
 
     def load_image_encoder(self) -> DiffusionPipeline | None:
         if not self.image_parts:

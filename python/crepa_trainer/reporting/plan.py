@@ -16,14 +16,14 @@ from crepa_kernels.grid import Grid, num_tokens, plan_alignment, should_save_ali
 from crepa_kernels.loss import requested_backend
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 
-from ..data.dataset import Bucket, FoundClips
+from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import encoder_type, teacher_frames, teacher_is_encoder
 from ..student import PRECISIONS, add_lora
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
 
-    from ..families import TrainingFamily
+    from ..families import CutText, TrainingFamily
     from ..settings import RunSettings
 
 FP32 = 4  # bytes
@@ -78,7 +78,8 @@ class CrepaMemory:
 class Plan:
     """A run in numbers.
 
-    `epochs`: how often each clip is seen; `memory` is None without CREPA; `workers`: those of each process.
+    `epochs`: how often each clip is seen; `memory` is None without CREPA; `workers`: those of each process; `cut`:
+    captions and validation prompts of which the text encoder does not read the end.
     """
 
     settings: RunSettings
@@ -92,6 +93,7 @@ class Plan:
     epochs: float
     memory: CrepaMemory | None
     workers: int
+    cut: tuple[CutText, ...]
 
     @property
     def checkpoints(self) -> int:
@@ -139,7 +141,15 @@ def make_plan(
     memory = _memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None
     workers = settings.workers_on(device_type)
     epochs = taken / batches
-    return Plan(settings, config, family, found, processes, parameters, trained, buckets, epochs, memory, workers)
+    cut = tuple(family.cut_texts(_texts(settings, found)))
+    return Plan(settings, config, family, found, processes, parameters, trained, buckets, epochs, memory, workers, cut)
+
+
+def _texts(settings: RunSettings, found: FoundClips) -> dict[str, str]:
+    """What is encoded, by its file below the data folder or its number."""
+    captions = {caption_file(found.folder / key.video): key.caption for key in found.keys}
+    prompts = {f"validation prompt {n}": text for n, text in enumerate(settings.validation_prompts, 1)}
+    return {file.relative_to(found.folder).as_posix(): text for file, text in captions.items()} | prompts
 
 
 def check_blocks(config: CrepaConfig, family: TrainingFamily) -> None:

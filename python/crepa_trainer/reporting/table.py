@@ -13,6 +13,7 @@ from ..data.listing import counted
 from ..data.names import teacher_is_encoder
 from ..data.sampler import MADE_AHEAD
 from ..data.video import VideoInfo
+from ..terminal import plain
 from .plan import BucketPlan, Plan
 
 Rows = list[tuple[str, str]]
@@ -25,7 +26,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [*_model_rows(plan), *_data_rows(plan), *_crepa_rows(plan), *_step_rows(plan)]:
-        table.add_row(name, text)
+        table.add_row(name, plain(text))
     console.print(table, highlight=False, markup=False)
 
 
@@ -55,7 +56,7 @@ def _data_rows(plan: Plan) -> Rows:
         tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
         clips = _several(each.clips, "clip")
         rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
-    return [*rows, *_footage_rows(found, plan.settings.fps)]
+    return [*rows, *_footage_rows(found, plan.settings.fps), *_cut_rows(plan)]
 
 
 def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
@@ -73,6 +74,17 @@ def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
         "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
     }
     return [(name, text) for name, text in rows.items() if text]
+
+
+def _cut_rows(plan: Plan) -> Rows:
+    """Captions whose ends train nothing."""
+    several = len(plan.family.text_limits) > 1
+    rows = []
+    for part, limit in plan.family.text_limits.items():
+        cut = listed(f"{each.name} ({each.tokens:,})" for each in plan.cut if each.tokenizer == part)
+        if cut:
+            rows.append(("captions cut", f"at {limit} tokens{f' of {part}' if several else ''}: {cut}"))
+    return rows
 
 
 def _rates(infos: Sequence[VideoInfo], fps: float | None) -> str:
