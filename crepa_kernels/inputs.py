@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -188,7 +189,8 @@ def check_frame_index(
 ) -> torch.Tensor | None:
     """``frame_index`` as (B, T) int64 on ``device``; without one S must equal T.
 
-    The values are checked where that costs no synchronisation: on a CPU.
+    The values are checked where that costs no synchronisation: on a CPU. Elsewhere, and in a compiled loss, a frame
+    out of range is NaN (``frames_at``).
     """
     if frame_index is None:
         if teacher_frames != student_frames:
@@ -197,7 +199,8 @@ def check_frame_index(
                 "select one teacher frame per student frame (select_frames) or pass frame_index"
             )
         return None
-    index = torch.as_tensor(frame_index)
+    # A list lies on a CPU, whatever the default device is.
+    index = frame_index if isinstance(frame_index, torch.Tensor) else torch.as_tensor(frame_index, device="cpu")
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(f"frame_index must hold integers, got {index.dtype}")
     if tuple(index.shape) not in {(student_frames,), (batch, student_frames)}:
@@ -213,6 +216,14 @@ def check_frame_index(
                 f"it reaches from {min(values)} to {max(values)}"
             )
     return _on_device(index.to(torch.int64), "frame_index", device).expand(batch, student_frames)
+
+
+def frames_at(features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The frames ``index`` (B, T) of ``features`` (B, S, N, E): (B, T, N, E), NaN where there is no such frame."""
+    last = features.shape[1] - 1
+    clip = torch.arange(len(index), device=index.device)[:, None]
+    known = (index >= 0) & (index <= last)
+    return features[clip, index.clamp(0, last)].where(known[..., None, None], math.nan)
 
 
 def check_mask(

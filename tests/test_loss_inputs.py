@@ -231,3 +231,47 @@ def test_available_backends() -> None:
     assert names in (("reference", "torch"), ("reference", "torch", "triton"))
     for name in names:
         assert crepa_loss(**arguments(), backend=name).loss.isfinite()
+
+
+ANYWHERE = pytest.mark.parametrize("backend", available_backends())
+
+
+@ANYWHERE
+@pytest.mark.parametrize("options", [{}, {"distance": 2, "cumulative": True}], ids=["adjacent", "cumulative"])
+@pytest.mark.parametrize("large", ["teacher", "weight"])
+def test_a_norm_that_overflows_is_no_finite_loss(large: str, options: dict[str, Any], backend: str) -> None:
+    """A row divided by infinity would be zeros, and the loss 0."""
+    given = arguments() | options
+    if large == "teacher":
+        given["teacher_features"] *= 1e20
+    else:
+        with torch.no_grad():
+            given["projector"][1].weight *= 1e20
+    output = crepa_loss(**given, backend=backend)
+    assert not output.loss.isfinite()
+    assert not output.self_similarity.isfinite()
+
+
+@ANYWHERE
+@pytest.mark.parametrize("grid", [GRID, TEACHER_GRID], ids=["equal", "resampled"])
+@pytest.mark.parametrize("wrong", [-1, T])
+def test_a_compiled_loss_does_not_wrap_the_frame_index(wrong: int, grid: tuple[int, int], backend: str) -> None:
+    """It cannot read the index: the frame that is not there is NaN."""
+    given = arguments() | {"backend": backend, "teacher_grid": grid}
+    given["teacher_features"] = torch.randn(B, T, math.prod(grid), E)
+
+    def loss(index: torch.Tensor) -> torch.Tensor:
+        return crepa_loss(**given, frame_index=index).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager")
+    index = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(compiled(index), loss(index), rtol=1e-5, atol=1e-6)
+    assert compiled(torch.tensor([0, 1, wrong])).isnan()
+
+
+def test_a_list_of_frames_does_not_follow_the_default_device() -> None:
+    given = arguments()
+    expected = crepa_loss(**given, frame_index=[0, 1, 2]).loss
+    with torch.device("meta"):
+        assert torch.equal(crepa_loss(**given, frame_index=[0, 1, 2], backend="torch").loss.cpu(), expected)

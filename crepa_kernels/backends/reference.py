@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from ..inputs import CrepaOutput, LossInputs
+from ..inputs import CrepaOutput, LossInputs, frames_at
 from ..ops.rows import NORM_FLOOR
 from ..reduction import plan_reduction, reduce_frames
 
@@ -37,8 +39,9 @@ def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
 
 
 def unit_rows(features: torch.Tensor) -> torch.Tensor:
-    """Each row divided by max(its L2 norm, 1e-12)."""
-    return F.normalize(features, dim=-1, eps=NORM_FLOOR)
+    """Each row divided by max(its L2 norm, 1e-12); NaN where the norm overflows, which would give zeros."""
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / norm.clamp_min(NORM_FLOOR).where(norm < math.inf, math.nan)
 
 
 def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
@@ -48,7 +51,7 @@ def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
     """
     features = inputs.teacher_features.to(inputs.statistics_type)
     if aligned and inputs.frame_index is not None:
-        features = torch.stack([clip[index] for clip, index in zip(features, inputs.frame_index, strict=True)])
+        features = frames_at(features, inputs.frame_index)
     if inputs.teacher_mask is not None and (aligned or inputs.frame_index is None):
         features = features.where(inputs.teacher_mask[..., None, None], 0)
     return unit_rows(inputs.plan.align(features, "teacher"))
