@@ -221,14 +221,56 @@ def test_autocast_changes_nothing_but_the_products_of_fp32_tokens(case: Case, dt
     h, projector = tensors["h"].detach().requires_grad_(), case.projector(tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options)
-        if backend == "torch":
-            inside.loss.backward()
-    if backend == "reference":  # PyTorch casts its own operators' backward passes, if asked to inside autocast
         inside.loss.backward()
     for one, other in zip(output, inside, strict=True):
         assert torch.equal(one, other)
     for gradient, leaf in zip(gradients.values(), (h, *projector.parameters()), strict=True):
         assert torch.equal(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@varied
+def test_a_backward_pass_alone_inside_autocast_is_as_outside(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Where PyTorch casts the gradients of its own operators: the training loop's backward() in the with block."""
+    tensors = case.tensors(dtype)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+    loss = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options).loss
+    leaves = [h, *projector.parameters()]
+    outside = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, leaves)
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)
+
+
+@varied
+def test_second_derivatives_inside_autocast_are_as_outside(case: Case) -> None:
+    tensors = case.tensors(torch.float32)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+    leaves = [h, *projector.parameters()]
+
+    def second(autocast: bool) -> tuple[torch.Tensor, ...]:
+        loss = crepa_loss(h, tensors["y"], projector, backend="reference", **case.options).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            return torch.autograd.grad(sum(one.square().sum() for one in first), leaves)
+
+    for one, other in zip(second(False), second(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reference_has_forward_derivatives_where_nothing_is_resampled() -> None:
+    case = small(simple(teacher_grid=(3, 4)))
+    case = replace(case, teacher_grid=case.student_grid)
+    tensors = case.tensors(torch.float64)
+    leaves = [tensors[name].requires_grad_() for name in GRADIENTS]
+    loss = functional_loss(case, tensors, "reference")
+    along = [torch.randn_like(leaf) for leaf in leaves]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(*map(forward_ad.make_dual, leaves, along))).tangent
+    gradients = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(tangent, sum((a * g).sum() for a, g in zip(along, gradients, strict=True)))
 
 
 def check_compiled(case: Case, loss_backend: str, **how: Any) -> None:

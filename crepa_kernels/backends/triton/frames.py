@@ -19,7 +19,7 @@ FLOOR = tl.constexpr(NORM_FLOOR)
 @triton.jit
 def inverse_norm(squares):
     """1 / max(norm, 1e-12) of rows from their sums of squares; NaN where those overflow: the row would be zeros."""
-    return tl.rsqrt(tl.maximum(squares, FLOOR * FLOOR)) + (squares - squares)
+    return tl.fma(squares, 0.0, tl.rsqrt(tl.maximum(squares, FLOOR * FLOOR)))
 
 
 @dataclass(frozen=True)
