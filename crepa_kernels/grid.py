@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .ops.resample import resample_tokens_op
+from .ops.resample import LARGEST, check_tokens, check_type, resample_tokens_op
 
 Grid = tuple[int, int]
 SpatialAlign = Literal["student", "teacher", "smaller", "pool"]
@@ -21,6 +21,8 @@ def as_grid(grid: Sequence[int], name: str) -> Grid:
     values = tuple(grid)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f"{name} must be (height, width), two positive integers, got {values}")
+    if values[0] * values[1] > LARGEST:
+        raise ValueError(f"{name} {values} has more tokens than 64 bits count")
     return values[0], values[1]
 
 
@@ -107,7 +109,7 @@ def resample_tokens(
     """Bilinear resampling of token-major features with half-pixel centres.
 
     Args:
-        tokens: (..., N, C), N tokens in raster order on ``source_grid``, floating point.
+        tokens: (..., N, C), N tokens in raster order on ``source_grid``, fp64, fp32, fp16 or bf16.
         source_grid: (height, width) with height x width = N.
         target_grid: (height, width) of the result.
         antialias: where an axis shrinks, widen the filter by the scale so that every token takes part
@@ -118,7 +120,8 @@ def resample_tokens(
         of times.
 
     Raises:
-        ValueError: if the grid does not match N, a grid is not two positive integers, or the type is not floating.
+        ValueError: if the grid does not match N, a grid is not two positive integers, or too large for 64 bits, or the
+            type is another.
     """
     source, target = as_grid(source_grid, "source_grid"), as_grid(target_grid, "target_grid")
     if tokens.dim() < 2 or tokens.shape[-2] != num_tokens(source):
@@ -126,6 +129,6 @@ def resample_tokens(
             f"tokens of shape {tuple(tokens.shape)} do not lie on source_grid {source}: "
             f"the last axis but one must be {source[0]} x {source[1]} = {num_tokens(source)}"
         )
-    if not tokens.is_floating_point():
-        raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
+    check_type(tokens, "tokens")
+    check_tokens(tokens, source, target)
     return resample_tokens_op(tokens, source, target, antialias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
+from .ops.resample import check_type
 from .transfer import moved
 
 logger = logging.getLogger(__name__)
@@ -131,8 +133,7 @@ def check_tensors(
             raise ValueError(f"{name} must be a tensor {symbols}, got {type(tensor).__name__}")
         if tensor.dim() != symbols.count(",") + 1 or 0 in tensor.shape:
             raise ValueError(f"{name} must be {symbols} with no empty axis, got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        check_type(tensor, name)
     if h.shape[0] != y.shape[0]:
         raise ValueError(f"hidden_states have {h.shape[0]} clips, teacher_features {y.shape[0]}")
     for side, tensor, grid in (("student", h, plan.student_grid), ("teacher", y, plan.teacher_grid)):
@@ -141,6 +142,9 @@ def check_tensors(
                 f"{side}_grid {grid} has {grid[0]} x {grid[1]} = {num_tokens(grid)} tokens a frame, "
                 f"the {side}'s tensor of shape {tuple(tensor.shape)} has {tensor.shape[2]}"
             )
+    for part in weights:
+        if isinstance(part, torch.Tensor):
+            check_type(part, "the projector's weights")
     feature_size, hidden_size = weights.weight.shape
     if h.shape[-1] != hidden_size:
         raise ValueError(f"hidden_states have width {h.shape[-1]}, the projector takes {hidden_size}")
@@ -170,7 +174,8 @@ def check_frame_index(
 ) -> torch.Tensor | None:
     """``frame_index`` as (B, T) int64 on ``device``; without one S must equal T.
 
-    The values are checked where that costs no synchronisation: on a CPU.
+    The values are checked where that costs no synchronisation: on a CPU. Elsewhere, and in a compiled loss, a frame
+    out of range is NaN (``frames_at``).
     """
     if frame_index is None:
         if teacher_frames != student_frames:
@@ -179,7 +184,7 @@ def check_frame_index(
                 "select one teacher frame per student frame (select_frames) or pass frame_index"
             )
         return None
-    index = torch.as_tensor(frame_index)
+    index = _as_integers(frame_index)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(f"frame_index must hold integers, got {index.dtype}")
     if tuple(index.shape) not in {(student_frames,), (batch, student_frames)}:
@@ -197,6 +202,25 @@ def check_frame_index(
     return _on_device(index.to(torch.int64), "frame_index", device).expand(batch, student_frames)
 
 
+def _as_integers(frame_index: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    """``frame_index`` as a tensor; ValueError where it is none: ragged lists, text, huge numbers."""
+    if isinstance(frame_index, torch.Tensor):
+        return frame_index
+    try:
+        # On a CPU, whatever the default device is.
+        return torch.as_tensor(frame_index, device="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"frame_index must hold integers of at most 64 bits, (T,) or (B, T): {error}") from error
+
+
+def frames_at(features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The frames ``index`` (B, T) of ``features`` (B, S, N, E): (B, T, N, E), NaN where there is no such frame."""
+    last = features.shape[1] - 1
+    clip = torch.arange(len(index), device=index.device)[:, None]
+    known = (index >= 0) & (index <= last)
+    return features[clip, index.clamp(0, last)].where(known[..., None, None], math.nan)
+
+
 def check_mask(
     mask: torch.Tensor | None, name: str, shape: tuple[int, int], device: torch.device
 ) -> torch.Tensor | None:
@@ -212,9 +236,10 @@ def check_mask(
 
 def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: SpatialPlan, frames: int) -> tuple[int, int]:
     """``token_range`` as (start, stop) of the clip's flattened T x P tokens, which ``h`` (B, stop - start, D) holds."""
-    values = tuple(token_range)
+    values = tuple(token_range) if isinstance(token_range, Sequence) else (token_range,)
     total = frames * num_tokens(plan.student_grid)
-    if len(values) != 2 or not 0 <= values[0] < values[1] <= total:
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    if len(values) != 2 or not whole or not 0 <= values[0] < values[1] <= total:
         raise ValueError(
             f"token_range must be (start, stop) with 0 <= start < stop <= T x P = {frames} x "
             f"{num_tokens(plan.student_grid)} = {total}, got {values}"
@@ -250,7 +275,7 @@ def check_inputs(
     device = hidden_states.device
     if token_range is not None:
         # A slice of the tokens does not tell the clip's frames; the index or the teacher does.
-        frames = teacher_features.shape[1] if frame_index is None else torch.as_tensor(frame_index).shape[-1]
+        frames = teacher_features.shape[1] if frame_index is None else _as_integers(frame_index).shape[-1:].numel()
         token_range = check_token_range(token_range, hidden_states, plan, frames)
     frame_mask = check_mask(frame_mask, "frame_mask", (batch, frames), device)
     teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)

@@ -98,7 +98,7 @@ def crepa_loss(
         loss       = -mean_b( sum_f total[b,f] / T )
 
     Args:
-        hidden_states: (B, T, P, D), the block's video tokens in raster order; any floating type.
+        hidden_states: (B, T, P, D), the block's video tokens in raster order; fp64, fp32, fp16 or bf16.
         teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
         projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear.
         student_grid: (height, width) of the P tokens.

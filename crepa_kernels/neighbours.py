@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
+
+from .ops.resample import LARGEST
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Neighbours:
     normalize_sum: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.distance, bool) or not isinstance(self.distance, int) or self.distance < 0:
-            raise ValueError(f"distance must be an integer of at least 0, got {self.distance!r}")
-        if not (isinstance(self.tau, (int, float)) and 0 < self.tau < math.inf):
+        if isinstance(self.distance, bool) or not isinstance(self.distance, int) or not 0 <= self.distance <= LARGEST:
+            raise ValueError(f"distance must be an integer of at least 0, of 64 bits, got {self.distance!r}")
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        if not (number and 0 < self.tau <= sys.float_info.max):
             raise ValueError(f"tau must be a finite number above 0, got {self.tau!r}")
 
     def offsets(self, frames: int) -> dict[int, float]:
@@ -55,5 +59,6 @@ class Neighbours:
         else:
             distance = (teacher_mask.sum(dim=1) - 1).clamp(min=0, max=self.distance)[:, None, None]
         chosen = (offset <= distance) if self.cumulative else (offset == distance)
-        weights = torch.exp(-offset.to(like.dtype) / self.tau) * (chosen & (offset > 0))
+        # Not a product: at offset 0 the exponent is NaN where tau is 0 in the type.
+        weights = torch.exp(-offset.to(like.dtype) / self.tau).where(chosen & (offset > 0), 0)
         return weights if teacher_mask is None else weights * teacher_mask[:, None, :]

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .ops.resample import LARGEST
+
 Result = TypeVar("Result")
 
 
@@ -21,12 +23,16 @@ class CrepaProjector(nn.Sequential):
         feature_size: E, the width of the teacher's patch features.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, or they are too large for 64 bits.
     """
 
     def __init__(self, hidden_size: int, feature_size: int) -> None:
         if hidden_size < 1 or feature_size < 1:
             raise ValueError(f"hidden_size and feature_size must be positive, got {hidden_size} and {feature_size}")
+        if hidden_size * feature_size > LARGEST:
+            raise ValueError(
+                f"hidden_size and feature_size are too large for 64 bits, got {hidden_size} and {feature_size}"
+            )
         super().__init__(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, feature_size))
         self.hidden_size = hidden_size
         self.feature_size = feature_size

@@ -27,9 +27,23 @@ inline std::string numbers(torch::headeronly::IntHeaderOnlyArrayRef values) {
   return text + ")";
 }
 
+// a x b of sizes that are not negative; an error where that takes more than 64 bits.
+inline int64_t product(int64_t a, int64_t b) {
+  STD_TORCH_CHECK(b == 0 || a <= INT64_MAX / b, a, " x ", b, " is too large for 64 bits");
+  return a * b;
+}
+
 inline void check_grid(const Grid& grid, const char* name) {
   STD_TORCH_CHECK(grid.size() == 2 && grid[0] > 0 && grid[1] > 0, name,
                   " must be (height, width), two positive integers, got ", numbers(grid));
+  product(grid[0], grid[1]);
+}
+
+// Both grids, and the integers that weights between them are made of: 4 x source x target of an axis.
+inline void check_grids(const Grid& source, const Grid& target) {
+  check_grid(source, "source_grid");
+  check_grid(target, "target_grid");
+  for (int axis = 0; axis < 2; ++axis) product(4, product(source[axis], target[axis]));
 }
 
 inline void check_tokens(const Tensor& tokens, const Grid& grid, const char* name) {
@@ -67,6 +81,8 @@ inline void check_shape(const Tensor& tensor, const Tensor& tokens, int64_t rows
 inline Grid shape_on(const Tensor& tokens, const Grid& grid) {
   Grid shape(tokens.sizes().begin(), tokens.sizes().end());
   shape[shape.size() - 2] = grid[0] * grid[1];
+  int64_t count = 1;
+  for (const int64_t size : shape) count = product(size, count);
   return shape;
 }
 
@@ -77,8 +93,7 @@ inline ScalarType statistics_type(const Tensor& tokens) {
 // Backward of LayerNorm and resampling: the gradient is on `target`, the tokens and their statistics on `source`.
 inline void check_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean, const Tensor& inverse_std,
                            const Grid& source, const Grid& target) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
+  check_grids(source, target);
   check_tokens(tokens, source, "tokens");
   check_shape(grad, tokens, target[0] * target[1], true, "grad");
   check_match(grad, tokens, "grad");

@@ -159,6 +159,23 @@ def test_more_leading_axes_than_the_kernels_know(operators: Any) -> None:
     assert_close(operators.resample_tokens(tokens, *geometry), exact(tokens, *geometry), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [19, 64])
+def test_the_gradient_of_large_tokens_keeps_both_of_its_parts(
+    operators: Any, channels: int, dtype: torch.dtype
+) -> None:
+    """1/std is 1e-15, whose square an fp32 number holds with a few bits and whose cube not at all."""
+    geometry = ((5, 4), (3, 6), True)
+    torch.manual_seed(0)
+    tokens, grad = (torch.randn(2, rows, channels) for rows in (20, 18))
+    tokens, grad, gradients = (tokens * 1e15).to(dtype), grad.to(dtype), []
+    for t, g in ((tokens, grad), (tokens.double(), grad.double())):
+        _, *statistics = operators.layer_norm_resample(t, *geometry, EPS)
+        gradients.append(operators.layer_norm_resample_backward(g, t, *statistics, *geometry).double())
+    ours, exact = gradients
+    assert (ours - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
 @each_type
 @each_filter
 @pytest.mark.parametrize("channels", [19, 64])

@@ -204,6 +204,11 @@ def test_an_empty_batch_gives_an_empty_tensor(shape: tuple[int, ...]) -> None:
         ((torch.zeros(20), (5, 4), (3, 6)), ["20"]),
         ((torch.zeros(2, 20, 3, dtype=torch.int64), (5, 4), (3, 6)), ["int64|Long"]),
         ((torch.zeros(2, 20, 3, dtype=torch.bool), (5, 4), (3, 6)), ["bool|Bool"]),
+        # Products that are 20, 0 or negative once they are cut to 64 bits.
+        ((torch.zeros(2, 20, 3), (2**62 + 5, 4), (3, 6)), ["64 bits"]),
+        ((torch.zeros(2, 20, 3), (5, 4), (2**32, 2**32)), ["64 bits"]),
+        ((torch.zeros(2, 20, 3), (5, 4), (2**40, 2**22)), ["64 bits"]),
+        ((torch.zeros(1).expand(2**40, 1), (2**40, 1), (2**22, 1)), ["64 bits"]),
     ],
 )
 def test_bad_input_is_an_error_with_the_numbers(arguments: tuple[Any, ...], numbers: list[str]) -> None:

@@ -130,3 +130,21 @@ def test_every_frame_outside() -> None:
         rows, mean, inverse_std = FORWARD[way](tokens, *geometry, EPS, none)
         dh = BACKWARD[way](grad, tokens, mean, inverse_std, *geometry, none)
         assert not any(each.any() for each in (rows, mean, inverse_std, dh))
+
+
+@each_way
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [19, 64])
+def test_the_gradient_of_large_tokens_keeps_both_of_its_parts(
+    way: str, channels: int, device: str, dtype: torch.dtype
+) -> None:
+    """1/std is 1e-15, whose square an fp32 number holds with a few bits and whose cube not at all."""
+    tokens, grad, _ = drawn(dtype, device, channels)
+    tokens, geometry = tokens * 1e15, (SOURCE, TARGET, True)
+    gradients = []
+    for t, g in ((tokens, grad), (tokens.double(), grad.double())):
+        _, mean, inverse_std = FORWARD[way](t, *geometry, EPS)
+        gradients.append(BACKWARD[way](g, t, mean, inverse_std, *geometry).double())
+    ours, exact = gradients
+    assert (ours - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()

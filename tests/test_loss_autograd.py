@@ -12,13 +12,15 @@ import torch
 from cases import GRADIENTS, Case, draw, simple
 from oracle import METRICS, truth
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels import CrepaProjector, available_backends, crepa_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_backends = pytest.mark.parametrize("backend", ["reference", "torch"])
+fast_backends = pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
 HOLES = torch.tensor([[True, True, False, True], [True, False, True, True]])
 PADDING = torch.tensor([[True, True, True, True], [True, True, True, False]])
 # One of each way through the backends: equal grids, either side resampled, pooled; both modes; masks; an index.
@@ -74,8 +76,44 @@ def test_torch_backend_has_no_second_derivative() -> None:
     h = tensors["h"].requires_grad_()
     loss = crepa_loss(h, tensors["y"], case.projector(tensors), backend="torch", **case.options).loss
     (first,) = torch.autograd.grad(loss, [h], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"'torch' can be differentiated once"):
         first.sum().backward()
+
+
+@fast_backends
+def test_a_penalty_on_the_sum_of_two_losses_does_not_lose_one(backend: str) -> None:
+    """Where another loss has a second derivative, one that stops at CREPA would be taken for 0."""
+    case = simple()
+    tensors = case.tensors(torch.float32)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+    loss = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options).loss + h.pow(3).sum()
+    first = torch.autograd.grad(loss, [h, projector[1].weight], create_graph=True)
+    for leaf in (h, projector[1].weight):
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            torch.autograd.grad(sum(one.square().sum() for one in first), leaf, retain_graph=True)
+
+
+def tangents(loss: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor) -> Any:
+    return torch.func.jvp(loss, (h,), (torch.ones_like(h),))
+
+
+def dual_numbers(loss: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        return loss(forward_ad.make_dual(h, torch.ones_like(h)))
+
+
+@fast_backends
+@pytest.mark.parametrize("derive", [tangents, dual_numbers])
+def test_no_forward_derivative_is_taken_for_zero(derive: Callable[..., Any], backend: str) -> None:
+    case = simple(teacher_grid=(3, 4))
+    tensors = case.tensors(torch.float32)
+    projector = case.projector(tensors)
+
+    def loss(h: torch.Tensor) -> torch.Tensor:
+        return crepa_loss(h, tensors["y"], projector, backend=backend, **case.options).loss
+
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd\.Function"):
+        derive(loss, tensors["h"])
 
 
 @both_backends
@@ -183,14 +221,56 @@ def test_autocast_changes_nothing_but_the_products_of_fp32_tokens(case: Case, dt
     h, projector = tensors["h"].detach().requires_grad_(), case.projector(tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options)
-        if backend == "torch":
-            inside.loss.backward()
-    if backend == "reference":  # PyTorch casts its own operators' backward passes, if asked to inside autocast
         inside.loss.backward()
     for one, other in zip(output, inside, strict=True):
         assert torch.equal(one, other)
     for gradient, leaf in zip(gradients.values(), (h, *projector.parameters()), strict=True):
         assert torch.equal(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@varied
+def test_a_backward_pass_alone_inside_autocast_is_as_outside(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Where PyTorch casts the gradients of its own operators: the training loop's backward() in the with block."""
+    tensors = case.tensors(dtype)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+    loss = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options).loss
+    leaves = [h, *projector.parameters()]
+    outside = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, leaves)
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)
+
+
+@varied
+def test_second_derivatives_inside_autocast_are_as_outside(case: Case) -> None:
+    tensors = case.tensors(torch.float32)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+    leaves = [h, *projector.parameters()]
+
+    def second(autocast: bool) -> tuple[torch.Tensor, ...]:
+        loss = crepa_loss(h, tensors["y"], projector, backend="reference", **case.options).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            return torch.autograd.grad(sum(one.square().sum() for one in first), leaves)
+
+    for one, other in zip(second(False), second(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reference_has_forward_derivatives_where_nothing_is_resampled() -> None:
+    case = small(simple(teacher_grid=(3, 4)))
+    case = replace(case, teacher_grid=case.student_grid)
+    tensors = case.tensors(torch.float64)
+    leaves = [tensors[name].requires_grad_() for name in GRADIENTS]
+    loss = functional_loss(case, tensors, "reference")
+    along = [torch.randn_like(leaf) for leaf in leaves]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(*map(forward_ad.make_dual, leaves, along))).tangent
+    gradients = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(tangent, sum((a * g).sum() for a, g in zip(along, gradients, strict=True)))
 
 
 def check_compiled(case: Case, loss_backend: str, **how: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss, resample_tokens, similarity_matrix
 
+ANYWHERE = pytest.mark.parametrize("backend", available_backends())
 B, T, D, E = 2, 3, 16, 8
 GRID, TEACHER_GRID = (3, 4), (2, 3)
 
@@ -70,6 +71,11 @@ def bools(*shape: int) -> torch.Tensor:
     return torch.ones(*shape, dtype=torch.bool)
 
 
+def float8(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape).to(torch.float8_e4m3fn)
+
+
+SLICED = {"hidden_states": torch.randn(B, 12, D)}
 # What is wrong, and what the message must say of it, as a regular expression.
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "student grid": ({"student_grid": (3, 5)}, r"student_grid \(3, 5\).*15.*\(2, 3, 12, 16\).* 12"),
@@ -121,6 +127,37 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative distance": ({"distance": -1}, r"distance .*0.*-1"),
     "half a distance": ({"distance": 1.5}, r"distance .*integer.*1\.5"),
     "distance as bool": ({"distance": True}, r"distance .*integer.*True"),
+    "tau as bool": ({"tau": True}, r"tau .*True"),
+    "tau beyond any float": ({"tau": 10**400}, r"tau .*finite.*1000"),
+    "distance beyond 64 bits": ({"distance": 2**63}, r"distance .*64 bits.*9223372036854775808"),
+    "index beyond 64 bits": ({"frame_index": [0, 1, 2**63]}, r"frame_index .*64 bits"),
+    "index of text": ({"frame_index": ["0", "1", "2"]}, r"frame_index .*integers"),
+    "ragged index": ({"frame_index": [[0, 1, 2], [0, 1]]}, r"frame_index .*integers"),
+    "student grid beyond 64 bits": ({"student_grid": (2**62, 4)}, r"student_grid .*64 bits"),
+    "teacher grid beyond 64 bits": ({"teacher_grid": (2**63, 1)}, r"teacher_grid .*64 bits"),
+    "range of a number": (
+        SLICED | {"token_range": 4},
+        r"token_range .*\(start, stop\).*\(4,\)",
+    ),
+    "range of floats": (
+        SLICED | {"token_range": (0.0, 12.0)},
+        r"token_range .*\(0\.0, 12\.0\)",
+    ),
+    "range beyond 64 bits": (
+        SLICED | {"token_range": (0, 2**63)},
+        r"token_range .*9223372036854775808",
+    ),
+    "8-bit hidden states": ({"hidden_states": float8(B, T, 12, D)}, r"hidden_states .*bfloat16, got torch\.float8"),
+    "8-bit features": ({"teacher_features": float8(B, T, 6, E)}, r"teacher_features .*bfloat16, got torch\.float8"),
+    "complex features": ({"teacher_features": torch.zeros(B, T, 6, E, dtype=torch.complex64)}, r"features .*complex64"),
+    "8-bit projector": (
+        {"projector": CrepaProjector(D, E).to(torch.float8_e4m3fn)},
+        r"projector's .*got torch\.float8",
+    ),
+    "complex projector": (
+        {"projector": nn.Sequential(nn.LayerNorm(D), nn.Linear(D, E, dtype=torch.complex64))},
+        r"projector's .*complex64",
+    ),
     "one linear": ({"projector": nn.Linear(D, E)}, r"CrepaProjector.*Linear"),
     "a function": ({"projector": nn.functional.normalize}, r"CrepaProjector.*function"),
     "no projector": ({"projector": None}, r"CrepaProjector.*NoneType"),
@@ -202,7 +239,21 @@ def test_bad_input_costs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         crepa_loss(**calls)
 
 
-@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])
+@ANYWHERE
+@pytest.mark.parametrize("cumulative", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_ends_of_what_is_allowed_are_right(masked: bool, cumulative: bool, backend: str) -> None:
+    """A distance is clamped to the clip, tau beyond fp32 weighs every neighbour 1, tau that is 0 in fp32 none."""
+    given = arguments() | {"backend": backend, "cumulative": cumulative}
+    if masked:
+        given["teacher_mask"] = torch.tensor([[True, True, False], [True] * 3])
+    for end, same in (({"distance": 2**63 - 1}, {"distance": T}), ({"tau": 1e300}, {"tau": 1e30})):
+        torch.testing.assert_close(crepa_loss(**given | end).loss, crepa_loss(**given | same).loss)
+    alone = crepa_loss(**given | {"distance": 0}).loss
+    torch.testing.assert_close(crepa_loss(**given, tau=1e-50).loss, alone)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (2**62, 4), (2**63, 2**63)])
 def test_bad_projector_sizes(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{sizes[0]} and {sizes[1]}"):
         CrepaProjector(*sizes)
@@ -215,6 +266,11 @@ BAD_RESAMPLING: dict[str, tuple[tuple[Any, ...], str]] = {
     "source of zero": ((torch.randn(2, 0, 4), (0, 4), (2, 2)), r"source_grid .*\(0, 4\)"),
     "target of zero": ((torch.randn(2, 12, 4), (3, 4), (2, 0)), r"target_grid .*\(2, 0\)"),
     "target of one number": ((torch.randn(2, 12, 4), (3, 4), (2,)), r"target_grid .*\(2,\)"),
+    "target beyond 64 bits": ((torch.randn(2, 12, 4), (3, 4), (2**63, 1)), r"target_grid .*64 bits"),
+    "target of tokens beyond 64 bits": ((torch.randn(2, 12, 4), (3, 4), (2**32, 2**32)), r"target_grid .*64 bits"),
+    "result beyond 64 bits": ((torch.randn(2, 12, 4), (3, 4), (2**40, 2**22)), r"\(2, 12, 4\).*64 bits"),
+    "weights beyond 64 bits": ((torch.randn(1).expand(2**40, 1), (2**40, 1), (2**22, 1)), r"axis .*64 bits"),
+    "8-bit": ((float8(2, 12, 4), (3, 4), (2, 2)), r"tokens .*bfloat16, got torch\.float8"),
     "target of floats": ((torch.randn(2, 12, 4), (3, 4), (2.5, 2)), r"target_grid .*2\.5"),
 }
 
@@ -231,3 +287,44 @@ def test_available_backends() -> None:
     assert names in (("reference", "torch"), ("reference", "torch", "triton"))
     for name in names:
         assert crepa_loss(**arguments(), backend=name).loss.isfinite()
+
+
+@ANYWHERE
+@pytest.mark.parametrize("options", [{}, {"distance": 2, "cumulative": True}], ids=["adjacent", "cumulative"])
+@pytest.mark.parametrize("large", ["teacher", "weight"])
+def test_a_norm_that_overflows_is_no_finite_loss(large: str, options: dict[str, Any], backend: str) -> None:
+    """A row divided by infinity would be zeros, and the loss 0."""
+    given = arguments() | options
+    if large == "teacher":
+        given["teacher_features"] *= 1e20
+    else:
+        with torch.no_grad():
+            given["projector"][1].weight *= 1e20
+    output = crepa_loss(**given, backend=backend)
+    assert not output.loss.isfinite()
+    assert not output.self_similarity.isfinite()
+
+
+@ANYWHERE
+@pytest.mark.parametrize("grid", [GRID, TEACHER_GRID], ids=["equal", "resampled"])
+@pytest.mark.parametrize("wrong", [-1, T])
+def test_a_compiled_loss_does_not_wrap_the_frame_index(wrong: int, grid: tuple[int, int], backend: str) -> None:
+    """It cannot read the index: the frame that is not there is NaN."""
+    given = arguments() | {"backend": backend, "teacher_grid": grid}
+    given["teacher_features"] = torch.randn(B, T, math.prod(grid), E)
+
+    def loss(index: torch.Tensor) -> torch.Tensor:
+        return crepa_loss(**given, frame_index=index).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager")
+    index = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(compiled(index), loss(index), rtol=1e-5, atol=1e-6)
+    assert compiled(torch.tensor([0, 1, wrong])).isnan()
+
+
+def test_a_list_of_frames_does_not_follow_the_default_device() -> None:
+    given = arguments()
+    expected = crepa_loss(**given, frame_index=[0, 1, 2]).loss
+    with torch.device("meta"):
+        assert torch.equal(crepa_loss(**given, frame_index=[0, 1, 2], backend="torch").loss.cpu(), expected)

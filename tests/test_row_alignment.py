@@ -40,10 +40,14 @@ class Call:
     weights: Tensor
     q: Tensor
     rows: tuple[int, int] = (0, COUNT * TOKENS)
+    base: int = 0
+    first: int = FIRST
+    offsets: tuple[int, ...] = tuple(OFFSETS)
 
     def arguments(self) -> tuple[Any, ...]:
         return (
-            self.projected, *self.fold, self.offset, self.teacher, 0, self.weights, FIRST, OFFSETS, *self.rows, self.q,
+            self.projected, *self.fold, self.offset, self.teacher, self.base, self.weights, self.first, self.offsets,
+            *self.rows, self.q,
         )  # fmt: skip
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,6 +208,13 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(found[0], found[2])
 
 
+def test_offsets_that_lead_out_of_the_clip_from_every_frame_are_nobodys() -> None:
+    plain, more = a_call(TYPES[1]), a_call(TYPES[1])
+    more.offsets = (*more.offsets, 2**63 - 1, -(2**63), FRAMES, -FRAMES)
+    for one, other in zip(plain.run(), more.run(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("types", [TYPES[0], TYPES[4]], ids=str)
 def test_opcheck(types: tuple[Any, Any, Any]) -> None:
     call = a_call(types)
@@ -230,7 +241,9 @@ def test_opcheck(types: tuple[Any, Any, Any]) -> None:
         ({"teacher": [torch.zeros(TOKENS, FEATURES)]}, "frame 1 is not among the 1 frames from 0"),
         ({"teacher": [torch.zeros(TOKENS, FEATURES + 1)] * FRAMES}, r"must be \(5, 37\)"),
         ({"teacher": [torch.zeros(4, FEATURES)] * FRAMES}, "15 rows are no frames of 4 tokens"),
-        ({"weights": torch.zeros(3, 3)}, "frames 1 to 4 are not within a clip of 3"),
+        ({"weights": torch.zeros(3, 3)}, "the 3 frames from 1 are not within a clip of 3"),
+        ({"first": 2**63 - 1}, "frames from 9223372036854775807 are not within a clip of 6"),
+        ({"base": -(2**63)}, "frame 1 is not among the 6 frames from -9223372036854775808"),
         ({"offset": torch.zeros(FEATURES + 1)}, "offset must be a contiguous Float of shape"),
         ({"q": torch.zeros(2, FEATURES)}, "q must be a contiguous Float of shape"),
         ({"fold": (torch.zeros(15), None, None)}, "belong together"),

@@ -310,3 +310,61 @@ def test_the_state_is_plain_data() -> None:
             {"step": 3, "updates": 1, "sum": 0.25, "count": 1.0},
         ],
     }
+
+
+def a_state() -> dict[str, Any]:
+    """Of a schedule at step 3, with a measurement under way, an average and a run before."""
+    crepa = schedule(40, crepa_similarity_threshold=0.5)
+    for step in range(4):
+        crepa.decide(step)
+        observe(crepa, step, 0.25)
+    return crepa.state_dict()
+
+
+ENTRY = {"step": 3, "updates": 1, "sum": 0.25, "count": 1.0}
+BAD_STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "average of text": ({"ema": "x"}, r"ema must be .*'x'"),
+    "average of NaN": ({"ema": math.nan}, r"ema must be .*nan"),
+    "infinite average": ({"ema": math.inf}, r"ema must be .*inf"),
+    "average of true": ({"ema": True}, r"ema must be .*True"),
+    "flag of text": ({"similarity_cutoff": "no"}, r"similarity_cutoff must be .*'no'"),
+    "flag of a number": ({"similarity_cutoff": 1}, r"similarity_cutoff must be .*1"),
+    "no flag": ({"similarity_cutoff": None}, r"similarity_cutoff must be .*None"),
+    "half a step": ({"step": 2.5}, r"step must be .*2\.5"),
+    "negative step": ({"step": -1}, r"step must be .*-1"),
+    "step of text": ({"step": "3"}, r"step must be .*'3'"),
+    "step beyond 64 bits": ({"step": 2**63}, r"step must be .*9223372036854775808"),
+    "ran after the last step": ({"last_run_step": 10**9}, r"last_run_step must be .*step = 3.*1000000000"),
+    "ran before any step": ({"step": None, "under_way": []}, r"last_run_step must be None before the first step"),
+    "ran at true": ({"last_run_step": True}, r"last_run_step must be .*True"),
+    "under way is a mapping": ({"under_way": {}}, r"under_way must be a list"),
+    "entry of a number": ({"under_way": [3]}, r"under_way\[0\] must be a mapping"),
+    "entry without a count": ({"under_way": [{"step": 3, "updates": 1, "sum": 0.0}]}, r"under_way\[0\] .*'count'"),
+    "entry of another step": ({"under_way": [ENTRY | {"step": 4}]}, r"under_way\[0\]\.step must be .*4"),
+    "entries of one step": ({"under_way": [ENTRY, ENTRY]}, r"under_way\[1\]\.step must be .*after 3"),
+    "no update": ({"under_way": [ENTRY | {"updates": 0}]}, r"under_way\[0\]\.updates must be .*0"),
+    "sum of text": ({"under_way": [ENTRY | {"sum": "1"}]}, r"under_way\[0\]\.sum must be .*'1'"),
+    "negative count": ({"under_way": [ENTRY | {"count": -1.0}]}, r"under_way\[0\]\.count must be .*-1\.0"),
+    "count of NaN": ({"under_way": [ENTRY | {"count": math.nan}]}, r"under_way\[0\]\.count must be .*nan"),
+    "unknown key": ({"lambda": 1.0}, r"must have the keys .*'lambda'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_that_no_schedule_gave_is_refused_by_key(change: dict[str, Any], message: str) -> None:
+    crepa = schedule(40, crepa_similarity_threshold=0.5)
+    before = crepa.state_dict()
+    with pytest.raises(ValueError, match=message):
+        crepa.load_state_dict(a_state() | change)
+    assert crepa.state_dict() == before
+    crepa.load_state_dict(a_state())
+    assert crepa.state_dict() == a_state()
+
+
+def test_a_state_without_a_key_or_of_another_kind_is_refused() -> None:
+    crepa, state = schedule(40), a_state()
+    for key in state:
+        with pytest.raises(ValueError, match="must have the keys"):
+            crepa.load_state_dict({name: value for name, value in state.items() if name != key})
+    with pytest.raises(ValueError, match=r"must be a mapping .* got list"):
+        crepa.load_state_dict([])  # type: ignore[arg-type]

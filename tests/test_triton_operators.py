@@ -376,3 +376,25 @@ def test_chunks_cover_all_rows_once(device: str) -> None:
     large = triton_results(case, tensors)
     for name in GRADIENTS:
         assert torch.allclose(small[name].float(), large[name].float(), rtol=2e-2, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "bias"])
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@on_each_device
+def test_parameters_may_lie_anyhow(layout: str, name: str, device: str) -> None:
+    case = simple(teacher_grid=(3, 4))
+    tensors = to(device, case.tensors(torch.float32))
+    found = []
+    for contiguous in (True, False):
+        projector = case.projector(tensors).to(device)
+        layer, key = {"gamma": (0, "weight"), "beta": (0, "bias"), "bias": (1, "bias")}[name]
+        values = tensors[name]
+        laid = torch.stack([values, values + 9], 1)[:, 0] if layout == "strided" else values[:1].expand(len(values))
+        laid = laid.contiguous() if contiguous else laid
+        setattr(projector[layer], key, torch.nn.Parameter(laid))
+        h = tensors["h"].detach().requires_grad_()
+        loss = crepa_loss(h, tensors["y"], projector, backend="triton", **case.options).loss
+        found.append((loss, *torch.autograd.grad(loss, [h, *projector.parameters()])))
+    assert not laid.is_contiguous()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from ..inputs import LossInputs
+from ..inputs import LossInputs, frames_at
 from ..ops.rows import NORM_FLOOR
 from ..output import CrepaOutput
 from ..reduction import plan_reduction, reduce_frames
@@ -15,18 +18,54 @@ def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
     """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in ``compute_dtype``."""
     gamma, beta, weight, bias, eps = inputs.projector
     accum_dtype, compute_dtype = inputs.statistics_type, inputs.compute_dtype
-    shape = hidden_states.shape[-1:]
+    shape = hidden_states.shape
     normalized = F.layer_norm(
-        hidden_states.to(accum_dtype), shape, _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps
+        hidden_states.to(accum_dtype), shape[-1:], _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps
     )
     if compute_dtype == torch.float16:
         # The operands are rounded, but not their gradients: fp16 cannot hold that of a row below the norm's floor.
-        return F.linear(
-            _rounded(normalized, compute_dtype),
-            _rounded(weight.to(accum_dtype), compute_dtype),
-            _cast(bias, accum_dtype),
-        )
-    return F.linear(normalized.to(compute_dtype), weight.to(compute_dtype), _cast(bias, compute_dtype)).to(accum_dtype)
+        rows, columns = _rounded(normalized, compute_dtype), _rounded(weight.to(accum_dtype), compute_dtype)
+    else:
+        rows, columns = normalized.to(compute_dtype), weight.to(compute_dtype)
+    p = product(rows.flatten(0, -2), columns).to(accum_dtype).unflatten(0, shape[:-1])
+    return p if bias is None else p + bias.to(accum_dtype)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.mT`` of (..., m, k) and (..., n, k), with one set of leading axes; as are its derivatives, of any order.
+
+    Those of PyTorch's own product are cast where autocast is on while they are taken.
+    """
+    # torch.compile refuses a function with a forward derivative.
+    made: torch.Tensor = (_Product if torch.compiler.is_compiling() else _ForwardProduct).apply(a, b)
+    return made
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return product(grad, b.mT) if need_a else None, product(grad.mT, a.mT) if need_b else None
+
+
+class _ForwardProduct(_Product):
+    @staticmethod
+    def jvp(ctx: Any, along_a: torch.Tensor, along_b: torch.Tensor) -> torch.Tensor:
+        a, b = ctx.saved_tensors
+        return product(along_a, b) + product(a, along_b)
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -38,8 +77,9 @@ def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Non
 
 
 def unit_rows(features: torch.Tensor) -> torch.Tensor:
-    """Each row divided by max(its L2 norm, 1e-12)."""
-    return F.normalize(features, dim=-1, eps=NORM_FLOOR)
+    """Each row divided by max(its L2 norm, 1e-12); NaN where the norm overflows, which would give zeros."""
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / norm.clamp_min(NORM_FLOOR).where(norm < math.inf, math.nan)
 
 
 def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
@@ -49,7 +89,7 @@ def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
     """
     features = inputs.teacher_features.to(inputs.statistics_type)
     if aligned and inputs.frame_index is not None:
-        features = torch.stack([clip[index] for clip, index in zip(features, inputs.frame_index, strict=True)])
+        features = frames_at(features, inputs.frame_index)
     if inputs.teacher_mask is not None and (aligned or inputs.frame_index is None):
         features = features.where(inputs.teacher_mask[..., None, None], 0)
     return unit_rows(inputs.plan.align(features, "teacher"))
@@ -75,7 +115,7 @@ def student_rows(inputs: LossInputs) -> torch.Tensor:
 
 def pair_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """s[b,f,k] = mean over tokens of <p[b,f], y[b,k]>: (B, T, M, E) and (B, S, M, E) -> (B, T, S)."""
-    return torch.einsum("bfme,bkme->bfk", student, teacher) / student.shape[2]
+    return product(student.transpose(1, 2), teacher.transpose(1, 2)).mean(dim=1)
 
 
 def crepa_reference(inputs: LossInputs) -> CrepaOutput:

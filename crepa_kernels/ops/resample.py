@@ -20,6 +20,10 @@ from .extension import log_fallback
 from .register import define, keeps_type
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+TYPES = (torch.float64, torch.float32, *HALF_TYPES)
+
+# The largest number of anything: what PyTorch takes an integer for.
+LARGEST = 2**63 - 1
 
 # Bytes of widened tokens held at a time, at least a frame's: enough to fill a GPU, and no second copy of all tokens.
 _PART_BYTES = 32 << 20
@@ -161,8 +165,18 @@ def _needs_fp32(tokens: torch.Tensor, antialias: bool) -> bool:
     return antialias and tokens.dtype in HALF_TYPES
 
 
+def check_type(tensor: torch.Tensor, name: str) -> None:
+    """ValueError for another type than float64, float32, float16 and bfloat16: 8-bit floats have no arithmetic."""
+    if tensor.dtype not in TYPES:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in TYPES)
+        raise ValueError(f"{name} must be floating point, one of {names}, got {tensor.dtype}")
+
+
 def check_tokens(tokens: torch.Tensor, grid: Sequence[int], other: Sequence[int]) -> None:
-    """ValueError unless ``tokens`` are (..., N, C), floating point, N on ``grid``, and both grids have sizes > 0."""
+    """ValueError unless ``tokens`` are (..., N, C) of ``TYPES``, N on ``grid``, and both grids have sizes > 0.
+
+    Also where the result, or what the weights are made of, has more elements than 64 bits count.
+    """
     for sizes in (grid, other):
         if len(sizes) != 2 or min(sizes) < 1:
             raise ValueError(f"a grid must be (height, width), two positive integers, got {tuple(sizes)}")
@@ -171,8 +185,11 @@ def check_tokens(tokens: torch.Tensor, grid: Sequence[int], other: Sequence[int]
             f"tokens of shape {tuple(tokens.shape)} do not lie on the grid {tuple(grid)}: the last axis but one must "
             f"be {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
         )
-    if not tokens.is_floating_point():
-        raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
+    if tokens.shape[:-2].numel() * other[0] * other[1] * tokens.shape[-1] > LARGEST:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} on the grid {tuple(other)} are too many for 64 bits")
+    if any(4 * one * two > LARGEST for one, two in zip(grid, other, strict=True)):
+        raise ValueError(f"from the grid {tuple(grid)} to {tuple(other)} an axis is too long: weights need 64 bits")
+    check_type(tokens, "tokens")
 
 
 def on_grid(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ Equations, for row p of token m of student frame f, y its teacher rows and ŷ = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,7 +94,7 @@ def _align_rows(
         inside = ((row >= start) & (row < stop))[:, None]
         y, z = y.where(inside, 0), z.where(inside, 0)
     norm = torch.linalg.vector_norm(p, dim=-1)
-    inverse = norm.clamp_min(NORM_FLOOR).reciprocal_()
+    inverse = _floored(norm).reciprocal_()
     scratch = torch.mul(p, z)
     total = scratch.sum(dim=-1).mul_(inverse)
     own = torch.mul(p, y, out=scratch).sum(dim=-1).mul_(inverse)
@@ -106,7 +107,12 @@ def _align_rows(
 
 def _unit(rows: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / norm.clamp_min_(NORM_FLOOR)
+    return rows / _floored(norm)
+
+
+def _floored(norm: Tensor) -> Tensor:
+    # A norm that overflows would make a row of zeros.
+    return norm.clamp_min(NORM_FLOOR).where(norm < math.inf, math.nan)
 
 
 @torch.library.register_fake("crepa_kernels::align_rows")

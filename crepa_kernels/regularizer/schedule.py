@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 LAG = 2
 
 _CPU = torch.device("cpu")
-_STATE_KEYS = {"ema", "similarity_cutoff", "step", "last_run_step", "under_way"}
+_STATE_KEYS_IN_ORDER = ("ema", "similarity_cutoff", "step", "last_run_step", "under_way")
+_STATE_KEYS = set(_STATE_KEYS_IN_ORDER)
+_ENTRY_KEYS = {"step", "updates", "sum", "count"}
+_LAST_STEP = 2**63 - 1
 
 
 def crepa_weight(config: CrepaConfig, step: int, max_train_steps: int) -> float:
@@ -267,10 +270,10 @@ class CrepaSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`: at its step (another micro-batch of it) or any later one.
 
-        ValueError: keys are missing or unknown.
+        ValueError: keys are missing or unknown, or a value cannot be one of them; the message names the key. The
+        schedule is as it was then.
         """
-        if set(state) != _STATE_KEYS:
-            raise ValueError(f"the schedule's state must have the keys {sorted(_STATE_KEYS)}, got {sorted(state)}")
+        _check_state(state)
         self._ema = state["ema"]
         self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
         self._step, self._last_run = state["step"], state["last_run_step"]
@@ -280,6 +283,51 @@ class CrepaSchedule:
         ]
         self._decision = None
         self._warned = False
+
+
+def _check_keys(name: str, state: object, keys: set[str]) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{name} must be a mapping with the keys {sorted(keys)}, got {type(state).__name__}")
+    if set(state) != keys:
+        raise ValueError(f"{name} must have the keys {sorted(keys)}, got {sorted(map(str, state))}")
+
+
+def _check_value(key: str, value: object, valid: bool, rule: str) -> None:
+    if not valid:
+        raise ValueError(f"the schedule's state is wrong: {key} must be {rule}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_step(value: object, last: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= last
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    _check_keys("the schedule's state", state, _STATE_KEYS)
+    ema, similar, step, last_run, under_way = (state[key] for key in _STATE_KEYS_IN_ORDER)
+    _check_value("ema", ema, ema is None or (_is_number(ema) and math.isfinite(ema)), "a finite number or None")
+    _check_value("similarity_cutoff", similar, isinstance(similar, bool), "true or false")
+    _check_value("step", step, step is None or _is_step(step, _LAST_STEP), "an integer >= 0 or None")
+    last = -1 if step is None else step
+    rule = "None before the first step" if step is None else f"an integer from 0 to step = {step}, or None"
+    _check_value("last_run_step", last_run, last_run is None or _is_step(last_run, last), rule)
+    _check_value("under_way", under_way, isinstance(under_way, (list, tuple)), "a list")
+    before = -1
+    for place, entry in enumerate(under_way):
+        name = f"under_way[{place}]"
+        _check_keys(f"the schedule's state is wrong: {name}", entry, _ENTRY_KEYS)
+        later = _is_step(entry["step"], last) and entry["step"] > before
+        _check_value(f"{name}.step", entry["step"], later, f"an integer after {before} and up to step = {step}")
+        before = entry["step"]
+        updates, count = entry["updates"], entry["count"]
+        _check_value(f"{name}.updates", updates, _is_step(updates, _LAST_STEP) and updates > 0, "an integer >= 1")
+        # The sum may be NaN: such a step is left out of the average.
+        _check_value(f"{name}.sum", entry["sum"], _is_number(entry["sum"]), "a number")
+        counted = _is_number(count) and 0 <= count < math.inf
+        _check_value(f"{name}.count", count, counted, "a finite number >= 0")
 
 
 def _checked(step: int) -> int:

@@ -99,7 +99,7 @@ void check_reach(const std::vector<Tensor>& teacher, int64_t base, int64_t first
                  const std::vector<int64_t>& offsets) {
   const int64_t held = static_cast<int64_t>(teacher.size());
   const auto check = [&](int64_t frame) {
-    STD_TORCH_CHECK(frame >= base && frame < base + held, "teacher frame ", frame, " is not among the ", held,
+    STD_TORCH_CHECK(base >= 0 && frame >= base && frame - base < held, "teacher frame ", frame, " is not among the ", held,
                     " frames from ", base);
   };
   for (int64_t frame = first; frame < first + frames; ++frame) {
@@ -135,8 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows(
                         frame.scalar_type() == y && frame.device().is_cpu() && (features == 1 || frame.stride(1) == 1),
                     "each teacher frame must be (", tokens, ", ", features, ") with contiguous rows of one type, got ",
                     numbers(frame.sizes()), " with strides ", numbers(frame.strides()));
-  STD_TORCH_CHECK(first >= 0 && first + rows / tokens <= weights.size(0), "frames ", first, " to ",
-                  first + rows / tokens, " are not within a clip of ", weights.size(0));
+  STD_TORCH_CHECK(first >= 0 && first <= weights.size(0) - rows / tokens, "the ", rows / tokens, " frames from ", first,
+                  " are not within a clip of ", weights.size(0));
+  // Those that lead out of the clip from every frame are nobody's, and may be too large to add to one.
+  const int64_t clip_frames = weights.size(0);
+  std::erase_if(offsets, [&](int64_t offset) { return offset <= -clip_frames || offset >= clip_frames; });
   check_reach(teacher, base, first, rows / tokens, weights.size(0), offsets);
   const auto empty = [&] { return torch::stable::new_empty(projected, {rows}, wide); };
   const Alignment result{empty(), empty(), empty(), empty()};

@@ -5,6 +5,12 @@ CREPA_INLINE A norm_floor() {
   return A(1e-12);
 }
 
+// NaN for a norm that overflowed, whose row would be zeros.
+template <typename A>
+CREPA_INLINE A inverse_of(A norm) {
+  return A(1) / (norm <= norm_floor<A>() ? norm_floor<A>() : norm) + (norm - norm);
+}
+
 template <typename Y, typename A>
 void inverse_norms(const Y* rows, int64_t stride, int64_t features, A* out, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -15,8 +21,7 @@ void inverse_norms(const Y* rows, int64_t stride, int64_t features, A* out, int6
       const A value = load(y + e);
       square += value * value;
     }
-    const A norm = __builtin_sqrt(square);
-    out[row] = A(1) / (norm > norm_floor<A>() ? norm : norm != norm ? norm : norm_floor<A>());
+    out[row] = inverse_of<A>(__builtin_sqrt(square));
   }
 }
 
@@ -49,7 +54,7 @@ void align_row(const R p, const A* z, const Y* y, A y_scale, int64_t features, Q
   }
   const A norm = __builtin_sqrt(pp);
   const bool floored = norm <= norm_floor<A>();
-  const A inverse = A(1) / (floored ? norm_floor<A>() : norm);
+  const A inverse = inverse_of(norm);
   *total = pz * inverse;
   *own = py * y_scale * inverse;
   *inverse_norm = inverse;

@@ -97,8 +97,7 @@ void run(const Tensor& from_tensor, const Tensor& out, const Tensor* tokens_tens
 }
 
 Tensor resampled(const Tensor& tokens, const Grid& source, const Grid& target, bool antialias, bool adjoint) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
+  check_grids(source, target);
   check_tokens(tokens, adjoint ? target : source, adjoint ? "gradients" : "tokens");
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, adjoint ? source : target));
   dispatch(tokens, [&](auto zero) {
@@ -118,8 +117,7 @@ Tensor resample_tokens_adjoint(const Tensor& grad, Grid source, Grid target, boo
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& tokens, Grid source, Grid target, bool antialias,
                                                        double eps, std::optional<Tensor> in_loss) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
+  check_grids(source, target);
   check_tokens(tokens, source, "tokens");
   check_in_loss(in_loss, tokens);
   Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, target));

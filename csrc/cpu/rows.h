@@ -97,14 +97,15 @@ void normalization_backward(const A* gradient, const T* row, A mean, A r, A scal
 #pragma omp simd reduction(+ : sum, along)
   for (int64_t c = 0; c < channels; ++c) {
     sum += gradient[c];
-    along += gradient[c] * (load(row + c) - mean);
+    along += gradient[c] * ((load(row + c) - mean) * r);
   }
   const A outer = scale * r;
   const A shift = outer * sum / static_cast<A>(channels);
-  const A slope = outer * r * r * along / static_cast<A>(channels);
+  // r stays with the row: r times r underflows where the row is large.
+  const A slope = outer * along / static_cast<A>(channels);
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c)
-    store(out + c, outer * gradient[c] - shift - slope * (load(row + c) - mean));
+    store(out + c, outer * gradient[c] - shift - slope * ((load(row + c) - mean) * r));
 }
 
 #if defined(__SSE2__)

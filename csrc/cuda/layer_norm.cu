@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(512, 1) layer_norm_resample_backward_kernel(co
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         sum += dx[slot][i];
-        along += dx[slot][i] * (widen(held[slot].value[i]) - mean);
+        along += dx[slot][i] * ((widen(held[slot].value[i]) - mean) * inverse);
       }
     };
     if (!read_by_none) {
@@ -193,12 +193,15 @@ __global__ void __launch_bounds__(512, 1) layer_norm_resample_backward_kernel(co
     block_sum(sum, along, scratch[x % 2]);
     const A outer = scale * inverse;
     const A shift = outer * sum / static_cast<A>(task.channels);
-    const A slope = outer * inverse * inverse * along / static_cast<A>(task.channels);
+    // The inverse stays with the row: its square underflows where the row is large.
+    const A slope = outer * along / static_cast<A>(task.channels);
     const auto finish = [&](int slot, int channel) {
       A gradient[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        gradient[i] = read_by_none ? A(0) : outer * dx[slot][i] - shift - slope * (widen(held[slot].value[i]) - mean);
+        gradient[i] = read_by_none ? A(0)
+                                   : outer * dx[slot][i] - shift -
+                                         slope * ((widen(held[slot].value[i]) - mean) * inverse);
       write<kWidth>(out + channel, gradient);
     };
     if constexpr (kHeld > 0) {

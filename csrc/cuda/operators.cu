@@ -126,8 +126,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 int64_t weight_size(const Tensor& tokens) { return tokens.scalar_type() == ScalarType::Double ? 8 : 4; }
 
 Tensor resampled(Tensor tokens, const Grid& source, const Grid& target, bool antialias, bool adjoint) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
+  check_grids(source, target);
   check_tokens(tokens, adjoint ? target : source, adjoint ? "gradients" : "tokens");
   const Storage storage = storage_of(tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
@@ -150,8 +149,7 @@ Tensor resample_tokens_adjoint(const Tensor& grad, Grid source, Grid target, boo
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_resample(const Tensor& input, Grid source, Grid target, bool antialias,
                                                        double eps, std::optional<Tensor> in_loss) {
-  check_grid(source, "source_grid");
-  check_grid(target, "target_grid");
+  check_grids(source, target);
   check_tokens(input, source, "tokens");
   check_in_loss(in_loss, input);
   const Storage storage = storage_of(input);

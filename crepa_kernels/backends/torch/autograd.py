@@ -124,8 +124,21 @@ class _FrameSimilarity(torch.autograd.Function):
         return own, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _FrameSimilarity._gradients(ctx, grad_total)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return gradients
+        # A graph of the gradients is made: a second derivative that stops here must not be taken for 0.
+        made = _Once.apply(
+            *(tensor for tensor in (*ctx.saved_tensors[:5], grad_total) if tensor is not None),
+            *(gradient for gradient in gradients if gradient is not None),
+        )
+        guarded = iter(made[-sum(gradient is not None for gradient in gradients) :])
+        return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A backward pass inside autocast would cast the fp32 products below.
         with torch.autocast(grad_total.device.type, enabled=False):
             hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
@@ -160,6 +173,18 @@ class _FrameSimilarity(torch.autograd.Function):
             pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
             weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
             return gradients.hidden_states, *weights, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Its tensors, with a graph that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError("backend 'torch' can be differentiated once; backend 'reference' can be twice")
 
 
 class _Gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...inputs import LossInputs
+from ...inputs import LossInputs, frames_at
 from ...ops.resample import resample_tokens_op
 from .chunks import Chunk, is_readable
 
@@ -66,4 +66,8 @@ class TeacherRows:
         features, index = self.inputs.teacher_features[clip], self.inputs.frame_index
         if self.host_index is not None:
             return features[self.host_index[clip][frame]]
-        return features[frame] if index is None else features.index_select(0, index[clip, frame : frame + 1])[0]
+        return (
+            features[frame]
+            if index is None
+            else frames_at(features[None], index[clip : clip + 1, frame : frame + 1])[0, 0]
+        )

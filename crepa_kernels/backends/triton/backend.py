@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...inputs import LossInputs
+from ...inputs import LossInputs, frames_at
 from ...output import CrepaOutput
 from .operator import CHANGES, TYPES, Options, frame_alignment_op
 
@@ -39,8 +39,7 @@ def _teacher(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     if plan.teacher != "keep":
         with torch.no_grad():
             if index is not None:
-                clip = torch.arange(inputs.batch, device=index.device)[:, None]
-                teacher, index = teacher[clip, index], None
+                teacher, index = frames_at(teacher, index), None
             # A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32.
             half = inputs.compute_dtype == torch.bfloat16
             kind = torch.promote_types(teacher.dtype, torch.bfloat16 if half else torch.float32)

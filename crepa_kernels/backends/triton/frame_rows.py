@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .chunks import RowChunk
-from .frames import FLOOR, Clip
+from .frames import FLOOR, Clip, inverse_norm
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
 from .rows import COMBINED, RowInputs, neighbour_mode
 from .teacher import precision
@@ -80,8 +80,8 @@ def _frame_rows_kernel(
         pp += tl.sum(p * p, axis=1)
         yy += tl.sum(y.to(tl.float32) * y.to(tl.float32), axis=1)
         gram = _weighed(p, tl.trans(y), gram, TERMS, PRECISION)
-    inverse_norm = tl.rsqrt(tl.maximum(yy, FLOOR * FLOOR))
-    gram *= inverse_norm[None, :]
+    inverse_y = inverse_norm(yy)
+    gram *= inverse_y[None, :]
     pz = tl.sum(weight * gram, axis=1)
     if PARTS:
         tl.store(parts + row * 3, pp, mask=inside)
@@ -90,13 +90,13 @@ def _frame_rows_kernel(
     if GRADIENT:
         # Below the floor the row is divided by a constant: nothing to project out.
         floored = pp <= FLOOR * FLOOR
-        inverse = tl.rsqrt(tl.maximum(pp, FLOOR * FLOOR))
+        inverse = inverse_norm(pp)
         factor = share * inverse * inverse_std
         along = factor * tl.where(floored, 0, pz * inverse * inverse)
         along_p = tl.where(floored, factor * pz, 0)
         std = tl.where(counted, 1 / inverse_std, 0)
         along_offset = tl.zeros([BLOCK_F], tl.float32)
-        weight = weight * inverse_norm[None, :] * factor[:, None]
+        weight = weight * inverse_y[None, :] * factor[:, None]
         program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + token
         for column_start in tl.range(0, features, BLOCK_E):
             column = column_start + tl.arange(0, BLOCK_E)

@@ -16,6 +16,12 @@ from .launch import Cost, launch, power_of_2
 FLOOR = tl.constexpr(NORM_FLOOR)
 
 
+@triton.jit
+def inverse_norm(squares):
+    """1 / max(norm, 1e-12) of rows from their sums of squares; NaN where those overflow: the row would be zeros."""
+    return tl.fma(squares, 0.0, tl.rsqrt(tl.maximum(squares, FLOOR * FLOOR)))
+
+
 @dataclass(frozen=True)
 class Clip:
     """Sizes and frame options of one call.
@@ -188,7 +194,7 @@ def _frame_means_kernel(
         squares = tl.sum(tl.load(parts + place, mask=keep, other=0), axis=1)
         along = tl.sum(tl.load(parts + place + 1, mask=keep, other=0), axis=1)
         along_own = tl.sum(tl.load(parts + place + 2, mask=keep, other=0), axis=1)
-        inverse = 1 / tl.maximum(tl.sqrt(squares), FLOOR)
+        inverse = 1 / tl.maximum(tl.sqrt(squares), FLOOR) + (squares - squares)
         total += along * inverse
         own += along_own * inverse
     own_mean = tl.sum(own, axis=0) / tokens

@@ -99,6 +99,8 @@ def _call(arguments: tuple[Any, ...]) -> tuple[Call, Options]:
 
     *tensors, flags, sizes, eps, tau = arguments
     tokens, teacher, gamma, beta, weight, bias, frame_index, frame_mask, teacher_mask = tensors
+    # Kernels read them one element after the other.
+    gamma, beta, bias = (None if tensor is None else tensor.contiguous() for tensor in (gamma, beta, bias))
     options = Options._make([*flags, *sizes, eps, tau])
     change, grid = CHANGES[options.change], (options.height, options.width)
     per_frame = grid[0] * grid[1]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .chunks import RowChunk
-from .frames import FLOOR, Clip, FrameTables
+from .frames import FLOOR, Clip, FrameTables, inverse_norm
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
 from .projector import FoldedProjector
 from .tiles import RowTile, multiprocessors
@@ -163,12 +163,12 @@ def _row_kernel(
                 pb += p * y
                 bb += y * y
         pp, py, yy, pa, aa, pb, bb = _row_sums(pp, py, yy, pa, aa, pb, bb)
-        own_inverse = tl.rsqrt(tl.maximum(yy, FLOOR * FLOOR))
+        own_inverse = inverse_norm(yy)
         own_factor = own_weight * own_inverse
         pz = own_factor * py
         if MODE == 1:
-            before_factor = before_weight * tl.rsqrt(tl.maximum(aa, FLOOR * FLOOR))
-            after_factor = after_weight * tl.rsqrt(tl.maximum(bb, FLOOR * FLOOR))
+            before_factor = before_weight * inverse_norm(aa)
+            after_factor = after_weight * inverse_norm(bb)
             pz += before_factor * pa + after_factor * pb
         if MODE == 2:
             pz = pa
@@ -179,7 +179,7 @@ def _row_kernel(
         if GRADIENT:
             # Below the floor the row is divided by a constant: nothing to project out.
             floored = pp <= FLOOR * FLOOR
-            inverse = tl.rsqrt(tl.maximum(pp, FLOOR * FLOOR))
+            inverse = inverse_norm(pp)
             share = tl.load(shares + pair * 4, mask=inside, other=0) * share_scale
             factor = share * inverse * inverse_std
             along = factor * tl.where(floored, 0, pz * inverse * inverse)

@@ -27,7 +27,8 @@ def _inverse_norms_kernel(
         keep = inside[:, None] & (tail < features)
         high = tl.load(teacher + source[:, None] + tail, mask=keep, other=0).to(tl.float32)
         squares += tl.sum(high * high, axis=1)
-    tl.store(out + row, 1 / tl.maximum(tl.sqrt(squares), FLOOR), mask=inside)
+    # NaN where the norm overflowed, whose row would be zeros.
+    tl.store(out + row, 1 / tl.maximum(tl.sqrt(squares), FLOOR) + (squares - squares), mask=inside)
 
 
 def inverse_norms(teacher: torch.Tensor) -> torch.Tensor:
