@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.families import Family
 from ..projector import CrepaProjector
+from ..transfer import HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,83 @@ def check_attached(transformer: nn.Module, projector: CrepaProjector) -> None:
 
 def _out_of_order(what: str) -> ValueError:
     return ValueError(f"{PROJECTOR_NAME} {what}. The order is: {ORDER}")
+
+
+def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any]) -> None:
+    """ValueError, naming the order, for weights of the projector that are in none of the ``optimizers``."""
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise ValueError(f"check_optimizer() takes optimizers with param_groups, got {type(optimizer).__name__}")
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, parameter in projector.named_parameters() if id(parameter) not in held]
+    if missing:
+        raise _out_of_order(
+            f"cannot learn: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the optimizer"
+        )
+
+
+class TrainingWatch:
+    """Sees a projector that no optimizer changes: a warning after ``WARNED`` steps, a ValueError after ``FAILED``.
+
+    Most optimizers raise the version counters of what they change, also at learning rate 0. Fused ones, and those that
+    write through ``p.data``, do not, nor is what they change at hand where ``fully_shard`` keeps whole weights until
+    the backward. So before anything is said the values of norm and biases are compared: a bias begins at 0 and shows
+    the smallest step. The comparison is read a step after it was queued: the host does not wait.
+
+    Attributes:
+        unchanged: optimizer steps since the last change that was seen.
+    """
+
+    WARNED, FAILED = 5, 50
+
+    def __init__(self, projector: CrepaProjector) -> None:
+        self.unchanged = 0
+        self._projector = projector
+        self._step: int | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._kept: torch.Tensor | None = None
+        self._compared: HostCopy | None = None
+        self._warned = False
+
+    def look(self, step: int) -> None:
+        """In the loss of an optimizer step with a weight above 0; its further micro-batches change nothing."""
+        if step == self._step:
+            return
+        self._step = step
+        first, before = not self._versions, self._versions
+        self._versions = [(id(parameter), parameter._version) for parameter in self._projector.parameters()]
+        if self._versions != before:
+            self._begin(self._values() if first else None)
+            return
+        self.unchanged += 1
+        if self._kept is None:
+            self._kept = self._values()
+        elif self.unchanged + 1 in (self.WARNED, self.FAILED):
+            self._compared = HostCopy((self._values() != self._kept).any().float().reshape(1))
+        elif self._compared is not None:
+            [changed], self._compared = self._compared.read(), None
+            if changed:
+                self._begin(self._values())
+            elif self.unchanged >= self.FAILED:
+                raise ValueError(self._message())
+            elif not self._warned:
+                self._warned = True
+                logger.warning("%s", self._message())
+
+    def _begin(self, values: torch.Tensor | None) -> None:
+        self.unchanged, self._kept, self._compared = 0, values, None
+
+    @torch.no_grad()
+    def _values(self) -> torch.Tensor:
+        parts: list[Any] = [parameter for parameter in self._projector.parameters() if parameter.dim() == 1]
+        return torch.cat([part.to_local() if type(part).__name__ == "DTensor" else part for part in parts])
+
+    def _message(self) -> str:
+        return (
+            f"{PROJECTOR_NAME} has not changed over {self.unchanged} optimizer steps with a weight above 0: it is not "
+            "in the optimizer (CrepaRegularizer.check_optimizer(optimizer) says so at once), or a gradient scaler left "
+            f"out every step, or step= counts micro-batches. The order is: {ORDER}"
+        )
 
 
 def check_reach(transformer: nn.Module, family: Family, index: int, states: torch.Tensor) -> None:

@@ -21,7 +21,14 @@ from ..teachers.clips import as_counts
 from ..teachers.dinov2 import EncoderSource
 from ..teachers.latents import VaeSource
 from .aligning import aligned, matrix
-from .attach import attach_projector, check_attachable, check_attached, check_reach
+from .attach import (
+    TrainingWatch,
+    attach_projector,
+    check_attachable,
+    check_attached,
+    check_in_optimizers,
+    check_reach,
+)
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
 from .saving import load_crepa, load_weights, save_crepa, whole_weights
@@ -104,6 +111,7 @@ class CrepaRegularizer:
         self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
         self._capture = Capture(transformer, self._family, blocks, self.projector)
         self._monitor = NonFiniteMonitor()
+        self._watch = TrainingWatch(self.projector)
         self._looked_at_adapters = False
         self._capture.attach()
         self._detach = attach_projector(transformer, self.projector)
@@ -194,8 +202,9 @@ class CrepaRegularizer:
             value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``.
 
         Raises:
-            ValueError: when forward was not called before, something in the order of attaching is wrong, nothing is
-                given to teach from, or shapes, types and ranges do not fit.
+            ValueError: when forward was not called before, something in the order of attaching is wrong, no optimizer
+                has changed the projector over 50 steps (after 5 a warning), nothing is given to teach from, or shapes,
+                types and ranges do not fit.
         """
         if self._removed:
             raise ValueError("this CrepaRegularizer was removed from its transformer")
@@ -215,6 +224,8 @@ class CrepaRegularizer:
                 self._source.unload()
             return aux, logs
         student = self._student()
+        if torch.is_grad_enabled() and not decision.probe:
+            self._watch.look(step)
         inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
             output = self._output(step, student, inputs, frame_mask, teacher_mask)
@@ -272,6 +283,17 @@ class CrepaRegularizer:
         student = self._capture.states(self._block_index)
         teacher, frame_mask, teacher_mask = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
         return matrix(self.config, cast(CrepaProjector, self.projector), student, teacher, frame_mask, teacher_mask)
+
+    def check_optimizer(self, *optimizers: Any) -> None:
+        """Asks at once what ``loss`` finds out in some steps: that the projector is in one of the optimizers.
+
+        Call it in the order of attaching, after prepare or ``fully_shard`` where these are used.
+
+        Raises:
+            ValueError: naming the weights that are in none of them, and the order.
+        """
+        if self.projector is not None:
+            check_in_optimizers(self.projector, optimizers)
 
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
