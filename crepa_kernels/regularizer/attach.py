@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 PROJECTOR_NAME = "crepa_projector"
 ORDER = "adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard"
 
+_PLAIN = ("Parameter", "Tensor", "DTensor")  # by name: importing DTensor takes longer than importing this package
+
 _WRAPPERS = {
     "DataParallel": "data-parallel",
     "DistributedDataParallel": "wrapped in DDP",
@@ -49,8 +51,8 @@ def check_attachable(transformer: nn.Module) -> None:
         raise ValueError(f"the transformer has no weights yet (meta device): load them first. The order is: {ORDER}")
 
 
-def attach_projector(transformer: nn.Module, projector: CrepaProjector) -> Callable[[], None]:
-    """Registers ``projector`` (fp32, trainable, on the transformer's device) and keeps it out of what is exported.
+def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: nn.Module) -> Callable[[], None]:
+    """Registers ``projector`` (fp32, trainable, on the device of ``block``) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
     ``save_pretrained``, which exports the model for others, leaves it out.
@@ -58,7 +60,9 @@ def attach_projector(transformer: nn.Module, projector: CrepaProjector) -> Calla
     Returns:
         What undoes it all.
     """
-    projector.to(device=next(transformer.parameters()).device, dtype=torch.float32).requires_grad_(True)
+    # A model may lie on several devices, or in part on none. The projector reads what the captured block writes.
+    placed = (p.device for p in (*block.parameters(), *transformer.parameters()) if not p.is_meta)
+    projector.to(device=next(placed, None), dtype=torch.float32).requires_grad_(True)
     transformer.add_module(PROJECTOR_NAME, projector)
     transformer.save_pretrained = partial(_save_without_projector, transformer)  # type: ignore[assignment]
 
@@ -95,12 +99,24 @@ def check_attached(transformer: nn.Module, projector: CrepaProjector) -> None:
     for name, parameter in projector.named_parameters():
         if parameter.is_meta:
             raise _out_of_order(f"has no weights: {name} is on the meta device")
+        if type(parameter).__name__ not in _PLAIN:
+            raise _out_of_order(f"must stay fp32, but {name} was quantized to {type(parameter).__name__}")
         if parameter.dtype != torch.float32:
             raise _out_of_order(f"must stay fp32, but {name} was cast to {parameter.dtype}")
         if not parameter.requires_grad:
             raise _out_of_order(
                 f"must be trainable, but {name} is frozen (an adapter added afterwards, or requires_grad_(False))"
             )
+
+
+def check_runs(transformer: nn.Module, projector: CrepaProjector) -> None:
+    """``check_attached`` before a forward that could not run: the model or its hooks would fail without the reason.
+
+    Most kernels know neither 8-bit types nor quantized weights.
+    """
+    for parameter in projector.parameters():
+        if type(parameter).__name__ not in _PLAIN or parameter.dtype.itemsize == 1:
+            check_attached(transformer, projector)
 
 
 def _out_of_order(what: str) -> ValueError:

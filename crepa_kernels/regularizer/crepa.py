@@ -114,7 +114,8 @@ class CrepaRegularizer:
         self._watch = TrainingWatch(self.projector)
         self._looked_at_adapters = False
         self._capture.attach()
-        self._detach = attach_projector(transformer, self.projector)
+        block = self._family.block(transformer, self._block_index, "crepa_block_index")
+        self._detach = attach_projector(transformer, self.projector, block)
 
     @classmethod
     def from_pretrained(
