@@ -322,6 +322,31 @@ def test_a_lora_that_crepa_cannot_reach_is_warned_about_once(
     assert reaches or "block 1 or before it" in found[0]
 
 
+def network_beside(transformer: WanTransformer3DModel, block: int) -> list[torch.nn.Parameter]:
+    """A LoRA that is no part of the model: it replaces the forward of a layer, as kohya's networks do."""
+    layer = transformer.blocks[block].attn1.to_q
+    down, up = torch.nn.Linear(32, 2, bias=False), torch.nn.Linear(2, 32, bias=False)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + up(down(x))
+    return [*down.parameters(), *up.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("block", "reaches"), [(0, True), (1, True), (2, False)])
+def test_a_lora_outside_of_the_model_is_seen(
+    block: int, reaches: bool, checkpointing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = tiny_wan().requires_grad_(False)
+    weights = network_beside(transformer, block)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    crepa = regularizer(transformer)
+    transformer(**wan_inputs())
+    crepa.loss(step=0, features=features())[0].backward()
+    assert all((p.grad is not None) == reaches for p in weights)
+    assert ["no trainable weight acts" in line for line in warnings_of(caplog)] == [True] * (not reaches)
+
+
 def test_reentrant_checkpointing_that_cuts_the_graph_is_an_error() -> None:
     transformer = tiny_wan()
     add_lora(transformer)

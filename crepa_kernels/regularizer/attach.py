@@ -212,13 +212,14 @@ def check_reach(transformer: nn.Module, family: Family, index: int, states: torc
         parameter.requires_grad and id(parameter) not in later and name.split(".", 1)[0] not in skipped
         for name, parameter in transformer.named_parameters()
     )
-    if not reached:
+    # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
+    if not reached and not states.requires_grad:
         logger.warning(
             "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
             "only CREPA's projector learns from CREPA",
             index,
         )
-    elif not states.requires_grad:
+    elif reached and not states.requires_grad:
         raise ValueError(
             f"the output of block {index} is not attached to the graph, though weights up to it are trainable: with "
             "reentrant checkpointing the blocks' inputs must require gradients; use "
