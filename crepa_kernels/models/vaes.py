@@ -17,11 +17,13 @@ class VideoVae:
 
     Attributes:
         channels: C of its latents, from its config.
+        temporal_factor: pixel frames of a latent frame after the first, from its config.
         decode: ``(vae, latents (B, C, T, H, W)) -> pixels (B, P, 3, H, W)`` in [0, 1]; the latents are clean and
             normalised as the transformer sees them.
     """
 
     channels: Callable[[Any], int]
+    temporal_factor: Callable[[Any], int]
     decode: Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -77,11 +79,24 @@ def _latent_channels(config: Any) -> int:
     return int(config.latent_channels)
 
 
+def _scale_factor(config: Any) -> int:
+    return int(config.scale_factor_temporal)
+
+
+def _compression_ratio(config: Any) -> int:
+    return int(config.temporal_compression_ratio)
+
+
+def _ltx_factor(config: Any) -> int:
+    # As the model itself does where its config does not say.
+    return int(config.temporal_compression_ratio or config.patch_size_t * 2 ** sum(config.spatio_temporal_scaling))
+
+
 # By class; which families decode with which is in the families' table.
 VIDEO_VAES = {
-    "AutoencoderKLWan": VideoVae(_z_dim, _by_config),
-    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx),
-    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx2),
-    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _by_scaling_factor),
-    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _by_scaling_factor),
+    "AutoencoderKLWan": VideoVae(_z_dim, _scale_factor, _by_config),
+    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx_factor, _ltx),
+    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx_factor, _ltx2),
+    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
+    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
 }

@@ -187,7 +187,8 @@ class CrepaRegularizer:
             step: optimizer step from 0, the same for its micro-batches and on every rank. With a threshold ranks wait
                 for each other: all of them call this in the same steps.
             latents: (B, C, T, H, W), never packed, clean, normalised as the transformer sees them; decoded by the VAE.
-            pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
+            pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1]: the P frames that the latents were made of, or
+                one for each token frame.
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
                 One frame for each latent frame, or with ``num_frames`` one for each pixel frame.
             frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).

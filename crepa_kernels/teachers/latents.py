@@ -112,6 +112,13 @@ class LatentDecoder:
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 
+    @property
+    def temporal_factors(self) -> tuple[int, ...]:
+        """Pixel frames of a latent frame after the first: the VAE's, where it is there, or those that it may have."""
+        if self._vae is None:
+            return self._family.temporal_factors
+        return (_rule_of(self._vae, self._family).temporal_factor(self._vae.config),)
+
     def unload(self) -> None:
         """Lets go of a VAE that was loaded here; the next decoding loads it again."""
         if not isinstance(self._source, nn.Module):
