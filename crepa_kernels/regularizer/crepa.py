@@ -86,6 +86,8 @@ class CrepaRegularizer:
         self.projector: CrepaProjector | None = None
         self._removed = False
         if not self.config.crepa_enabled:
+            if self.config.idle is not None:
+                logger.warning("CREPA is %s", self.config.idle)
             return
         check_attachable(transformer)
         if self.config.crepa_drop_vae_encoder and vae_encodes:
