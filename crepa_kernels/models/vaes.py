@@ -71,6 +71,21 @@ def _by_scaling_factor(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return _pixels(vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0])
 
 
+def statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, (1, C or 1, 1, 1, 1), of what ``vae`` encodes clips to, on ``device``."""
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    buffers = dict(vae.named_buffers(recurse=False))
+    if "latents_mean" in buffers:
+        mean, std = (buffers[f"latents_{name}"].to(device, torch.float32) for name in ("mean", "std"))
+        std = std / scale
+    elif getattr(vae.config, "latents_mean", None) is not None:
+        both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+        mean, std = moved(both, device)
+    else:
+        mean, std = torch.zeros(1, device=device), torch.full((1,), 1.0 / scale, device=device)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
 def _z_dim(config: Any) -> int:
     return int(config.z_dim)
 
