@@ -115,7 +115,7 @@ def test_loss_before_forward_and_steps_that_go_back_are_errors() -> None:
     transformer(**wan_inputs())
     crepa.loss(step=5, features=features())
     crepa.release()
-    with pytest.raises(ValueError, match="forward was not called before loss"):
+    with pytest.raises(ValueError, match=r"forward was not called before loss\(\) since release\(\)"):
         crepa.loss(step=5, features=features())
     with pytest.raises(ValueError, match="step 4 comes after step 5"):
         crepa.loss(step=4, features=features())

@@ -223,6 +223,13 @@ def family_of(transformer: nn.Module) -> Family:
     for family in FAMILIES:
         if family.transformer in names:
             return family
+    # DDP and DataParallel, torch.compile's module.
+    wraps = any(isinstance(getattr(transformer, name, None), nn.Module) for name in ("module", "_orig_mod"))
+    if wraps or "PeftModel" in names:
+        raise ValueError(
+            f"{type(transformer).__name__} is no transformer but wraps one: unwrap it "
+            "(accelerator.unwrap_model(transformer), .module of DDP, get_base_model() of a PeftModel)"
+        )
     known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
     raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
 
@@ -238,7 +245,7 @@ def image_to_video_mask(transformer: nn.Module, batch: int, frames: int) -> torc
         batch, frames: B and T, token frames of the forward.
 
     Raises:
-        ValueError: for a transformer of no supported family.
+        ValueError: for a transformer of no supported family, or one that is wrapped.
     """
     if not family_of(transformer).first_frame_is_clean(transformer.config):
         return None

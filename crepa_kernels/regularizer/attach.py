@@ -61,8 +61,9 @@ def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: n
         What undoes it all.
     """
     # A model may lie on several devices, or in part on none. The projector reads what the captured block writes.
-    placed = (p.device for p in (*block.parameters(), *transformer.parameters()) if not p.is_meta)
-    projector.to(device=next(placed, None), dtype=torch.float32).requires_grad_(True)
+    devices = [parameter.device for parameter in (*block.parameters(), *transformer.parameters())]
+    device = next((each for each in devices if each.type != "meta"), devices[0])
+    projector.to(device=device, dtype=torch.float32).requires_grad_(True)
     transformer.add_module(PROJECTOR_NAME, projector)
     transformer.save_pretrained = partial(_save_without_projector, transformer)  # type: ignore[assignment]
 

@@ -88,6 +88,7 @@ class Capture:
         self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
         self._parameters = family.forward_parameters(transformer)
         self._arguments: Arguments | None = None
+        self._released = False
         self._training = False
         self._gradients = False
         self._handles: list[RemovableHandle] = []
@@ -138,6 +139,11 @@ class Capture:
             ValueError: when the model has not run since attaching or ``release()``, ran in a way that captures
                 nothing, or without the arguments that say how its tokens lie; the message says which and what to do.
         """
+        if self._arguments is None and self._released:
+            raise ValueError(
+                "the transformer's forward was not called before loss() since release(), or a loss() with weight 0, "
+                "let go of the captured hidden states: call loss() and similarity_matrix() first, release() after them"
+            )
         if self._arguments is None:
             raise ValueError(
                 "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
@@ -169,6 +175,7 @@ class Capture:
     def release(self) -> None:
         """Lets go of the captured states; ``states`` raises until the next forward."""
         self._arguments = None
+        self._released = True
         for slot in self._slots.values():
             slot.output = None
 
