@@ -322,10 +322,15 @@ class CrepaRegularizer:
         if self.projector is not None:
             self._capture.release()
 
-    def flush(self) -> None:
-        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run."""
-        if self.projector is not None:
-            self._monitor.flush()
+    def flush(self) -> str | None:
+        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run.
+
+        Returns the side that a loss that was not finite came from, None where all were finite.
+        """
+        if self.projector is None:
+            return None
+        self._monitor.flush()
+        return self._monitor.source
 
     def remove(self) -> None:
         """Takes hooks and projector off the transformer, which is then as it was found; ``loss`` raises after this."""

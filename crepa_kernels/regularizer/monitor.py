@@ -11,7 +11,8 @@ from ..transfer import HostCopy
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("the teacher's features", "the projector's weights")
+TEACHER = "the teacher's features"
+_NAMES = (TEACHER, "the projector's weights")
 _REST = "the transformer's hidden states: teacher and projector are finite"
 
 
@@ -21,9 +22,13 @@ class NonFiniteMonitor:
     A sum is not finite when one of its terms is not, so the teacher's features and the projector's weights are summed.
     The hidden states are what is left: reading them once more in every step would cost as much as their statistics.
     The numbers are read at the first call after they have arrived on the host; on a CPU at once.
+
+    Attributes:
+        source: the side that it came from; None while the loss is finite.
     """
 
     def __init__(self) -> None:
+        self.source: str | None = None
         self._told = False
         self._under_way: list[tuple[int, HostCopy]] = []
 
@@ -48,7 +53,7 @@ class NonFiniteMonitor:
             return
         self._told = True
         found = [name for name, value in zip(_NAMES, sides, strict=True) if not math.isfinite(value)]
-        source = " and ".join(found) or _REST
+        self.source = source = " and ".join(found) or _REST
         logger.warning("the CREPA loss at step %d is %s; it came from %s (said once)", step, loss, source)
 
 
