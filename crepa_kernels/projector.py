@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ Result = TypeVar("Result")
 class CrepaProjector(nn.Sequential):
     """``LayerNorm(hidden_size)`` then ``Linear(hidden_size, feature_size)``: h (..., D) -> p (..., E).
 
-    Its state-dict keys are ``0.*`` and ``1.*``, those of the plain ``nn.Sequential`` of the two.
+    Its state-dict keys are ``0.*`` and ``1.*``, those of the plain ``nn.Sequential`` of the two. Its slices are plain.
 
     Args:
         hidden_size: D, the width of the transformer's blocks.
@@ -36,6 +37,12 @@ class CrepaProjector(nn.Sequential):
         super().__init__(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, feature_size))
         self.hidden_size = hidden_size
         self.feature_size = feature_size
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        # A part is no projector, and nn.Sequential would make it by this class's own constructor.
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
     def forward(self, hidden_states: torch.Tensor, within: Callable[[], Result] | None = None) -> torch.Tensor | Result:
         """Projects ``hidden_states``, or calls ``within()`` while this module's weights are in place.

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from crepa_kernels import CrepaRegularizer
+from crepa_kernels import CrepaProjector, CrepaRegularizer
 
 CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
 ORDER = "adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard"
@@ -153,6 +153,104 @@ def test_a_wrong_order_is_named_at_the_first_loss_and_whenever_it_happens(
         crepa.loss(step=after, features=features())
 
 
+def fp8(transformer: Any) -> None:
+    transformer.to(torch.float8_e4m3fn)
+
+
+def fp8_projector(transformer: Any) -> None:
+    transformer.crepa_projector.to(torch.float8_e5m2)
+
+
+def fp8_storage(transformer: Any) -> None:
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def to_int8(transformer: Any) -> None:
+    linear = transformer.crepa_projector[1]
+    linear.weight = torch.nn.Parameter((100 * linear.weight.detach()).to(torch.int8), requires_grad=False)
+
+
+class Quantized(torch.Tensor):
+    """Says that it is fp32 and computes nothing, as the weights of quantization libraries do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.sum:
+            raise NotImplementedError("sum of quantized weights")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def tensor_subclass(transformer: Any) -> None:
+    linear = transformer.crepa_projector[1]
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantized))
+
+
+CASTS: list[tuple[Callable[[Any], None], str]] = [
+    (lambda transformer: transformer.half(), "0.weight was cast to torch.float16"),
+    (fp8, "0.weight was cast to torch.float8_e4m3fn"),
+    (fp8_projector, "0.weight was cast to torch.float8_e5m2"),
+    (fp8_storage, "was cast to torch.float8_e4m3fn"),
+    (to_int8, "1.weight was cast to torch.int8"),
+    (tensor_subclass, "1.weight was quantized to Quantized"),
+]
+
+
+@pytest.mark.parametrize(("cast", "message"), CASTS)
+def test_a_cast_is_named_before_the_model_or_a_hook_fails_of_it(cast: Any, message: str) -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    cast(transformer)
+    inputs = wan_inputs()
+    if cast is CASTS[0][0]:
+        inputs = {key: v.half() if v.is_floating_point() else v for key, v in inputs.items()}
+
+    def step() -> None:
+        transformer(**inputs)
+        crepa.loss(step=0, features=features())
+
+    with pytest.raises(ValueError, match=f"crepa_projector must stay fp32, but .*{message}.*{ORDER}"):
+        step()
+
+
+def test_a_model_that_was_cast_for_sampling_samples() -> None:
+    transformer = tiny_wan()
+    regularizer(transformer)
+    fp8_storage(transformer)
+    with torch.no_grad():
+        transformer(**wan_inputs())
+    transformer.eval()(**wan_inputs())
+
+
+def test_slices_of_a_projector_are_plain_and_copies_are_projectors() -> None:
+    projector = CrepaProjector(4, 8)
+    for part, layers in ((projector[:1], [0]), (projector[1:], [1]), (projector[:], [0, 1])):
+        assert type(part) is torch.nn.Sequential
+        assert list(part) == [projector[layer] for layer in layers]
+        assert list(part.state_dict()) == [key for key in projector.state_dict() if int(key[0]) in layers]
+    assert isinstance(projector[-1], torch.nn.Linear)
+    assert isinstance(copy.deepcopy(projector), CrepaProjector)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_diffusers_offloads_a_model_with_a_projector(offload_type: str) -> None:
+    expected = tiny_wan()(**wan_inputs())[0]
+    transformer = tiny_wan()
+    regularizer(transformer)
+    here = torch.device("cpu")
+    transformer.enable_group_offload(here, here, offload_type=offload_type, num_blocks_per_group=1)
+    torch.testing.assert_close(transformer(**wan_inputs())[0], expected)
+
+
+@pytest.mark.parametrize("elsewhere", ["patch_embedding", "blocks.0", "blocks.2", "blocks.1"])
+def test_the_projector_is_put_where_the_captured_block_is(elsewhere: str) -> None:
+    transformer = tiny_wan()
+    transformer.get_submodule(elsewhere).to("meta")
+    if elsewhere == "blocks.1":  # nowhere: then where the rest is
+        transformer.patch_embedding.to("meta")
+    crepa = regularizer(transformer)
+    assert {p.device.type for p in crepa.projector.parameters()} == {"cpu"}
+
+
 def test_a_projector_without_weights_is_named() -> None:
     transformer = tiny_wan()
     crepa = regularizer(transformer)
@@ -222,6 +320,31 @@ def test_a_lora_that_crepa_cannot_reach_is_warned_about_once(
     found = warnings_of(caplog)
     assert len(found) == (0 if reaches else 1)
     assert reaches or "block 1 or before it" in found[0]
+
+
+def network_beside(transformer: WanTransformer3DModel, block: int) -> list[torch.nn.Parameter]:
+    """A LoRA that is no part of the model: it replaces the forward of a layer, as kohya's networks do."""
+    layer = transformer.blocks[block].attn1.to_q
+    down, up = torch.nn.Linear(32, 2, bias=False), torch.nn.Linear(2, 32, bias=False)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + up(down(x))
+    return [*down.parameters(), *up.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("block", "reaches"), [(0, True), (1, True), (2, False)])
+def test_a_lora_outside_of_the_model_is_seen(
+    block: int, reaches: bool, checkpointing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = tiny_wan().requires_grad_(False)
+    weights = network_beside(transformer, block)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    crepa = regularizer(transformer)
+    transformer(**wan_inputs())
+    crepa.loss(step=0, features=features())[0].backward()
+    assert all((p.grad is not None) == reaches for p in weights)
+    assert ["no trainable weight acts" in line for line in warnings_of(caplog)] == [True] * (not reaches)
 
 
 def test_reentrant_checkpointing_that_cuts_the_graph_is_an_error() -> None:

@@ -81,6 +81,11 @@ def test_an_unsupported_class_says_which_families_are_supported() -> None:
         ({"pixels": torch.zeros(1, 9, 3, 32, 48) - 1}, r"\[0, 1\]"),
         ({"pixels": clip_pixels(2)}, "B = 1"),
         ({"pixels": clip_pixels(), "num_frames": 10}, "num_frames"),
+        ({"pixels": clip_pixels(1, 10)}, "pixels have 10 frames, but the 3 latent frames .* made of 9: .* or 3 frames"),
+        ({"pixels": clip_pixels(1, 5)}, "5 frames, but the 3 latent"),
+        ({"pixels": clip_pixels(), "num_frames": 8}, "8 frames, but the 3 latent"),
+        ({"pixels": clip_pixels(1, 8), "num_frames": [5]}, "8 frames, but the 3 latent"),
+        ({"features": torch.zeros(1, 12, 6, 8), "num_frames": 12}, "features are of 12 frames, but the 3 latent"),
         ({"latents": torch.zeros(1, 4, 3, 4, 6)}, r"vae=\.\.\."),
         ({"latents": torch.zeros(2, 4, 3, 4, 6)}, "2 clips, the transformer's last forward had 1"),
         ({"latents": torch.zeros(1, 4, 5, 4, 6)}, r"\(3, 4, 6\)"),
@@ -110,7 +115,7 @@ def test_loss_before_forward_and_steps_that_go_back_are_errors() -> None:
     transformer(**wan_inputs())
     crepa.loss(step=5, features=features())
     crepa.release()
-    with pytest.raises(ValueError, match="forward was not called before loss"):
+    with pytest.raises(ValueError, match=r"forward was not called before loss\(\) since release\(\)"):
         crepa.loss(step=5, features=features())
     with pytest.raises(ValueError, match="step 4 comes after step 5"):
         crepa.loss(step=4, features=features())

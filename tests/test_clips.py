@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import clip_pixels, tiny_dinov2
+from tiny_families import FAMILIES, crepa_on, tiny_vaes
 
 from crepa_kernels.frames import frame_indices
 from crepa_kernels.models.layouts import TokenLayout
@@ -151,3 +152,45 @@ def test_padded_clips_of_given_features_have_their_lengths(stored: int) -> None:
 def test_given_features_that_do_not_fit_are_refused(shape: tuple[int, ...], grid: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         given_features(torch.zeros(shape), grid, None, "last", 2, LAYOUT)
+
+
+# The numbers of pixel frames that each family's VAE makes of so many latent frames, and some that it does not.
+COUNTS: list[tuple[str, set[int], set[int]]] = [
+    ("wan", {9, 3}, {8, 10, 12, 17}),
+    ("ltxvideo", {17, 3}, {9, 16, 18, 24}),
+    ("sanavideo", {9, 17, 3}, {10, 16}),
+    ("kandinsky5_video", {9, 3}, {8, 12}),
+    ("hunyuan_video", {9, 3}, {8, 12}),
+    ("cogvideox", {9, 10, 12, 3}, {8, 13}),
+    # 6 latent frames, of which one may pad the front.
+    ("cogvideox 1.5", {17, 20, 21, 24, 3}, {16, 25, 6}),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), COUNTS, ids=[name for name, *_ in COUNTS])
+def test_pixels_are_the_frames_that_the_latents_were_made_of(name: str, right: set[int], wrong: set[int]) -> None:
+    tiny = FAMILIES[name]
+    transformer = tiny.make()
+    crepa = crepa_on(transformer)
+    transformer(**tiny.inputs(model=transformer))
+    for frames in sorted(right | wrong):
+        pixels = clip_pixels(1, frames, 28, 28)
+        if frames in right:
+            crepa.loss(step=0, pixels=pixels)
+        else:
+            with pytest.raises(ValueError, match=f"{frames} frames, but the {tiny.latents[0]} latent frames"):
+                crepa.loss(step=0, pixels=pixels)
+
+
+def test_a_vae_of_another_temporal_factor_says_how_many_pixel_frames() -> None:
+    tiny = FAMILIES["ltxvideo"]
+    transformer = tiny.make()
+    vae = tiny_vaes("ltxvideo", temporal_compression_ratio=4)
+    crepa = crepa_on(transformer, vae=vae)
+    transformer(**tiny.inputs(model=transformer))
+    crepa.loss(step=0, pixels=clip_pixels(1, 9, 28, 28))
+    with pytest.raises(ValueError, match=r"17 frames, but the 3 latent frames .* made of 9"):
+        crepa.loss(step=0, pixels=clip_pixels(1, 17, 28, 28))
+    # Decoded frames are right by themselves, however many these are.
+    crepa.loss(step=0, latents=torch.randn(1, 4, 3, 4, 6))
+    crepa.loss(step=0, pixels=clip_pixels(2, 9, 28, 28)[:1], num_frames=[7])

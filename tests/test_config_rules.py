@@ -158,6 +158,17 @@ def test_a_recommended_block_is_for_its_family_alone() -> None:
     assert CrepaRegularizer(given, hunyuan, max_train_steps=10).projector is not None
 
 
+def test_options_that_do_nothing_without_crepa_enabled_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    transformer = FAMILIES["wan"].make()
+    for off in ({}, {"crepa_enabled": False, "crepa_lambda": 0.3}, CrepaConfig(crepa_enabled=False).to_dict()):
+        CrepaRegularizer(off, transformer)
+    assert caplog.records == []
+    CrepaRegularizer({"crepa_lambda": 0.3, "crepa_model": "dinov2_s", "learning_rate": 1}, transformer)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "CREPA is OFF: " in caplog.text
+    assert "without which crepa_lambda, crepa_encoder does nothing" in caplog.text
+
+
 def test_presets_are_copies() -> None:
     presets()["i2v"]["crepa_lambda"] = 9.0
     assert CrepaConfig.preset("i2v").crepa_lambda == 0.5

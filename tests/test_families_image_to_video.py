@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from family_pipelines import pipeline_of, run
+from peft import LoraConfig, get_peft_model
 from tiny import CHANNELS
 from tiny_families import FAMILIES, tiny_vaes
+from torch.nn.parallel import DistributedDataParallel
 
 from crepa_kernels import image_to_video_mask
 
@@ -66,3 +69,22 @@ def test_frame_0_is_masked_where_its_tokens_are_clean(case: str) -> None:
     # What is clean stays as it is from step to step; what is denoised does not.
     assert len(given) == 2
     assert torch.equal(given[0], given[1]) == clean
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: get_peft_model(model, LoraConfig(target_modules=["to_q"])),
+    ],
+)
+def test_a_wrapped_transformer_is_to_be_unwrapped(wrap: Any) -> None:
+    with pytest.raises(ValueError, match=r"wraps one: unwrap it \(accelerator.unwrap_model"):
+        image_to_video_mask(wrap(FAMILIES["wan"].make()), 1, 3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="DistributedDataParallel is no transformer but wraps one: unwrap it"):
+            image_to_video_mask(DistributedDataParallel(FAMILIES["wan"].make()), 1, 3)
+    finally:
+        dist.destroy_process_group()

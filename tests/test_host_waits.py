@@ -106,7 +106,7 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     for check in ("check_attachable", "check_attached"):
         monkeypatch.setattr(f"crepa_kernels.regularizer.crepa.{check}", lambda *args: None)
-    for module in ("monitor", "step_sum"):
+    for module in ("monitor", "step_sum", "attach"):
         monkeypatch.setattr(f"crepa_kernels.regularizer.{module}.HostCopy", _Arrived)
 
 
@@ -154,7 +154,9 @@ def on(device: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
-def steps(device: str, source: str, settings: dict[str, Any]) -> Iterator[tuple[CrepaRegularizer, int]]:
+def steps(
+    device: str, source: str, settings: dict[str, Any], number: int = 4
+) -> Iterator[tuple[CrepaRegularizer, int]]:
     """A regularizer whose transformer has just run, once for each step."""
     transformer = tiny_wan()
     settings = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70, **settings}
@@ -164,7 +166,7 @@ def steps(device: str, source: str, settings: dict[str, Any]) -> Iterator[tuple[
     crepa = CrepaRegularizer(settings, transformer, **models)
     transformer.to(device)
     inputs = on(device, wan_inputs(2))
-    for step in range(4):
+    for step in range(number):
         transformer(**inputs)
         yield crepa, step
 
@@ -187,6 +189,15 @@ def test_nothing_is_read_from_the_device(
             _, logs = crepa.loss(step=step, **given)
         ran.append("crepa_loss" in logs)
     assert ran == [True] * 2 + [setting != "probes"] * 2
+
+
+@pytest.mark.usefixtures("no_values")
+def test_a_projector_that_nothing_trains_is_found_without_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    for crepa, step in steps("meta", "features", {}, number=6):
+        given = on("meta", SOURCES["features"])
+        with _Operators(), _Python():
+            crepa.loss(step=step, **given)
+    assert "has not changed over 5 optimizer steps" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,11 @@ def test_the_image_size_must_be_whole_patches(tmp_path: Path, size: int) -> None
     tiny_dinov2(tmp_path)
     with pytest.raises(ValueError, match=f"crepa_encoder_image_size = {size} must be a multiple .* 14"):
         _ = DinoV2Teacher(tmp_path, image_size=size).feature_size
+
+
+def test_loading_a_teacher_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_dinov2(tmp_path)
+    with caplog.at_level(logging.INFO, "crepa_kernels"):
+        for _ in range(3):
+            DinoV2Teacher(str(tmp_path), image_size=28).encode(square_frames(1), GRID, CPU)
+    assert [record.getMessage() for record in caplog.records] == [f"loading the teacher {tmp_path} as torch.float32"]

@@ -19,7 +19,7 @@ from crepa_trainer.loop import (
 )
 from crepa_trainer.models import add_lora
 from crepa_trainer.reporting.trackers import CSVTracker, read_csv
-from tiny import CHANNELS, TEXT_DIM, tiny_wan
+from tiny import CHANNELS, TEXT_DIM, tiny_wan, wan_inputs
 from torch.utils.data import DataLoader, TensorDataset
 
 from crepa_kernels import CrepaRegularizer
@@ -121,6 +121,20 @@ def test_what_is_not_finite_is_named_before_it_is_in_a_checkpoint(
     else:
         with pytest.raises(FloatingPointError, match=message):
             check_finite(student, 3, values, skipped=skipped)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_what_a_teacher_makes_is_not_blamed_on_the_learning_rate(side: str) -> None:
+    transformer = tiny_wan(num_layers=1)
+    crepa = CrepaRegularizer({"crepa_enabled": True, "crepa_block_index": 0}, transformer, feature_size=8)
+    student = Student(transformer, crepa, torch.optim.SGD(transformer.parameters()))
+    inputs, features = wan_inputs(), torch.randn(1, 3, 6, 8)
+    (features if side == "teacher" else inputs["hidden_states"])[0, 0, 0, 0] = float("nan")
+    transformer(**inputs)
+    loss, _ = crepa.loss(step=0, features=features)
+    cure = "it came from the teacher's features" if side == "teacher" else "lower the learning rate"
+    with pytest.raises(FloatingPointError, match=f"^step 0: the loss is nan; {cure}"):
+        check_finite(student, 0, {"loss": float(loss.detach())})
 
 
 def values_of(*losses: float) -> StepValues:

@@ -144,6 +144,21 @@ def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: P
     assert optimized == {id(p) for p in transformer.parameters() if p.requires_grad}
 
 
+def test_an_optimizer_without_the_projector_ends_the_run_before_its_first_step(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+    from crepa_trainer import student
+    from crepa_trainer.families import TrainingFamily
+
+    monkeypatch.setattr(
+        student, "parameter_groups", lambda transformer, *rates: trained_parameters(transformer).values()
+    )
+    settings = tiny_settings(models, tmp_path)
+    with pytest.raises(ValueError, match="are not in the optimizer"):
+        student.make_student(Accelerator(cpu=True), TrainingFamily.of(settings.model), settings, tiny_config(models))
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mixed_precision = fp16 needs a GPU"):

@@ -107,6 +107,16 @@ def test_a_preset_lies_under_the_users_own_keys(tmp_path: Path) -> None:
     assert replaced == CrepaConfig.preset("i2v", **own, crepa_encoder="dinov2_vits14")
 
 
+def test_crepa_options_that_do_nothing_are_a_warning_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    words = [word for key, value in REQUIRED.items() for word in (f"--{key}", str(value))]
+    from_words(*words, "--crepa_enabled", "false", "--crepa_lambda", "0.3")
+    from_words(*words)
+    assert caplog.records == []
+    from_words(*words, "--crepa_lambda", "0.3")
+    (told,) = caplog.records
+    assert (told.levelname, "without which crepa_lambda does nothing" in told.getMessage()) == ("WARNING", True)
+
+
 def test_the_block_is_the_familys_recommended_one_and_told(
     tmp_path: Path, pipeline: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

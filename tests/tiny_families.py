@@ -298,9 +298,9 @@ def crepa_on(transformer: Any, *, vae: Any = None, **settings: Any) -> CrepaRegu
 
 
 def pixels_of(tiny: TinyFamily, batch: int) -> torch.Tensor:
-    """Random pixels of the clips that ``tiny.inputs`` are latents of, if each stood for 4 x 8 x 8 pixels."""
+    """Random pixels of the clips that ``tiny.inputs`` are latents of, if each were 8 x 8 pixels."""
     frames, height, width = tiny.latents
-    return clip_pixels(batch, 1 + 4 * (frames - 1), 8 * height, 8 * width)
+    return clip_pixels(batch, 1 + (8 if tiny.name == "ltxvideo" else 4) * (frames - 1), 8 * height, 8 * width)
 
 
 def by_frame(tokens: torch.Tensor, tiny: TinyFamily, tile: int = 1) -> torch.Tensor:

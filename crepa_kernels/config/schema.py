@@ -302,6 +302,14 @@ class CrepaConfig(BaseModel):
         return family
 
     @property
+    def idle(self) -> str | None:
+        """What to say of keys that do nothing because nobody said whether CREPA is on; None where there are none."""
+        given = [key for key in type(self).model_fields if key in self.model_fields_set]
+        if not given or "crepa_enabled" in given:
+            return None
+        return f"OFF: neither crepa_enabled nor a preset is given, without which {', '.join(given)} does nothing"
+
+    @property
     def spatial_align(self) -> SpatialAlign:
         """`crepa_spatial_align` by its name: true is "student", false is "pool"."""
         if isinstance(self.crepa_spatial_align, bool):

@@ -30,8 +30,11 @@ class Family:
         arguments: parameters of the transformer's forward that say how its tokens lie.
         token_layout: the layout of a forward, from the transformer's config and these arguments.
         video_tokens: (B, tokens, D) from what a block returns.
+        temporal_factors: pixel frames of a latent frame after the first, for each of its VAEs.
         first_frame_is_clean: whether image-to-video training of a transformer with this config gives it the first
             frame's own tokens without noise (True), or the image by other ways (False).
+        any_pixel_frames: whether T latent frames are made of (T - 1)c + 1 to Tc pixel frames; else of the first number
+            alone.
     """
 
     name: str
@@ -45,7 +48,9 @@ class Family:
     arguments: tuple[str, ...]
     token_layout: LayoutRule
     video_tokens: Callable[[Any], torch.Tensor]
+    temporal_factors: tuple[int, ...]
     first_frame_is_clean: Callable[[Any], bool]
+    any_pixel_frames: bool = False
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in the order in which they run."""
@@ -59,6 +64,11 @@ class Family:
                 f"{key} = {index}: this {self.transformer} has {len(blocks)} blocks, valid are 0 to {len(blocks) - 1}"
             )
         return blocks[index]
+
+    def pixel_frames(self, latent_frames: int, factor: int) -> range:
+        """Numbers of pixel frames that are ``latent_frames``, ``factor`` to each after the first."""
+        first = 1 + factor * (latent_frames - 1)
+        return range(first, factor * latent_frames + 1 if self.any_pixel_frames else first + 1)
 
     def forward_parameters(self, transformer: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of the diffusers class's forward, whatever wraps or overrides it here."""
@@ -109,6 +119,7 @@ FAMILIES = (
         arguments=("hidden_states",),
         token_layout=layouts.channels_second,
         video_tokens=layouts.whole_output,
+        temporal_factors=(4,),
         first_frame_is_clean=_no_extra_channels,
     ),
     Family(
@@ -123,6 +134,7 @@ FAMILIES = (
         arguments=("num_frames", "height", "width"),
         token_layout=layouts.packed,
         video_tokens=layouts.whole_output,
+        temporal_factors=(8,),
         first_frame_is_clean=_always,
     ),
     Family(
@@ -137,6 +149,7 @@ FAMILIES = (
         arguments=("hidden_states",),
         token_layout=layouts.channels_second,
         video_tokens=layouts.whole_output,
+        temporal_factors=(4, 8),
         first_frame_is_clean=_always,
     ),
     Family(
@@ -151,6 +164,7 @@ FAMILIES = (
         arguments=("hidden_states", "sparse_params"),
         token_layout=layouts.channels_last,
         video_tokens=layouts.whole_output,
+        temporal_factors=(4,),
         # Its extra channels say which frame is clean and hold no image.
         first_frame_is_clean=_always,
     ),
@@ -166,7 +180,9 @@ FAMILIES = (
         arguments=("hidden_states",),
         token_layout=layouts.channels_third,
         video_tokens=layouts.first_of_pair,
+        temporal_factors=(4,),
         first_frame_is_clean=_never,
+        any_pixel_frames=True,
     ),
     Family(
         name="hunyuan_video",
@@ -185,6 +201,7 @@ FAMILIES = (
         arguments=("hidden_states",),
         token_layout=layouts.channels_second,
         video_tokens=layouts.first_of_pair,
+        temporal_factors=(4,),
         first_frame_is_clean=_replaces_tokens,
     ),
 )
@@ -206,6 +223,13 @@ def family_of(transformer: nn.Module) -> Family:
     for family in FAMILIES:
         if family.transformer in names:
             return family
+    # DDP and DataParallel, torch.compile's module.
+    wraps = any(isinstance(getattr(transformer, name, None), nn.Module) for name in ("module", "_orig_mod"))
+    if wraps or "PeftModel" in names:
+        raise ValueError(
+            f"{type(transformer).__name__} is no transformer but wraps one: unwrap it "
+            "(accelerator.unwrap_model(transformer), .module of DDP, get_base_model() of a PeftModel)"
+        )
     known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
     raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
 
@@ -221,7 +245,7 @@ def image_to_video_mask(transformer: nn.Module, batch: int, frames: int) -> torc
         batch, frames: B and T, token frames of the forward.
 
     Raises:
-        ValueError: for a transformer of no supported family.
+        ValueError: for a transformer of no supported family, or one that is wrapped.
     """
     if not family_of(transformer).first_frame_is_clean(transformer.config):
         return None

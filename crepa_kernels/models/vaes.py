@@ -17,11 +17,13 @@ class VideoVae:
 
     Attributes:
         channels: C of its latents, from its config.
+        temporal_factor: pixel frames of a latent frame after the first, from its config.
         decode: ``(vae, latents (B, C, T, H, W)) -> pixels (B, P, 3, H, W)`` in [0, 1]; the latents are clean and
             normalised as the transformer sees them.
     """
 
     channels: Callable[[Any], int]
+    temporal_factor: Callable[[Any], int]
     decode: Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -69,6 +71,21 @@ def _by_scaling_factor(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return _pixels(vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0])
 
 
+def statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, (1, C or 1, 1, 1, 1), of what ``vae`` encodes clips to, on ``device``."""
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    buffers = dict(vae.named_buffers(recurse=False))
+    if "latents_mean" in buffers:
+        mean, std = (buffers[f"latents_{name}"].to(device, torch.float32) for name in ("mean", "std"))
+        std = std / scale
+    elif getattr(vae.config, "latents_mean", None) is not None:
+        both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+        mean, std = moved(both, device)
+    else:
+        mean, std = torch.zeros(1, device=device), torch.full((1,), 1.0 / scale, device=device)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
 def _z_dim(config: Any) -> int:
     return int(config.z_dim)
 
@@ -77,11 +94,24 @@ def _latent_channels(config: Any) -> int:
     return int(config.latent_channels)
 
 
+def _scale_factor(config: Any) -> int:
+    return int(config.scale_factor_temporal)
+
+
+def _compression_ratio(config: Any) -> int:
+    return int(config.temporal_compression_ratio)
+
+
+def _ltx_factor(config: Any) -> int:
+    # As the model itself does where its config does not say.
+    return int(config.temporal_compression_ratio or config.patch_size_t * 2 ** sum(config.spatio_temporal_scaling))
+
+
 # By class; which families decode with which is in the families' table.
 VIDEO_VAES = {
-    "AutoencoderKLWan": VideoVae(_z_dim, _by_config),
-    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx),
-    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx2),
-    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _by_scaling_factor),
-    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _by_scaling_factor),
+    "AutoencoderKLWan": VideoVae(_z_dim, _scale_factor, _by_config),
+    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx_factor, _ltx),
+    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx_factor, _ltx2),
+    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
+    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
 }

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.families import Family
 from ..models.layouts import Arguments, TokenLayout
 from ..projector import CrepaProjector
+from .attach import check_runs
 
 
 class CapturedStates(NamedTuple):
@@ -87,6 +88,7 @@ class Capture:
         self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
         self._parameters = family.forward_parameters(transformer)
         self._arguments: Arguments | None = None
+        self._released = False
         self._training = False
         self._gradients = False
         self._handles: list[RemovableHandle] = []
@@ -102,11 +104,17 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._training = module.training
         self._gradients = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._check_runs()
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         self._arguments = {name: _described(given.get(name)) for name in self._family.arguments}
         for slot in self._slots.values():
             slot.armed = self.enabled and self._training and self._gradients
             slot.output = None
+
+    def _check_runs(self) -> None:
+        if self.enabled and self._training and self._gradients:
+            check_runs(self._transformer, self._projector)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self._slots.values():
@@ -136,6 +144,11 @@ class Capture:
             ValueError: when the model has not run since attaching or ``release()``, ran in a way that captures
                 nothing, or without the arguments that say how its tokens lie; the message says which and what to do.
         """
+        if self._arguments is None and self._released:
+            raise ValueError(
+                "the transformer's forward was not called before loss() since release(), or a loss() with weight 0, "
+                "let go of the captured hidden states: call loss() and similarity_matrix() first, release() after them"
+            )
         if self._arguments is None:
             raise ValueError(
                 "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
@@ -167,6 +180,7 @@ class Capture:
     def release(self) -> None:
         """Lets go of the captured states; ``states`` raises until the next forward."""
         self._arguments = None
+        self._released = True
         for slot in self._slots.values():
             slot.output = None
 
@@ -203,7 +217,13 @@ class _ZeroOf(torch.autograd.Function):
 def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:
     """A diffusers transformer's output (a tensor, a tuple or an output class) with a scalar added to its sample."""
     if isinstance(output, torch.Tensor):
-        return output + scalar.to(output.dtype)
+        return _sum(output, scalar)
     if isinstance(output, tuple):
-        return (output[0] + scalar.to(output[0].dtype), *output[1:])
-    return replace(output, sample=output.sample + scalar.to(output.sample.dtype))
+        return (_sum(output[0], scalar), *output[1:])
+    return replace(output, sample=_sum(output.sample, scalar))
+
+
+def _sum(sample: torch.Tensor, scalar: torch.Tensor) -> torch.Tensor:
+    # The last block of a model may lie on another device than the captured one; a scalar of none is told of later.
+    device = scalar.device if scalar.is_meta else sample.device
+    return sample + scalar.to(device, sample.dtype, non_blocking=device.type != "cpu")

@@ -21,7 +21,14 @@ from ..teachers.clips import as_counts
 from ..teachers.dinov2 import EncoderSource
 from ..teachers.latents import VaeSource
 from .aligning import aligned, matrix
-from .attach import attach_projector, check_attachable, check_attached, check_reach
+from .attach import (
+    TrainingWatch,
+    attach_projector,
+    check_attachable,
+    check_attached,
+    check_in_optimizers,
+    check_reach,
+)
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
 from .saving import load_crepa, load_weights, save_crepa, whole_weights
@@ -79,6 +86,8 @@ class CrepaRegularizer:
         self.projector: CrepaProjector | None = None
         self._removed = False
         if not self.config.crepa_enabled:
+            if self.config.idle is not None:
+                logger.warning("CREPA is %s", self.config.idle)
             return
         check_attachable(transformer)
         if self.config.crepa_drop_vae_encoder and vae_encodes:
@@ -104,9 +113,11 @@ class CrepaRegularizer:
         self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
         self._capture = Capture(transformer, self._family, blocks, self.projector)
         self._monitor = NonFiniteMonitor()
+        self._watch = TrainingWatch(self.projector)
         self._looked_at_adapters = False
         self._capture.attach()
-        self._detach = attach_projector(transformer, self.projector)
+        block = self._family.block(transformer, self._block_index, "crepa_block_index")
+        self._detach = attach_projector(transformer, self.projector, block)
 
     @classmethod
     def from_pretrained(
@@ -178,7 +189,8 @@ class CrepaRegularizer:
             step: optimizer step from 0, the same for its micro-batches and on every rank. With a threshold ranks wait
                 for each other: all of them call this in the same steps.
             latents: (B, C, T, H, W), never packed, clean, normalised as the transformer sees them; decoded by the VAE.
-            pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1].
+            pixels: (B, P, 3, H, W), uint8 or floating point in [0, 1]: the P frames that the latents were made of, or
+                one for each token frame.
             features: (B, S, N, E) on ``feature_grid`` (default: the student's grid), or (B, S, height, width, E).
                 One frame for each latent frame, or with ``num_frames`` one for each pixel frame.
             frame_mask: (B, T) bool, latent frames that are in the loss (conditioning frames and padding are not).
@@ -194,8 +206,9 @@ class CrepaRegularizer:
             value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``.
 
         Raises:
-            ValueError: when forward was not called before, something in the order of attaching is wrong, nothing is
-                given to teach from, or shapes, types and ranges do not fit.
+            ValueError: when forward was not called before, something in the order of attaching is wrong, no optimizer
+                has changed the projector over 50 steps (after 5 a warning), nothing is given to teach from, or shapes,
+                types and ranges do not fit.
         """
         if self._removed:
             raise ValueError("this CrepaRegularizer was removed from its transformer")
@@ -215,6 +228,8 @@ class CrepaRegularizer:
                 self._source.unload()
             return aux, logs
         student = self._student()
+        if torch.is_grad_enabled() and not decision.probe:
+            self._watch.look(step)
         inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
             output = self._output(step, student, inputs, frame_mask, teacher_mask)
@@ -273,6 +288,17 @@ class CrepaRegularizer:
         teacher, frame_mask, teacher_mask = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
         return matrix(self.config, cast(CrepaProjector, self.projector), student, teacher, frame_mask, teacher_mask)
 
+    def check_optimizer(self, *optimizers: Any) -> None:
+        """Asks at once what ``loss`` finds out in some steps: that the projector is in one of the optimizers.
+
+        Call it in the order of attaching, after prepare or ``fully_shard`` where these are used.
+
+        Raises:
+            ValueError: naming the weights that are in none of them, and the order.
+        """
+        if self.projector is not None:
+            check_in_optimizers(self.projector, optimizers)
+
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
@@ -296,10 +322,15 @@ class CrepaRegularizer:
         if self.projector is not None:
             self._capture.release()
 
-    def flush(self) -> None:
-        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run."""
-        if self.projector is not None:
-            self._monitor.flush()
+    def flush(self) -> str | None:
+        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run.
+
+        Returns the side that a loss that was not finite came from, None where all were finite.
+        """
+        if self.projector is None:
+            return None
+        self._monitor.flush()
+        return self._monitor.source
 
     def remove(self) -> None:
         """Takes hooks and projector off the transformer, which is then as it was found; ``loss`` raises after this."""

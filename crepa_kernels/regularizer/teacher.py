@@ -10,7 +10,7 @@ import torch
 from ..config.schema import CrepaConfig
 from ..models.families import Family
 from ..teachers import TeacherFeatures
-from ..teachers.clips import ClipLengths, check_pixels, encode_clips, given_features
+from ..teachers.clips import ClipLengths, check_pixel_frames, check_pixels, encode_clips, given_features
 from ..teachers.dinov2 import DinoV2Teacher, EncoderSource
 from ..teachers.latents import LatentDecoder, VaeSource
 from ..transfer import moved
@@ -52,6 +52,7 @@ class TeacherSource:
         )
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(None if self.backbone else vae, family, drop_encoder=config.crepa_drop_vae_encoder)
+        self._family = family
         self._rule = config.crepa_frame_map
         self._looked_at_pixels = False
 
@@ -96,10 +97,24 @@ class TeacherSource:
             found, lengths = given_features(
                 inputs.features, inputs.feature_grid, inputs.num_frames, self._rule, batch, layout
             )
+            if lengths is not None:
+                self._check_frames("features are of", lengths)
             return TeacherFeatures(moved(found.features.detach(), device), found.grid), lengths
         pixels = self._pixels(inputs, student)
         clips = ClipLengths.of(inputs.num_frames, batch, pixels.shape[1], layout)
+        # What decoding returned is right by itself.
+        if inputs.pixels is not None:
+            self._check_frames("pixels have", clips)
         return encode_clips(self.teacher, pixels, clips, self._rule, device), clips
+
+    def _check_frames(self, what: str, lengths: ClipLengths) -> None:
+        ratio = lengths.layout.temporal_ratio
+        factors = self.decoder.temporal_factors if ratio is None else (ratio,)
+
+        def allowed(latents: int) -> list[range]:
+            return [self._family.pixel_frames(latents, factor) for factor in factors]
+
+        check_pixel_frames(what, lengths, allowed)
 
     def _pixels(self, inputs: ClipInputs, student: CapturedStates) -> torch.Tensor:
         batch = len(student.hidden_states)

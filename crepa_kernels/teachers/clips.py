@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,14 @@ class ClipLengths:
         latents: latent frames of each clip that they map to.
         tokens: student frames of each clip (``latents`` / temporal patch, rounded up).
         layout: of the padded batch, without latents that pad its front.
+        stored: P of the padded batch, which all its latents stand for.
     """
 
     pixels: tuple[int, ...]
     latents: tuple[int, ...]
     tokens: tuple[int, ...]
     layout: TokenLayout
+    stored: int
 
     @classmethod
     def of(cls, num_frames: int | Sequence[int] | None, batch: int, stored: int, layout: TokenLayout) -> ClipLengths:
@@ -64,7 +66,8 @@ class ClipLengths:
         Raises:
             ValueError: for a count below 1 or above ``stored``, or not one for each clip.
         """
-        layout = layout.of_pixels(num_frames if isinstance(num_frames, int) else stored)
+        whole = num_frames if isinstance(num_frames, int) else stored
+        layout = layout.of_pixels(whole)
         latent_frames = layout.latent_shape[0]
         given = [num_frames] * batch if num_frames is None or isinstance(num_frames, int) else list(num_frames)
         if len(given) != batch:
@@ -78,7 +81,7 @@ class ClipLengths:
             starts = [start for start, _ in frame_groups(stored, latent_frames)]
             latents = [sum(start < count for start in starts) for count in pixels]
         tokens = [-(-(layout.front_padding + count) // layout.patch) for count in latents]
-        return cls(tuple(pixels), tuple(latents), tuple(tokens), layout)
+        return cls(tuple(pixels), tuple(latents), tuple(tokens), layout, whole)
 
     @property
     def padded(self) -> bool:
@@ -98,6 +101,27 @@ class ClipLengths:
         if inside is None or mask is None:
             return mask if inside is None else inside
         return inside & mask
+
+
+def check_pixel_frames(what: str, lengths: ClipLengths, allowed: Callable[[int], list[range]]) -> None:
+    """ValueError unless the batch has as many pixel frames as its latents were made of.
+
+    Args:
+        what: what has the frames, for the message.
+        lengths: of the clips.
+        allowed: numbers of pixel frames of which the family's VAE makes a number of latent frames.
+    """
+    frames, layout = lengths.stored, lengths.layout
+    most = layout.frames * layout.patch
+    # Without and with latents that pad the front. One for each token frame: those that were chosen before.
+    ranges = [each for latents in range(most - layout.patch + 1, most + 1) for each in allowed(latents)]
+    if frames == layout.frames or any(frames in each for each in ranges):
+        return
+    right = " or ".join(f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges)
+    raise ValueError(
+        f"{what} {frames} frames, but the {most} latent frames of the transformer's forward are made "
+        f"of {right}: give those, or {layout.frames} frames, one for each of its token frames"
+    )
 
 
 def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:

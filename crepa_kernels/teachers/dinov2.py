@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class DinoV2Teacher:
         self._read_config()
         name = DINOV2_HUB_IDS.get(self._source, self._source)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        logger.info("loading the teacher %s as %s", name, dtype)
+        _tell_loading(name, dtype)
         model_class = getattr(require("transformers", "the DINOv2 teacher"), MODEL_TYPES[self._config.model_type])
         self._model = self._adopted(model_class.from_pretrained(name, dtype=dtype).to(device))
         return self._model
@@ -174,6 +175,12 @@ class DinoV2Teacher:
         self._set_config(getattr(model, "config", None))
         model.requires_grad_(False)
         return model.eval()
+
+
+@cache
+def _tell_loading(name: str, dtype: torch.dtype) -> None:
+    # Once a process: a run may load it for its clips, for training and for what it shows.
+    logger.info("loading the teacher %s as %s", name, dtype)
 
 
 def normalized_images(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

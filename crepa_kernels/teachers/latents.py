@@ -13,8 +13,9 @@ from torch import nn
 
 from ..models.families import Family
 from ..models.layouts import TokenLayout
-from ..models.vaes import VIDEO_VAES, VideoVae
+from ..models.vaes import VIDEO_VAES, VideoVae, statistics
 from ..optional import require
+from ..regularizer.monitor import LatentMonitor
 from ..transfer import moved
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class LatentDecoder:
         self._drop_encoder = drop_encoder
         self._dropped = False
         self._told_place = False
+        self._monitor = LatentMonitor()
         self._vae: Any = self._checked(source) if isinstance(source, nn.Module) else None
 
     def decode(self, latents: torch.Tensor, layout: TokenLayout, device: torch.device) -> torch.Tensor:
@@ -92,7 +94,7 @@ class LatentDecoder:
         if latents.dim() != 5 or tuple(latents.shape[2:]) != layout.of_latents(latents.shape[2]).latent_shape:
             raise ValueError(
                 f"latents must be (B, C, T, H, W) with (T, H, W) = {layout.latent_shape} as in the transformer's "
-                f"forward, got {tuple(latents.shape)}"
+                f"forward, got {tuple(latents.shape)}{_other_order(latents, layout)}"
             )
         vae = self._vae if self._vae is not None else self._load(device)
         rule = _rule_of(vae, self._family)
@@ -108,9 +110,19 @@ class LatentDecoder:
             self._told_place = True
             logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            pixels = rule.decode(vae, moved(latents.detach(), place))
+            here = moved(latents.detach(), place)
+            pixels = rule.decode(vae, here)
+            if not self._monitor.done:
+                self._monitor.watch(here, *statistics(vae, place), pixels)
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
+
+    @property
+    def temporal_factors(self) -> tuple[int, ...]:
+        """Pixel frames of a latent frame after the first: the VAE's, where it is there, or those that it may have."""
+        if self._vae is None:
+            return self._family.temporal_factors
+        return (_rule_of(self._vae, self._family).temporal_factor(self._vae.config),)
 
     def unload(self) -> None:
         """Lets go of a VAE that was loaded here; the next decoding loads it again."""
@@ -147,6 +159,15 @@ class LatentDecoder:
         _rule_of(vae, self._family)
         vae.requires_grad_(False)
         return vae.eval()
+
+
+def _other_order(latents: torch.Tensor, layout: TokenLayout) -> str:
+    """A hint where the axes of the latents are those of another order."""
+    orders = {"(B, T, C, H, W)": ((1, 3, 4), ".transpose(1, 2)"), "(B, T, H, W, C)": ((1, 2, 3), ".movedim(-1, 1)")}
+    for name, (axes, cure) in orders.items():
+        if latents.dim() == 5 and tuple(latents.shape[axis] for axis in axes) == layout.latent_shape:
+            return f", which looks like {name}: give latents{cure}"
+    return ""
 
 
 def _either(family: Family) -> str:

@@ -145,6 +145,8 @@ def make_student(
         crepa = CrepaRegularizer(config, transformer, max_train_steps=options.steps)
     optimizer = torch.optim.AdamW(parameter_groups(transformer, options.learning_rate, options.projector_learning_rate))
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    if crepa is not None:
+        crepa.check_optimizer(optimizer)
     return Student(transformer, crepa, optimizer)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
 
 if TYPE_CHECKING:
@@ -264,7 +265,9 @@ def check_finite(student: Student, step: int, values: Mapping[str, float], *, sk
         wrong.append("grad_norm")
     if not wrong:
         return
-    if student.crepa is not None:
-        student.crepa.flush()  # says which side it came from
+    source = student.crepa.flush() if student.crepa is not None else None  # says which side it came from, too
+    cure = "lower the learning rate"
+    if source is not None and source.startswith(TEACHER):
+        cure = f"it came from {source}, which no learning rate changes: the teacher's weights or its frames are damaged"
     found = " and ".join(f"{name} is {values[name]}" for name in wrong)
-    raise FloatingPointError(f"step {step}: the {found}; lower the learning rate")
+    raise FloatingPointError(f"step {step}: the {found}; {cure}")

@@ -283,6 +283,8 @@ def load_settings(
     if settings is None or config is None or problems:
         sources = [str(config_file)] * (config_file is not None) + ["the command line"] * bool(cli_overrides or rest)
         raise ConfigError(problems, " and ".join(sources) or None)
+    if config.idle is not None:
+        logger.warning("CREPA is %s", config.idle)
     return settings, _at_recommended_block(settings, config) if missing else config
 
 

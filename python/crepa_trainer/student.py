@@ -63,6 +63,8 @@ def make_student(
         num_training_steps=settings.max_train_steps,
     )
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    if crepa is not None:
+        crepa.check_optimizer(optimizer)
     return Student(transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
 
 

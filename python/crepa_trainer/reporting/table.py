@@ -99,11 +99,7 @@ def _rates(infos: Sequence[VideoInfo], fps: float | None) -> str:
 def _crepa_rows(plan: Plan) -> Rows:
     config, memory = plan.config, plan.memory
     if memory is None:
-        given = config.model_fields_set
-        if not given or "crepa_enabled" in given:
-            return [("CREPA", "off")]
-        idle = ", ".join(key for key in type(config).model_fields if key in given)
-        return [("CREPA", f"OFF: neither crepa_enabled nor a preset is given, without which {idle} does nothing")]
+        return [("CREPA", config.idle or "off")]
     weight = f"weight {config.crepa_lambda:g}, {config.crepa_scheduler}"
     rows = [("CREPA", f"block {config.crepa_block_index} of 0 to {plan.family.blocks - 1}, {weight}")]
     if config.crepa_feature_source == "backbone":
