@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 # Byte code is compiled at first use instead: most of what is installed is never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
-TRITON_TESTS := $(addprefix tests/test_,triton.py triton_operators.py triton_products.py triton_resampled.py \
+TRITON_TESTS := $(addprefix tests/loss/test_,triton.py triton_operators.py triton_products.py triton_resampled.py \
 	autocast.py self_check.py ahead_of_time.py)
 GPU_HOUR := $(PYTHON) -m benches.gpu.hour
 
@@ -36,7 +36,7 @@ test-triton-versions: $(VENV)/.triton-3.6 $(VENV)/.triton-3.9
 
 # Every target, shape, type and tile, compiled without a GPU.
 aot: $(VENV)/.test
-	$(PYTEST) tests/test_ahead_of_time.py
+	$(PYTEST) tests/loss/test_ahead_of_time.py
 
 # The extension beside CUDA builds of torch, without a GPU: it builds, loads and registers, and the GPU script runs dry.
 cuda-builds: $(if $(CUDA_ENVS),,$(CUDA_TORCH:%=$(VENV)/cuda-%/.made))

@@ -1,4 +1,4 @@
-"""The house stands: few rooms, no circle of imports, nothing through a wall. ``tests/house.py`` prints it."""
+"""The house stands: few rooms, no circle of imports, nothing through a wall. ``tests/support/house.py`` prints it."""
 
 from __future__ import annotations
 

@@ -34,13 +34,14 @@ STARTS = 30  # of one command at most: what crashes before it measures anything 
 PASSED = "passed"
 # The test files with tests for a GPU that need neither diffusers nor pydantic.
 TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "triton", "triton_operators", "triton_products", "triton_resampled", "autocast", "extension_cuda",
-        "layer_norm_resample_options",
-        "resample_gather", "host_copy", "schedule_state",
-    )
-]  # fmt: skip
+    f"tests/{folder}/test_{name}.py"
+    for folder, names in {
+        "loss": ("triton", "triton_operators", "triton_products", "triton_resampled", "autocast"),
+        "ops": ("extension_cuda", "layer_norm_resample_options", "resample_gather"),
+        "regularizer": ("host_copy", "schedule_state"),
+    }.items()
+    for name in names
+]
 # Prints what the parts have to know of the machine; a process of its own, so that this one holds nothing of the card.
 _PROBE = """
 import json, torch

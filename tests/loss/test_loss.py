@@ -1,6 +1,6 @@
 """Loss, metrics and every gradient of both backends against float64, over drawn configurations.
 
-CI draws every tenth configuration, ``make test-full`` all of them. One again: ``pytest tests/test_loss.py -k seed17``.
+CI draws every tenth configuration, ``make test-full`` all. One again: ``pytest tests/loss/test_loss.py -k seed17``.
 """
 
 from __future__ import annotations

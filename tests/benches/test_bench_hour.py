@@ -17,7 +17,7 @@ import pytest
 from benches.gpu import hour
 from benches.gpu.hour import AGAIN, PASSED, TESTS, Hour, Part, main, parts_for, summary
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARD = {"gpu": True, "hip": False, "torch": "2.11.0", "name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 
 
@@ -185,9 +185,10 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_file_with_tests_for_a_gpu_is_run_or_needs_more_than_torch() -> None:
     marked = re.compile(r"mark\.gpu\b|\bon_each_device\b|\bon_a_gpu\b")
-    files = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if marked.search(path.read_text())}
+    tests = (ROOT / "tests").rglob("test_*.py")
+    files = {path.relative_to(ROOT).as_posix() for path in tests if marked.search(path.read_text())}
     # Its models are diffusers'.
-    assert files - {"tests/test_bench_hour.py", "tests/test_host_waits.py"} == set(TESTS)
+    assert files - {"tests/benches/test_bench_hour.py", "tests/regularizer/test_host_waits.py"} == set(TESTS)
 
 
 def test_the_python_of_the_hour_runs_without_a_gpu(tmp_path: Path) -> None:

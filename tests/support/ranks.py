@@ -1,6 +1,6 @@
 """Training runs of one process or of two, which must come out alike; torchrun runs this for test_distributed.py.
 
-torchrun --nproc_per_node 2 tests/ranks.py FOLDER   writes FOLDER/RUN-RANK.pt for each of RUNS
+torchrun --nproc_per_node 2 tests/support/ranks.py FOLDER   writes FOLDER/RUN-RANK.pt for each of RUNS
 """
 
 from __future__ import annotations

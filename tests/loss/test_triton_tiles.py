@@ -14,7 +14,7 @@ from crepa_kernels.backends.triton import tiles
 from crepa_kernels.backends.triton.tiles import ProductTile, device_slug, fit, forced, heuristic, nearest, write_entries
 from crepa_kernels.shapes import SHAPE_CLASSES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """Compiles what a call launches for a device that is not there, and reads back what the compiler made of it.
 
-    python tests/compiled.py '{"target": "sm_90", "kernel": "dx", "hidden_size": 5120}'
+    python tests/support/compiled.py '{"target": "sm_90", "kernel": "dx", "hidden_size": 5120}'
 
 prints one JSON object for every kernel of that name. Each runs in a process of its own, without TRITON_INTERPRET.
 """

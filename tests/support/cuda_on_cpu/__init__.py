@@ -13,7 +13,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 OPERATORS = [
     "resample_tokens",
     "resample_tokens_adjoint",

@@ -18,7 +18,7 @@ from resampling import ODD, assert_exact_numbers, pair_id
 from crepa_kernels.grid import Grid
 from crepa_kernels.ops import extension, has_extension
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FILES = ["resample.cu", "layer_norm.cu"]
 ARCHITECTURES = ["90"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("75", "80", "86", "89", "100", "120")]
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -87,7 +87,7 @@ def test_bf16_kernels_move_16_bytes_at_a_time(file: str, architecture: str, fold
 @needs_nvcc
 @pytest.mark.slow
 def test_the_cuda_half_builds_where_torch_has_no_cuda(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
     environment = {**os.environ, "CREPA_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)

@@ -439,7 +439,7 @@ print("went on")
 
 
 def elsewhere(tmp_path: Path, before: str = "", **environment: str) -> list[str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "CC", "CXX")}
     kept |= {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), kept.get("PYTHONPATH", "")])}
     kept |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_COMPILER = "no-such-compiler"
 OURS = ("CREPA_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
 RUN = "runpy.run_path('setup.py', run_name='__main__')"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from cases import simple
+from memory import Storages, held_bytes, saved_bytes
 from oracle import truth
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benches.peers import eager_transposed
 from crepa_kernels import CrepaProjector, crepa_loss
@@ -23,58 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 both_backends = pytest.mark.parametrize("backend", ["reference", "torch"])
 # The shapes with a bound on kept bytes: student resampled, and equal grids.
 GRIDS = {"30x52-to-16x16": ((30, 52), (16, 16)), "16x26": ((16, 26), (16, 26))}
-
-
-class Storages(TorchDispatchMode):
-    """Every storage that operators return, and its size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.made = 0  # bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                known = self.seen.get(storage._cdata)
-                self.made += storage.nbytes() if known is None or known[0].expired() else 0
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def alive(self, inputs: list[torch.Tensor]) -> int:
-        """Bytes of the storages that somebody still holds, those of ``inputs`` not counted."""
-        gc.collect()
-        ours = {tensor.untyped_storage()._cdata for tensor in inputs}
-        return sum(size for key, (ref, size) in self.seen.items() if key not in ours and not ref.expired())
-
-
-def saved_bytes(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> int:
-    """Bytes that autograd saves for the backward pass of ``forward()``, storages once, inputs not counted."""
-    ours = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    saved: dict[int, int] = {}
-    kept: list[torch.Tensor] = []  # so that no storage's address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        if tensor.untyped_storage().data_ptr() not in ours:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    assert loss.requires_grad
-    return sum(saved.values())
-
-
-def held_bytes(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> int:
-    """Bytes that are still there while the loss is, however they are held: not through autograd's hooks alone."""
-    with Storages() as storages:
-        loss = forward()
-    held = storages.alive(inputs)
-    del loss
-    return held
 
 
 class Shape:

@@ -1,6 +1,6 @@
 """Who imports whom in the two packages, read from the sources and not from what runs.
 
-python tests/house.py      prints the rooms, a circle and the arrows against a wall
+python tests/support/house.py      prints the rooms, a circle and the arrows against a wall
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"crepa_kernels": ROOT / "crepa_kernels", "crepa_trainer": ROOT / "python" / "crepa_trainer"}
 MOST_ROOMS = 20
 

@@ -19,8 +19,8 @@ from crepa_trainer.reporting.plan import Plan, kept_bytes, make_plan, projector_
 from crepa_trainer.reporting.table import print_plan
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.student import add_lora
+from memory import saved_bytes
 from rich.console import Console
-from test_loss_memory import saved_bytes
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video

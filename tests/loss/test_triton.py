@@ -1,7 +1,7 @@
 """Loss, metrics and every gradient of the Triton backend against float64, over drawn configurations.
 
 CI draws every tenth configuration, ``make test-full`` all of them. One again:
-``pytest tests/test_triton.py -k seed17``.
+``pytest tests/loss/test_triton.py -k seed17``.
 """
 
 from __future__ import annotations
