@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .backends.reference import crepa_reference, reference_matrix
 from .backends.torch.autograd import crepa_torch
 from .backends.triton.availability import why_no_triton, why_not_triton_for
-from .backends.triton.backend import crepa_triton
+from .backends.triton.operator import crepa_triton
 from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
 from .inputs import LossInputs, check_inputs

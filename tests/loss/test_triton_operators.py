@@ -13,9 +13,13 @@ from test_triton import check, chunks_of, to, triton_results
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss
-from crepa_kernels.backends.triton import backend as triton_backend
-from crepa_kernels.backends.triton import self_check
-from crepa_kernels.backends.triton.operator import frame_alignment_backward_op, frame_alignment_op
+from crepa_kernels.backends.triton import operator, self_check
+from crepa_kernels.backends.triton.operator import (
+    frame_alignment_backward_op,
+    frame_alignment_op,
+    operator_arguments,
+)
+from crepa_kernels.inputs import LossInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
@@ -49,11 +53,11 @@ def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Arguments of every call of the forward operator."""
     calls: list[tuple[Any, ...]] = []
 
-    def listed(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return frame_alignment_op(*arguments)
+    def listed(inputs: LossInputs) -> tuple[Any, ...]:
+        calls.append(operator_arguments(inputs))
+        return calls[-1]
 
-    monkeypatch.setattr(triton_backend, "frame_alignment_op", listed)
+    monkeypatch.setattr(operator, "operator_arguments", listed)
     return calls
 
 

@@ -32,7 +32,7 @@ from ...ops.compiling import constant_when_compiled
 from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
 from .availability import interpreting, why_not_triton_for
-from .backend import crepa_triton
+from .operator import crepa_triton
 
 logger = logging.getLogger(__name__)
 
