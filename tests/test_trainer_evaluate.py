@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crepa_trainer.evaluate import Features, best_constants, loss_options, shuffle_patches
+from crepa_trainer.evaluate import Features, best_constants, shuffle_patches
 
 from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
 
@@ -31,7 +31,7 @@ def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaC
         projector,
         student_grid=given.student_grid,
         teacher_grid=given.teacher_grid,
-        **loss_options(config),
+        **config.loss_options(),
     )
     return float(output.similarity)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +104,7 @@ class Evaluator:
     def _encoded(self, frames: int, student_grid: Grid) -> tuple[Tensor, Grid]:
         if self._teacher is None:
             config, device = self.config, self.latents.device
-            teacher = DinoV2Teacher(
-                config.crepa_encoder,
-                image_size=config.crepa_encoder_image_size,
-                resize=config.crepa_encoder_resize,
-                frames_batch_size=config.crepa_encoder_frames_batch_size,
-            )
+            teacher = DinoV2Teacher.from_config(config)
             rule = config.crepa_frame_map
             needed = frame_indices(rule, self.pixels.shape[1], frames)
             encoded = [teacher.encode(clip[needed], student_grid, device) for clip in self.pixels]
@@ -143,7 +138,7 @@ class Evaluator:
             projector,
             student_grid=features.student_grid,
             teacher_grid=features.teacher_grid,
-            **loss_options(self.config),
+            **self.config.loss_options(),
         )
         return float(output.similarity)
 
@@ -164,19 +159,6 @@ class Evaluator:
         plan = _plan(features, self.config)
         student = plan.align(projector(features.hidden_states), "student")
         return student.unflatten(2, plan.grid), plan.align(features.teacher, "teacher").unflatten(2, plan.grid)
-
-
-def loss_options(config: CrepaConfig) -> dict[str, Any]:
-    """A configuration as options of `crepa_loss`."""
-    return {
-        "distance": config.crepa_adjacent_distance,
-        "tau": config.crepa_adjacent_tau,
-        "cumulative": config.crepa_cumulative_neighbors,
-        "normalize_neighbour_sum": config.crepa_normalize_neighbour_sum,
-        "normalize_by_frames": config.crepa_normalize_by_frames,
-        "spatial_align": config.spatial_align,
-        "backend": config.crepa_backend,
-    }
 
 
 def best_constants(features: Features, config: CrepaConfig) -> Tensor:
