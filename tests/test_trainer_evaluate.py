@@ -16,7 +16,7 @@ def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Fe
     counts = [grid[0] * grid[1] for grid in (student_grid, teacher_grid)]
     hidden = torch.randn(3, 5, counts[0], 8, generator=generator)
     teacher = torch.randn(3, 5, counts[1], E, generator=generator) + torch.linspace(-1, 2, E)
-    return Features(hidden, teacher, student_grid, teacher_grid)
+    return Features(hidden, teacher, student_grid, teacher_grid, CrepaProjector(8, E))
 
 
 def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaConfig) -> float:
@@ -68,7 +68,8 @@ def test_knowing_the_position_is_never_worse() -> None:
 def test_position_constants_are_the_mean_teacher_of_their_position() -> None:
     """Without neighbours and with one direction a position, each is that direction with norm 1."""
     directions = torch.nn.functional.normalize(torch.randn(6, E, generator=torch.Generator().manual_seed(2)), dim=-1)
-    given = Features(torch.zeros(2, 4, 6, 8), (3.0 * directions).expand(2, 4, 6, E), (2, 3), (2, 3))
+    teacher = (3.0 * directions).expand(2, 4, 6, E)
+    given = Features(torch.zeros(2, 4, 6, 8), teacher, (2, 3), (2, 3), CrepaProjector(8, E))
     torch.testing.assert_close(best_constants(given, CrepaConfig()), directions)
 
 

@@ -127,19 +127,19 @@ def test_a_fully_trained_transformer_loads_without_a_word(models: Path, tmp_path
 def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from crepa_trainer.families import TrainingFamily
-    from crepa_trainer.student import make_student
+    from crepa_trainer.student import make_state
 
     settings = tiny_settings(models, tmp_path, mixed_precision="bf16")
     accelerator = Accelerator(cpu=True)
-    student = make_student(accelerator, TrainingFamily.of(settings.model), settings, tiny_config(models))
-    transformer: Any = student.transformer
+    state = make_state(accelerator, TrainingFamily.of(settings.model), settings, tiny_config(models))
+    transformer: Any = state.transformer
     assert transformer.is_gradient_checkpointing
     trained = trained_parameters(transformer)
     assert trained
     assert all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert {p.dtype for p in transformer.crepa_projector.parameters()} == {torch.float32}
     assert transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
-    groups = student.optimizer.param_groups
+    groups = state.optimizer.param_groups
     optimised = {id(p) for group in groups for p in group["params"]}
     assert optimised == {id(p) for p in transformer.parameters() if p.requires_grad}
 

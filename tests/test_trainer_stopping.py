@@ -15,6 +15,7 @@ import pytest
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.trackers import read_csv
 from training_runs import TinyClips, command, environment, save_models, tiny_config, tiny_settings, train
+from videos import moving_square, write_video
 
 SECONDS = 240
 
@@ -77,6 +78,21 @@ def test_a_run_that_a_signal_stopped_goes_on(
         longer = {"max_train_steps": done + 2, "workers": 0}
         rows = train(settings.model_copy(update={**longer, "resume": "latest"}), config)
         assert rows == train(settings.model_copy(update={**longer, "output": tmp_path / "whole"}), config, TinyClips())
+
+
+def test_a_demo_that_a_signal_stopped_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", moving_square(33))
+    demo = ["demo", "--data", str(tmp_path / "videos"), "--output", str(tmp_path / "demo"), "--steps", "100000"]
+    process = started([sys.executable, "-m", "crepa_trainer", *demo])
+    try:
+        wait(lambda: steps_logged(tmp_path / "demo") >= 1, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1] == "crepa-train: stopped by SIGINT: the demo begins anew when it is started again"
 
 
 def test_the_second_signal_stops_at_once() -> None:

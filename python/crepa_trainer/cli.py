@@ -196,7 +196,10 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
         strict=given.strict,
         batch_size=given.batch_size,
     )
-    run_demo(options, config, console)
+    try:
+        run_demo(options, config, console)
+    except Stopped as stopped:
+        raise Stopped(stopped.number, ": the demo begins anew when it is started again") from None
 
 
 def _first_process() -> bool:
