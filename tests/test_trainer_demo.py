@@ -18,7 +18,7 @@ from crepa_trainer.dataset import Bucket
 from crepa_trainer.demo import DEMO_CREPA, DemoOptions, run_demo
 from crepa_trainer.report import Summary
 from crepa_trainer.run import run
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.trackers import read_metrics
 from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from videos import moving_square, write_video
@@ -73,26 +73,26 @@ def test_it_leaves_what_it_promises(finished: tuple[Path, Summary, str]) -> None
         assert text in " ".join(printed.split())
 
 
-def test_every_logged_value_is_in_the_csv_and_in_tensorboard(finished: tuple[Path, Summary, str]) -> None:
+def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple[Path, Summary, str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output, _, _ = finished
-    rows = read_csv(output / "metrics.csv")
-    assert list(rows[0]) == ["step", *list(rows[0])[1:]]
+    rows = read_metrics(output / "metrics.jsonl")
+    assert next(iter(rows[0])) == "step"
     assert set(rows[0]) == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"} | CREPA_COLUMNS
-    assert [int(row["step"]) for row in rows] == list(range(6))
+    assert [row["step"] for row in rows] == list(range(6))
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
     for column in events.Tags()["scalars"]:
         # TensorBoard keeps 32-bit floats.
         assert [event.value for event in events.Scalars(column)] == pytest.approx(
-            [float(row[column]) for row in rows], rel=1e-6
+            [row[column] for row in rows], rel=1e-6
         )
     for row in rows:
-        parts = float(row["flow_loss"]) + float(row["crepa_loss"])
+        parts = row["flow_loss"] + row["crepa_loss"]
         # One 32-bit addition of numbers below 4.
-        assert float(row["loss"]) == pytest.approx(parts, abs=1e-6)
+        assert row["loss"] == pytest.approx(parts, abs=1e-6)
 
 
 def test_only_the_frames_that_latents_align_with_are_encoded(finished: tuple[Path, Summary, str]) -> None:
@@ -152,7 +152,7 @@ def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path) -> None:
     output, summary, _ = finished
     again, _ = demo(small(videos, tmp_path / "again"))
-    assert read_csv(tmp_path / "again" / "metrics.csv") == read_csv(output / "metrics.csv")
+    assert read_metrics(tmp_path / "again" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
     assert (again.before, again.after) == (summary.before, summary.after)
     other, _ = demo(small(videos, tmp_path / "other", seed=1))
     assert other.before != summary.before
@@ -166,7 +166,7 @@ def test_it_trains_what_a_run_of_the_same_folders_trains(
     settings = options.settings().model_copy(update={"output": tmp_path / "run"})
     config = CrepaConfig.from_dict({**DEMO_CREPA, "crepa_encoder": str(options.teacher_folder)})
     run(settings, config, Console(file=io.StringIO()))
-    assert read_csv(tmp_path / "run" / "metrics.csv") == read_csv(output / "metrics.csv")
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
     for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors"):
         assert (tmp_path / "run/trained" / name).read_bytes() == (output / "trained" / name).read_bytes()
 
@@ -178,7 +178,7 @@ def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: 
     other.mkdir()
     write_video(other / "third.mp4", moving_square(9, seed=5))
     summary, _ = demo(small(other, output, steps=3))
-    assert (summary.clips, len(read_csv(output / "metrics.csv"))) == (1, 3)
+    assert (summary.clips, len(read_metrics(output / "metrics.jsonl"))) == (1, 3)
     # A run that is not the demo's keeps its checkpoints.
     options = small(videos, output)
     options.model_folder.rename(output / "moved")
@@ -193,7 +193,7 @@ def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> No
     summary, printed = demo(small(videos, tmp_path / "off"), crepa_enabled=False)
     assert summary.after is None
     assert summary.seconds_per_step is None
-    logged = set(read_csv(tmp_path / "off" / "metrics.csv")[0])
+    logged = set(read_metrics(tmp_path / "off" / "metrics.jsonl")[0])
     assert logged == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"}
     assert "CREPA was off" in printed
     assert not (tmp_path / "off" / "trained" / "crepa_projector.safetensors").exists()
@@ -202,9 +202,9 @@ def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> No
 def test_after_a_cutoff_no_frame_is_encoded(videos: Path, tmp_path: Path) -> None:
     summary, _ = demo(small(videos, tmp_path / "cutoff"), crepa_cutoff_step=2)
     assert summary.frames_encoded == 2 * 3
-    rows = read_csv(tmp_path / "cutoff" / "metrics.csv")
-    assert [row["crepa_similarity"] != "" for row in rows] == [True, True, False, False, False, False]
-    assert [float(row["crepa_cutoff"]) for row in rows] == [0, 0, 1, 1, 1, 1]
+    rows = read_metrics(tmp_path / "cutoff" / "metrics.jsonl")
+    assert ["crepa_similarity" in row for row in rows] == [True, True, False, False, False, False]
+    assert [row["crepa_cutoff"] for row in rows] == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The training step's own parts: noise, groups, accumulation, the CSV of logged values."""
+"""The training step's own parts: noise, groups, accumulation, the file of logged values."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from crepa_trainer.loop import (
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.sampler import ClipOrder, MicroBatches, Position
 from crepa_trainer.student import make_state
-from crepa_trainer.trackers import CSVTracker, read_csv
+from crepa_trainer.trackers import MetricsTracker, read_metrics
 from peft import LoraConfig
 from tiny import tiny_wan
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings
@@ -212,14 +213,17 @@ def test_a_run_that_ends_early_still_reports_the_step_before(
     assert [step for step, _ in reported.rows] == [0, 1]
 
 
-def test_a_value_first_logged_later_gets_a_column(tmp_path: Path) -> None:
-    tracker = CSVTracker(tmp_path / "new" / "metrics.csv")
+def test_each_line_has_the_values_of_its_step_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    tracker = MetricsTracker(path)
     tracker.start()
+    assert read_metrics(path) == []
     tracker.log({"loss": 1.5}, step=0)
-    tracker.log({"loss": 1.25, "similarity": 0.5}, step=1)
-    tracker.log({"similarity": 0.75}, step=2)
-    assert read_csv(tmp_path / "new" / "metrics.csv") == [
-        {"step": "0", "loss": "1.5", "similarity": ""},
-        {"step": "1", "loss": "1.25", "similarity": "0.5"},
-        {"step": "2", "loss": "", "similarity": "0.75"},
-    ]
+    tracker.log({"loss": 1.25, "similarity": 0.1 + 0.2}, step=1)
+    tracker.log({"similarity": 0.75, "grad_norm": math.inf}, step=2)
+    rows = read_metrics(path)
+    assert rows[:2] == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.25, "similarity": 0.1 + 0.2}]
+    assert math.isnan(rows[2].pop("grad_norm"))
+    assert rows[2] == {"step": 2, "similarity": 0.75}
+    # What JSON has no number for would be refused by other readers.
+    assert path.read_text().splitlines()[2] == '{"step": 2, "similarity": 0.75, "grad_norm": null}'

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from crepa_trainer.checkpoint import FOLDER
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.trackers import read_metrics
 from training_runs import TinyClips, command, environment, save_models, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
 
@@ -40,8 +40,8 @@ def wait(ready: Callable[[], Any], process: subprocess.Popen[str]) -> None:
 
 
 def steps_logged(output: Path) -> int:
-    metrics = output / "metrics.csv"
-    return len(read_csv(metrics)) if metrics.exists() else 0
+    metrics = output / "metrics.jsonl"
+    return len(read_metrics(metrics)) if metrics.exists() else 0
 
 
 def checkpoints(output: Path) -> list[int]:

@@ -20,7 +20,7 @@ from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.trackers import read_csv
+from crepa_trainer.trackers import read_metrics
 from rich.console import Console
 from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -115,8 +115,8 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
         return item | {"features": features, "feature_grid": torch.tensor(grid)}
 
 
-def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, str]]:
-    """A run in this process; the rows of its CSV."""
+def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, float]]:
+    """A run in this process; the rows of its metrics."""
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
@@ -125,7 +125,7 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     console = Console(file=io.StringIO())
     train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint)
-    return read_csv(settings.output / "metrics.csv")
+    return read_metrics(settings.output / "metrics.jsonl")
 
 
 def train_elsewhere(

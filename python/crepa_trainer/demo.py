@@ -25,7 +25,7 @@ from .checkpoint import newest_checkpoint, read_checkpoint
 from .data import read_clips, read_frames, sample_videos
 from .dataset import Bucket
 from .evaluate import Alignment, Evaluator, Features
-from .folders import one_run_in
+from .folders import METRICS_FILE, one_run_in
 from .launcher import launched_processes
 from .listing import list_videos
 from .loop import TrainState, training_step
@@ -36,7 +36,7 @@ from .run import TrainingRun, run
 from .sampler import MicroBatch, MicroBatches, Position
 from .settings import RunSettings
 from .student import make_state
-from .trackers import read_csv
+from .trackers import read_metrics
 from .video import VideoError
 
 if TYPE_CHECKING:
@@ -116,9 +116,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
         first = _first_clips(list(videos.values()), options.size)
         save_demo_models(options.model_folder, options.teacher_folder, first, options.seed)
     trained = run(settings, config, console)
-    rows = [
-        {name: float(value) for name, value in row.items() if value} for row in read_csv(options.output / "metrics.csv")
-    ]
+    rows = read_metrics(options.output / METRICS_FILE)
 
     before = after = None
     if trained.state.crepa is not None:

@@ -23,7 +23,7 @@ from .cache import clip_of_prompt, prepare_cache
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .dataset import FoundClips, find_clips
 from .families import TrainingFamily
-from .folders import check_folders, one_run_in
+from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
 from .loop import StepReports, StepValues, TrainState, training_step
 from .plan import make_plan
@@ -32,7 +32,7 @@ from .progress import training_progress
 from .sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .stopping import Stopped, stop_kept
 from .student import make_average, make_state, trained_parameters
-from .trackers import CSVTracker
+from .trackers import MetricsTracker
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
-    """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
+    """Accelerate as the settings and the launcher say; its file of metrics goes on at `first_step`.
 
     ValueError where the launcher's environment says something else, as `check_launcher`.
     """
@@ -110,7 +110,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=["tensorboard", CSVTracker(settings.output / "metrics.csv", first_step)],
+        log_with=["tensorboard", MetricsTracker(settings.output / METRICS_FILE, first_step)],
         project_dir=settings.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
