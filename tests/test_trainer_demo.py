@@ -177,8 +177,13 @@ def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: 
     other = tmp_path / "other"
     other.mkdir()
     write_video(other / "third.mp4", moving_square(9, seed=5))
-    summary, _ = demo(small(other, output, steps=3))
-    assert (summary.clips, len(read_metrics(output / "metrics.jsonl"))) == (1, 3)
+    (output / "clips" / "mine.mp4").symlink_to(videos / "video0.mp4")
+    (output / "clips" / "mine.txt").write_text("my own words")
+    summary, _ = demo(small(other, output, steps=3, clips_per_video=1))
+    assert len(read_metrics(output / "metrics.jsonl")) == 3
+    # What somebody else put there is trained on, and is not removed.
+    assert {path.name for path in (output / "clips").iterdir()} == {"third.mp4", "third.txt", "mine.mp4", "mine.txt"}
+    assert summary.clips == 2
     # A run that is not the demo's keeps its checkpoints.
     options = small(videos, output)
     options.model_folder.rename(output / "moved")

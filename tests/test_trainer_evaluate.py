@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from crepa_trainer.evaluate import Features, best_constants, shuffle_patches
+from crepa_trainer.evaluate import Evaluator, Features, best_constants, shuffle_patches
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.loop import training_step
+from crepa_trainer.run import make_accelerator
+from crepa_trainer.sampler import MicroBatch, Position, collate
+from crepa_trainer.student import make_state
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
 
@@ -81,3 +90,30 @@ def test_shuffling_moves_patches_within_their_frame_only() -> None:
     torch.testing.assert_close(shuffled, shuffle_patches(teacher, seed=3), rtol=0, atol=0)
     orders = {tuple(frame[:, 0].argsort().tolist()) for frame in shuffled.flatten(0, 1) - 0.0}
     assert len(orders) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crepa_encoder_image_size": 28, "crepa_frame_map": "mean"},
+        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+    ],
+    ids=["encoder", "backbone"],
+)
+def test_what_is_measured_is_what_a_step_sees(tmp_path: Path, settings: dict[str, Any]) -> None:
+    models = save_models(tmp_path)
+    config = tiny_config(models, **settings)
+    run = tiny_settings(models, tmp_path / "run")
+    family, clips = TrainingFamily.of(run.model), TinyClips(1, 0, pixels=True)
+    state = make_state(make_accelerator(run), family, run, config)
+    given: Any = clips
+    evaluator = Evaluator(config, family, given, time=0.3, seed=7)
+    features = evaluator.features(state)
+    measured, matrix = evaluator.alignment(features), evaluator.matrix(features)  # the step changes the projector
+    item = collate([clips[0]])
+    pixels = {} if "crepa_feature_source" in settings else {"pixels": item.pop("pixels")}
+    noise = torch.randn(item["latents"].shape, generator=torch.Generator().manual_seed(7))
+    batch = MicroBatch(item, pixels, noise, torch.tensor([0.3]))
+    logs = training_step(state, family, batch, Position(0, 0, 0), matrix=True)
+    assert measured.similarity == pytest.approx(float(logs["crepa_similarity"]), abs=1e-6)
+    torch.testing.assert_close(matrix[0], logs["similarity_matrix"])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,10 +153,12 @@ def _forget_an_earlier_demo(options: DemoOptions) -> None:
 
 
 def _link_with_captions(videos: dict[str, Path], folder: Path) -> None:
-    """A folder of links to the videos, each with a caption beside it; links of an earlier demo go."""
-    for link in folder.rglob("*"):
-        if link.is_symlink():
-            link.unlink()
+    """A folder of links to the videos, each with a caption beside it; those of an earlier demo go."""
+    for caption in folder.rglob("*.txt"):
+        links = [path for path in caption.parent.glob(f"{escape(caption.stem)}.*") if path.is_symlink()]
+        if links and caption.read_bytes() == CAPTION.encode():
+            for path in (*links, caption):
+                path.unlink()
     for name, path in videos.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
