@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.noise import add_noise
 from crepa_trainer.loop import (
     StepReports,
     StepValues,
     TrainState,
-    add_noise,
     check_finite,
     parameter_groups,
     training_step,

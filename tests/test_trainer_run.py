@@ -211,7 +211,8 @@ def test_a_lora_learns_in_bf16(models: Path, tmp_path: Path) -> None:
 
 
 def test_clips_that_are_conditioned_are_masked_in_loss_and_crepa() -> None:
-    from crepa_trainer.loop import NoisyLatents, flow_matching_loss
+    from crepa_trainer.families.noise import NoisyLatents
+    from crepa_trainer.loop import flow_matching_loss
 
     prediction, target = torch.zeros(2, 4, 3, 2, 2), torch.ones(2, 4, 3, 2, 2)
     target[:, :, 0] = 100.0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from crepa_kernels import CrepaRegularizer
 
     from .families import TrainingFamily
+    from .families.noise import NoisyLatents
     from .sampler import MicroBatch, Position
 
 
@@ -32,22 +33,6 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class NoisyLatents:
-    """Flow matching: x_t = (1 - t) x_0 + t ε, and the velocity ε - x_0 that is to be predicted from it."""
-
-    latents: Tensor  # (B, C, T, h, w)
-    timestep: Tensor  # (B,), 1000 t, as Wan takes it; (B, tokens) where tokens have times of their own
-    target: Tensor  # (B, C, T, h, w)
-    frame_mask: Tensor | None = None  # (B, T) bool: frames that are predicted; None: all
-
-
-def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-    """x_t at noise level `time` (B,) in [0, 1]; 0 is the clean video."""
-    t = time.view(-1, 1, 1, 1, 1).to(latents)
-    return NoisyLatents((1 - t) * latents + t * noise, 1000 * time.to(latents), noise - latents)
 
 
 def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:

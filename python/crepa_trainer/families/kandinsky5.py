@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily
-from .noise import with_given_first_frame
+from .noise import NoisyLatents, add_noise, with_given_first_frame
 from .sizes import ClipSize
 
 if TYPE_CHECKING:
