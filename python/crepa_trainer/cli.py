@@ -94,7 +94,7 @@ def _run(argv: Sequence[str]) -> int:
         "demo",
         usage="%(prog)s [--data FOLDER] [--output FOLDER] [--steps N] [--seed N] [--strict] [--crepa_... VALUE]",
         help="train a small random Wan on real video and show what CREPA does",
-        description="Trains a small Wan with seeded random weights on real video, with CREPA, in about a minute on "
+        description="Trains a small Wan with seeded random weights on real video, with CREPA, in about two minutes on "
         "a CPU core; downloads nothing. It ends with a table and plots in the output folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
