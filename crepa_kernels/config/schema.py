@@ -316,6 +316,18 @@ class CrepaConfig(BaseModel):
             return "student" if self.crepa_spatial_align else "pool"
         return self.crepa_spatial_align
 
+    def loss_options(self) -> dict[str, Any]:
+        """Arguments of `crepa_loss` that this configuration decides."""
+        return {
+            "distance": self.crepa_adjacent_distance,
+            "tau": self.crepa_adjacent_tau,
+            "cumulative": self.crepa_cumulative_neighbors,
+            "normalize_neighbour_sum": self.crepa_normalize_neighbour_sum,
+            "normalize_by_frames": self.crepa_normalize_by_frames,
+            "spatial_align": self.spatial_align,
+            "backend": self.crepa_backend,
+        }
+
     def threshold_on_other_scale(self) -> tuple[str, float] | None:
         """The other metric's name and what the threshold is on it, for frames with all their neighbours.
 

@@ -32,15 +32,9 @@ def aligned(
         projector,
         student_grid=student.layout.grid,
         teacher_grid=teacher.grid,
-        distance=config.crepa_adjacent_distance,
-        tau=config.crepa_adjacent_tau,
-        cumulative=config.crepa_cumulative_neighbors,
-        normalize_neighbour_sum=config.crepa_normalize_neighbour_sum,
-        normalize_by_frames=config.crepa_normalize_by_frames,
-        spatial_align=config.spatial_align,
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
-        backend=config.crepa_backend,
+        **config.loss_options(),
     )
 
 

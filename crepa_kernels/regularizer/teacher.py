@@ -44,12 +44,7 @@ class TeacherSource:
         self, config: CrepaConfig, family: Family, vae: VaeSource | None, encoder: EncoderSource | None
     ) -> None:
         self.backbone = config.crepa_feature_source == "backbone"
-        self.teacher = DinoV2Teacher(
-            config.crepa_encoder if encoder is None else encoder,
-            image_size=config.crepa_encoder_image_size,
-            resize=config.crepa_encoder_resize,
-            frames_batch_size=config.crepa_encoder_frames_batch_size,
-        )
+        self.teacher = DinoV2Teacher.from_config(config, encoder)
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(None if self.backbone else vae, family, drop_encoder=config.crepa_drop_vae_encoder)
         self._family = family

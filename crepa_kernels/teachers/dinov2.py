@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from ..grid import Grid
 from ..optional import require
 from ..transfer import moved
 from . import TeacherFeatures
+
+if TYPE_CHECKING:
+    from ..config import CrepaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,16 @@ class DinoV2Teacher:
         elif isinstance(source, str | os.PathLike):
             name = os.fspath(source)
             self._source = ENCODER_ALIASES.get(name, name)
+
+    @classmethod
+    def from_config(cls, config: CrepaConfig, source: EncoderSource | None = None) -> DinoV2Teacher:
+        """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors."""
+        return cls(
+            config.crepa_encoder if source is None else source,
+            image_size=config.crepa_encoder_image_size,
+            resize=config.crepa_encoder_resize,
+            frames_batch_size=config.crepa_encoder_frames_batch_size,
+        )
 
     @property
     def feature_size(self) -> int | None:

@@ -24,13 +24,12 @@ from .state_files import file_digest, json_digest, random_state, read_state, set
 from .student import trained_parameters
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
     from crepa_kernels import CrepaConfig
 
     from .data.dataset import FoundClips
-    from .loop import Student
+    from .loop import TrainState
     from .settings import RunSettings
 
 FOLDER = "checkpoints"
@@ -232,7 +231,8 @@ class Checkpoints:
     checkpoint that somebody else made runs none of their code.
 
     Args:
-        accelerator: that prepared the student.
+        state: what the run trains.
+        average: of its weights, or None.
         save_lora: writes the LoRA into a folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
@@ -242,8 +242,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        student: Student,
+        state: TrainState,
         average: EMAModel | None,
         *,
         save_lora: Callable[[Path], object] | None,
@@ -252,11 +251,11 @@ class Checkpoints:
         identity: Mapping[str, Any],
         model: str,
     ) -> None:
-        self._accelerator, self._student, self._average = accelerator, student, average
+        self._state, self._average = state, average
         self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
-        self._transformer: nn.Module = accelerator.unwrap_model(student.transformer)
-        self._random_file = f"random_state_{accelerator.process_index}.safetensors"
+        self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
+        self._random_file = f"random_state_{state.accelerator.process_index}.safetensors"
 
     def save(self, step: int) -> Path:
         """The state after `step` optimiser steps; returns its folder.
@@ -281,19 +280,18 @@ class Checkpoints:
             state = read_state(file)
             _put_back(file, partial(_give, name, part, state))
         if self._average is not None:
-            self._average.to(self._accelerator.device)
+            self._average.to(self._state.accelerator.device)
         file = folder / self._random_file
         numbers = read_state(file)
-        _put_back(file, lambda: set_random_state(numbers, self._accelerator.device))
+        _put_back(file, lambda: set_random_state(numbers, self._state.accelerator.device))
 
     def _parts(self) -> dict[str, Any]:
         """What has a state, by the name of its file."""
-        student = self._student
         parts = {
-            "optimizer": student.optimizer,
-            "scheduler": student.scheduler,
-            "scaler": self._accelerator.scaler,
-            "crepa": student.crepa,
+            "optimizer": self._state.optimizer,
+            "scheduler": self._state.scheduler,
+            "scaler": self._state.accelerator.scaler,
+            "crepa": self._state.crepa,
             "average": self._average,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -306,17 +304,17 @@ class Checkpoints:
         # torch and safetensors say of a full disk that writing failed, in errors of their own.
         except (OSError, RuntimeError, SafetensorError) as caught:
             error = caught
-        failed = torch.tensor(float(error is not None), device=self._accelerator.device)
-        if float(self._accelerator.reduce(failed, "sum")) == 0:
+        failed = torch.tensor(float(error is not None), device=self._state.accelerator.device)
+        if float(self._state.accelerator.reduce(failed, "sum")) == 0:
             return
-        if self._accelerator.is_main_process:
+        if self._state.accelerator.is_main_process:
             for leftover in self._folder.glob(f"{_WRITING}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         why = "in another process" if error is None else str(error)
         raise OSError(f"checkpoint {target} could not be written: {why}; the ones before it are whole") from error
 
     def _clear(self, temporary: Path) -> None:
-        if self._accelerator.is_main_process:
+        if self._state.accelerator.is_main_process:
             for leftover in (*self._folder.glob(f"{_WRITING}*"), *_partial(self._folder)):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
@@ -324,8 +322,8 @@ class Checkpoints:
     def _write(self, temporary: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
         # Of one rank on another machine the folder may not be visible yet.
         temporary.mkdir(parents=True, exist_ok=True)
-        write_state(temporary / self._random_file, random_state(self._accelerator.device))
-        if not self._accelerator.is_main_process:
+        write_state(temporary / self._random_file, random_state(self._state.accelerator.device))
+        if not self._state.accelerator.is_main_process:
             return
         trained = trained_parameters(self._transformer)
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
@@ -336,7 +334,7 @@ class Checkpoints:
             write_state(temporary / f"{name}.safetensors", state)
 
     def _finish(self, temporary: Path, target: Path, step: int) -> None:
-        if not self._accelerator.is_main_process:
+        if not self._state.accelerator.is_main_process:
             return
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         parts = {path.relative_to(temporary).as_posix(): [path.stat().st_size, file_digest(path)] for path in files}

@@ -100,7 +100,7 @@ def _run(argv: Sequence[str]) -> int:
         "demo",
         usage="%(prog)s [--data FOLDER] [--output FOLDER] [--steps N] [--seed N] [--strict] [--crepa_... VALUE]",
         help="train a small random Wan on real video and show what CREPA does",
-        description="Trains a small Wan with seeded random weights on real video, with CREPA, in about a minute on "
+        description="Trains a small Wan with seeded random weights on real video, with CREPA, in about two minutes on "
         "a CPU core; downloads nothing. It ends with a table and plots in the output folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -202,7 +202,10 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
         strict=given.strict,
         batch_size=given.batch_size,
     )
-    run_demo(options, config, console)
+    try:
+        run_demo(options, config, console)
+    except Stopped as stopped:
+        raise Stopped(stopped.number, ": the demo begins anew when it is started again") from None
 
 
 def _first_process() -> bool:

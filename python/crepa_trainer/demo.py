@@ -1,37 +1,44 @@
 """`crepa-train demo`: a small random Wan learns on real video with CREPA beside it, and what came of it is shown.
 
-The transformer, the VAE and the DINOv2 teacher have seeded random weights, so nothing is downloaded; the video, the
-latents, the losses and the training are real. The text condition is one fixed random embedding for all clips: what
+Transformer, VAE, text encoder and DINOv2 teacher have seeded random weights, so nothing is downloaded; the videos, the
+latents, the losses and the training are real, and the training is `crepa-train run`'s. All clips have one caption: what
 the student knows of a clip comes from its latents.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
-from crepa_kernels import CrepaRegularizer
-
-from .data.clips import ClipSet, ClipSpec, load_clips, sample_videos
+from .checkpoint import newest_checkpoint, read_checkpoint
+from .data.clips import read_clips, read_frames, sample_videos
+from .data.dataset import Bucket
 from .data.listing import list_videos
+from .data.sampler import MicroBatch, MicroBatches, Position
+from .data.video import VideoError
 from .evaluate import Alignment, Evaluator, Features
-from .launcher import check_launcher
-from .loop import Student, parameter_groups, train, training_step
-from .models import ModelFolders, add_lora, encode_latents, load_transformer, load_vae, save_demo_models, save_lora
+from .folders import METRICS_FILE, one_run_in
+from .launcher import launched_processes
+from .loop import TrainState, training_step
+from .models import save_demo_models
 from .reporting.plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
-from .reporting.progress import training_progress
 from .reporting.report import ENDS, Summary, ends, print_summary
-from .reporting.trackers import CSVTracker
+from .reporting.trackers import read_metrics
+from .run import TrainingRun, run
+from .settings import RunSettings
+from .student import make_state
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -44,7 +51,8 @@ DEMO_CREPA = {
     "crepa_scheduler": "cosine",
     "crepa_lambda_end": 0.1,
 }
-TEXT_TOKENS = 8
+CAPTION = "a video"
+CLIP = Bucket(64, 112, 33)
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,37 @@ class DemoOptions:
     learning_rate: float = 2e-3
     projector_learning_rate: float = 3e-3
     noise_level: float = 0.1
-    timed_steps: int = 20
-    clips: ClipSpec = field(default_factory=ClipSpec)
+    timed_steps: int = 10
+    size: Bucket = CLIP
+    clips_per_video: int = 8
+
+    @property
+    def model_folder(self) -> Path:
+        return self.output / "models" / "wan"
 
     @property
     def teacher_folder(self) -> Path:
         return self.output / "models" / "dinov2"
+
+    def settings(self) -> RunSettings:
+        """What `crepa-train run` is told."""
+        return RunSettings(
+            model=str(self.model_folder),
+            data=self.output / "clips",
+            output=self.output,
+            lora_rank=self.lora_rank,
+            resolutions=((self.size.height, self.size.width),),
+            frame_counts=(self.size.frames,),
+            clips_per_video=self.clips_per_video,
+            max_train_steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            projector_learning_rate=self.projector_learning_rate,
+            mixed_precision="no",
+            gradient_checkpointing=False,
+            seed=self.seed,
+            strict=self.strict,
+        )
 
 
 def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Summary:
@@ -74,108 +107,85 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
 
     ValueError for what the user can put right, FloatingPointError when training diverges.
     """
-    check_launcher(mixed_precision="no", gradient_accumulation_steps=1)
-    found = load_clips(
-        sample_videos() if options.data is None else list_videos(options.data).videos,
-        options.clips,
-        strict=options.strict,
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    metrics = CSVTracker(options.output / "metrics.csv")
-    accelerator = Accelerator(log_with=["tensorboard", metrics], project_dir=options.output / "tensorboard")
-    if accelerator.num_processes > 1:
-        raise ValueError(f"the demo runs as one process, it was started as {accelerator.num_processes}")
-    accelerator.init_trackers(time.strftime("%Y%m%d-%H%M%S"))
-    set_seed(options.seed)
-    console.print(
-        f"{len(found.clips)} clips of {options.clips.frames} frames, {options.clips.height} x {options.clips.width}, "
-        f"on {accelerator.device}",
-        highlight=False,
-    )
+    if launched_processes() > 1:
+        raise ValueError(f"the demo runs as one process, it was started as {launched_processes()}")
+    settings = options.settings()
+    videos = _videos(options)
+    with one_run_in(options.output), console.status("making the models"):
+        _forget_an_earlier_demo(options)
+        _link_with_captions(videos, settings.data)
+        first = _first_clips(list(videos.values()), options.size)
+        save_demo_models(options.model_folder, options.teacher_folder, first, options.seed)
+    trained = run(settings, config, console)
+    rows = read_metrics(options.output / METRICS_FILE)
 
-    pixels = torch.stack([clip.pixels for clip in found.clips])
-    with console.status("making the models and encoding the clips to latents"):
-        folders = save_demo_models(options.output / "models", _first_of_each_video(found, pixels), options.seed)
-        latents = encode_latents(load_vae(folders.wan).to(accelerator.device), pixels)
-    student = make_student(accelerator, folders, config, options)
-    text = _fixed_text(accelerator.unwrap_model(student.transformer).config.text_dim, options.seed).to(
-        accelerator.device
-    )
-    loader = make_loader(accelerator, latents, pixels, options)
-
-    evaluator = Evaluator(config, latents, pixels, text, time=options.noise_level, seed=options.seed)
-    projector = student.crepa.projector if student.crepa else None
-    before = evaluator.alignment(evaluator.features(student.transformer), projector) if projector else None
-    rows: list[dict[str, float]] = []
-    with training_progress(console, options.steps) as show:
-
-        def on_step(step: int, values: dict[str, float]) -> None:
-            rows.append(values)
-            show(step, values)
-
-        generator = torch.Generator().manual_seed(options.seed)
-        train(accelerator, student, loader, text, steps=options.steps, generator=generator, on_step=on_step)
-    accelerator.end_training()
-    save_lora(accelerator.unwrap_model(student.transformer), options.output)
-    after = None
-    if student.crepa and projector:
-        student.crepa.save_pretrained(options.output)
-        features = evaluator.features(student.transformer)
-        after = evaluator.alignment(features, projector)
-        _plot_alignment(options.output, found, evaluator, features, projector)
+    before = after = None
+    if trained.state.crepa is not None:
+        evaluator = Evaluator(config, trained.family, trained.clips, time=options.noise_level, seed=options.seed)
+        before = evaluator.alignment(evaluator.features(_fresh_state(trained, config)))
+        features = evaluator.features(trained.state)
+        after = evaluator.alignment(features)
+        _plot_alignment(options.output, trained, evaluator, features)
     plot_training(rows, options.output / "training.png", constant=after.constant if after else None)
     with console.status("timing steps with and without CREPA"):
-        seconds = time_steps(accelerator, folders, config, loader, text, options)
+        seconds = time_steps(trained, config, options.timed_steps)
 
-    summary = _summary(options, found, rows, student, before, after, seconds)
+    summary = _summary(options, len(videos), trained, rows, before, after, seconds)
     summary.save(options.output / "summary.json")
     print_summary(console, summary, options.noise_level)
     console.print(f"Everything is in {options.output}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
-def make_student(
-    accelerator: Accelerator, folders: ModelFolders, config: CrepaConfig | None, options: DemoOptions
-) -> Student:
-    """Loads a transformer and makes it trainable. The order matters: adapter, CREPA, optimiser, prepare."""
-    transformer = load_transformer(folders.wan).to(accelerator.device)
-    add_lora(transformer, options.lora_rank)
-    crepa = None
-    if config is not None:
-        crepa = CrepaRegularizer(config, transformer, max_train_steps=options.steps)
-    optimizer = torch.optim.AdamW(parameter_groups(transformer, options.learning_rate, options.projector_learning_rate))
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    if crepa is not None:
-        crepa.check_optimizer(optimizer)
-    return Student(transformer, crepa, optimizer)
+def _videos(options: DemoOptions) -> dict[str, Path]:
+    """The videos to train on, by what they are called."""
+    if options.data is None:
+        return {path.name: path for path in sample_videos()}
+    found = list_videos(options.data, (options.output,)).videos
+    return {path.relative_to(options.data).as_posix(): path.resolve() for path in found}
 
 
-def make_loader(
-    accelerator: Accelerator, latents: Tensor, pixels: Tensor, options: DemoOptions
-) -> DataLoader[tuple[Tensor, ...]]:
-    """Batches of (latents, pixels) in a seeded random order, on the device."""
-    loader = DataLoader(
-        TensorDataset(latents.cpu(), pixels),
-        batch_size=min(options.batch_size, len(latents)),
-        shuffle=True,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    return accelerator.prepare(loader)
+def _forget_an_earlier_demo(options: DemoOptions) -> None:
+    """Removes the checkpoints of one, which `run` does not train over; any other run's are kept, and named by it."""
+    newest = newest_checkpoint(options.output)
+    if newest is not None and read_checkpoint(newest).model == str(options.model_folder.resolve()):
+        shutil.rmtree(newest.parent)
 
 
-def time_steps(
-    accelerator: Accelerator,
-    folders: ModelFolders,
-    config: CrepaConfig,
-    loader: DataLoader[tuple[Tensor, ...]],
-    text: Tensor,
-    options: DemoOptions,
-) -> tuple[float | None, float]:
+def _link_with_captions(videos: dict[str, Path], folder: Path) -> None:
+    """A folder of links to the videos, each with a caption beside it; those of an earlier demo go."""
+    for caption in folder.rglob("*.txt"):
+        links = [path for path in caption.parent.glob(f"{escape(caption.stem)}.*") if path.is_symlink()]
+        if links and caption.read_bytes() == CAPTION.encode():
+            for path in (*links, caption):
+                path.unlink()
+    for name, path in videos.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.absolute())
+        link.with_suffix(".txt").write_text(CAPTION)
+
+
+def _first_clips(videos: Sequence[Path], size: Bucket) -> list[Tensor]:
+    """The beginning of each video that has one, (P, 3, H, W); of the others the run says what is wrong with them."""
+    clips = []
+    for path in videos:
+        with suppress(VideoError):
+            clips.append(read_frames(path, size.height, size.width, size.frames))
+    return [clip for clip in clips if len(clip) == size.frames]
+
+
+def _fresh_state(trained: TrainingRun, config: CrepaConfig) -> TrainState:
+    """What the run began with."""
+    set_seed(trained.settings.seed)
+    return make_state(trained.accelerator, trained.family, trained.settings, config)
+
+
+def time_steps(trained: TrainingRun, config: CrepaConfig, steps: int) -> tuple[float | None, float]:
     """Median seconds of a training step with CREPA, None where it is off, and without it.
 
-    Two fresh students of one checkpoint train in turns on the same batches, the second without anything of CREPA
-    attached, so a busy machine slows both. The weight is held at its full value: with 0 there would be nothing to
-    time.
+    Two fresh states train in turns on the same batch, the second without anything of CREPA attached, so a busy machine
+    slows both. The weight is held at its full value: with 0 there would be nothing to time.
     """
     active = config.replace(
         crepa_scheduler=None,
@@ -184,18 +194,19 @@ def time_steps(
         crepa_similarity_threshold=None,
     )
     runs = config.crepa_enabled and config.crepa_lambda > 0
-    students = [make_student(accelerator, folders, each, options) for each in ([active] if runs else []) + [None]]
-    generator = torch.Generator().manual_seed(options.seed)
-    seconds: list[list[float]] = [[] for _ in students]
-    batch = next(iter(loader))
+    configs = [active] * runs + [config.replace(crepa_enabled=False)]
+    states = [_fresh_state(trained, each) for each in configs]
+    seconds: list[list[float]] = [[] for _ in states]
+    batch = MicroBatches(trained.clips, trained.order, trained.family.noise_level)[Position(0, 0, 0), True]
+    if not isinstance(batch, MicroBatch):
+        raise batch
     warm_up = 2
-    for step in range(warm_up + options.timed_steps):
-        for student, measured in zip(students, seconds, strict=True):
-            student.transformer.train()
-            _wait_for(accelerator.device)
+    for step in range(warm_up + steps):
+        for state, measured in zip(states, seconds, strict=True):
+            _wait_for(state.accelerator.device)
             start = time.perf_counter()
-            training_step(accelerator, student, batch, text, step, generator)
-            _wait_for(accelerator.device)
+            training_step(state, trained.family, batch, Position(step, 0, 0))
+            _wait_for(state.accelerator.device)
             if step >= warm_up:
                 measured.append(time.perf_counter() - start)
     medians = [statistics.median(measured) for measured in seconds]
@@ -207,27 +218,21 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _first_of_each_video(found: ClipSet, pixels: Tensor) -> Tensor:
-    first = {clip.video: number for number, clip in reversed(list(enumerate(found.clips)))}
-    return pixels[sorted(first.values())]
-
-
-def _fixed_text(width: int, seed: int) -> Tensor:
-    return torch.randn(1, TEXT_TOKENS, width, generator=torch.Generator().manual_seed(seed))
-
-
 def _summary(
     options: DemoOptions,
-    found: ClipSet,
+    videos: int,
+    trained: TrainingRun,
     rows: list[dict[str, float]],
-    student: Student,
     before: Alignment | None,
     after: Alignment | None,
     seconds: tuple[float | None, float],
 ) -> Summary:
     weight = [row["crepa_weight"] for row in rows if "crepa_weight" in row]
+    keys, crepa = trained.clips.keys, trained.state.crepa
+    # A video is decoded up to the end of its last clip.
+    read = {key.video: key.start + key.bucket.frames for key in sorted(keys, key=lambda key: key.start)}
     return Summary(
-        clips=len(found.clips),
+        clips=len(keys),
         steps=len(rows),
         ends=min(ENDS, len(rows)),
         loss=ends(rows, "loss"),
@@ -239,25 +244,26 @@ def _summary(
         seconds_per_step=seconds[0],
         seconds_per_step_without_crepa=seconds[1],
         timed_steps=options.timed_steps,
-        frames_read=found.frames_read,
-        frames_to_latents=sum(len(clip.pixels) for clip in found.clips),
-        frames_decoded=student.crepa.frames_decoded if student.crepa else 0,
-        frames_encoded=student.crepa.frames_encoded if student.crepa else 0,
-        videos_skipped=len(found.skipped),
+        frames_read=sum(read.values()),
+        frames_to_latents=sum(key.bucket.frames for key in keys),
+        frames_decoded=crepa.frames_decoded if crepa else 0,
+        frames_encoded=crepa.frames_encoded if crepa else 0,
+        videos_skipped=videos - len(read),
     )
 
 
-def _plot_alignment(
-    output: Path, found: ClipSet, evaluator: Evaluator, features: Features, projector: torch.nn.Module
-) -> None:
+def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, features: Features) -> None:
     """Similarity matrix and patches of one clip from each of the first two videos."""
-    shown = list({clip.video: number for number, clip in enumerate(found.clips)}.values())[:2]
-    matrices = evaluator.matrix(features, projector)
-    plot_similarity_matrices({found.clips[n].name: matrices[n] for n in shown}, output / "similarity_matrix.png")
-    projected, teacher = evaluator.on_common_grid(features, projector)
-    frames = evaluator.teacher_frames(features.teacher.shape[1])
-    clips = [
-        PatchFeatures(found.clips[n].name, found.clips[n].pixels[frames], frames, teacher[n], projected[n])
-        for n in shown
-    ]
+    keys = trained.clips.keys
+    shown = list({key.video: number for number, key in enumerate(keys)}.values())[:2]
+    matrices = evaluator.matrix(features)
+    plot_similarity_matrices({keys[n].name: matrices[n] for n in shown}, output / "similarity_matrix.png")
+    projected, teacher = evaluator.on_common_grid(features)
+    frames = evaluator.teacher_frames()
+    clips = []
+    for n in shown:
+        key, size = keys[n], keys[n].bucket
+        path = trained.settings.data / key.video
+        ((_, pixels),) = read_clips(path, size.height, size.width, [key.start], size.frames)
+        clips.append(PatchFeatures(key.name, pixels[frames], frames, teacher[n], projected[n]))
     plot_patches(clips, output / "patches.png")

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crepa_kernels import crepa_loss, frame_indices, select_frames, similarity_matrix
+from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
 from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
 from crepa_kernels.models.families import family_of
 from crepa_kernels.neighbours import Neighbours
+from crepa_kernels.regularizer.capture import Capture
+from crepa_kernels.teachers import TeacherFeatures
+from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
-from .loop import add_noise
+from .data.sampler import collate
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
+
+    from .data.cache import CachedClips
+    from .families import TrainingFamily
+    from .loop import TrainState
 
 
 @dataclass(frozen=True)
@@ -37,146 +45,123 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Features:
-    """Both sides of the loss for n clips: hidden_states (n, T, P, D), teacher (n, T, N, E), and their grids."""
+    """Both sides of the loss for n clips: hidden_states (n, T, P, D) and the projector, teacher (n, T, N, E), grids."""
 
     hidden_states: Tensor
     teacher: Tensor
     student_grid: Grid
     teacher_grid: Grid
+    projector: nn.Module
 
 
 class Evaluator:
-    """Measures a transformer and its projector on fixed clips.
+    """Measures a state of a run on the clips that it is trained on.
 
     Its teacher is its own, so that the regularizer's count of encoded frames is the training's alone. The teacher
     features are computed once: they never change (in backbone mode they do, and are computed at every call).
 
     Args:
         config: block, teacher and the loss's options.
-        latents: (n, C, T, h, w), clean, normalised as the transformer sees them.
-        pixels: (n, P, 3, H, W) uint8, on the CPU.
-        text: (1, L, text_dim).
+        family: the model's.
+        clips: a run's, all of one bucket.
         time: noise level in [0, 1] at which the student is asked, 0 for the clean video.
         seed: of the noise and of the shuffling, the same at every call.
     """
 
     def __init__(
-        self, config: CrepaConfig, latents: Tensor, pixels: Tensor, text: Tensor, *, time: float, seed: int
+        self, config: CrepaConfig, family: TrainingFamily, clips: CachedClips, *, time: float, seed: int
     ) -> None:
-        self.config = config
-        self.latents = latents
-        self.pixels = pixels
-        self.text = text
-        self.time = time
-        self.seed = seed
-        self._teacher: tuple[Tensor, Grid] | None = None
+        self.config, self.family, self.clips = config, family, clips
+        self.time, self.seed = time, seed
+        self._layout = family.layout(clips.keys[0].bucket)
+        self._teacher: TeacherFeatures | None = None
 
-    @torch.no_grad()
-    def features(self, transformer: nn.Module) -> Features:
-        """Hidden states of a forward without gradient, and the teacher's features of the same clips."""
-        config, family = self.config, family_of(transformer)
-        layout = family.layout(transformer, tuple(self.latents.shape[2:]))
-        backbone = config.crepa_feature_source == "backbone"
-        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * backbone
-        captured: list[list[Tensor]] = [[] for _ in keys]
-        hooks = [
-            family.block(transformer, getattr(config, key), key).register_forward_hook(
-                lambda module, inputs, output, kept=kept: kept.append(family.video_tokens(output))
-            )
-            for key, kept in zip(keys, captured, strict=True)
-        ]
-        was_training = transformer.training
-        transformer.eval()
+    def features(self, state: TrainState) -> Features:
+        """Hidden states as training captures them, and the teacher's features of the same clips."""
+        config, device = self.config, state.accelerator.device
+        transformer, crepa = state.accelerator.unwrap_model(state.transformer), state.crepa
+        if crepa is None or crepa.projector is None:
+            raise ValueError("CREPA is off: there is no projector to measure")
+        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * (config.crepa_feature_source == "backbone")
+        blocks = {key: getattr(config, key) for key in keys}
+        captured: dict[str, list[Tensor]] = {key: [] for key in keys}
+        capture = Capture(transformer, family_of(transformer), blocks, crepa.projector)
+        capture.attach()
         generator = torch.Generator().manual_seed(self.seed)
         try:
-            for clip in self.latents.split(1):
-                noise = torch.randn(clip.shape, generator=generator).to(clip)
-                noisy = add_noise(clip, noise, torch.tensor([self.time], device=clip.device))
-                transformer(noisy.latents, noisy.timestep, self.text)
+            for item in self._items():
+                batch = {name: tensor.to(device) for name, tensor in collate([item]).items()}
+                noise = torch.randn(batch["latents"].shape, generator=generator).to(device)
+                noisy = self.family.noisy(batch, noise, torch.tensor([self.time], device=device))
+                self.family.predict(transformer, noisy, batch)
+                for key, index in blocks.items():
+                    captured[key].append(capture.states(index).hidden_states.detach().float())
         finally:
-            transformer.train(was_training)
-            for hook in hooks:
-                hook.remove()
-        states = [layout.by_frame(torch.cat(kept)).float() for kept in captured]
-        teacher, grid = (states[1], layout.grid) if backbone else self._encoded(layout.frames, layout.grid)
-        return Features(states[0], teacher, layout.grid, grid)
+            capture.remove()
+        student, *deeper = (torch.cat(states) for states in captured.values())
+        grid = self._layout.grid
+        teacher = TeacherFeatures(deeper[0], grid) if deeper else self._encoded(device)
+        return Features(student, teacher.features, grid, teacher.grid, crepa.projector)
 
-    def _encoded(self, frames: int, student_grid: Grid) -> tuple[Tensor, Grid]:
+    def _items(self) -> Iterator[dict[str, Tensor]]:
+        self.clips.without_teacher = False
+        return (self.clips[number] for number in range(len(self.clips)))
+
+    def _encoded(self, device: torch.device) -> TeacherFeatures:
         if self._teacher is None:
-            config, device = self.config, self.latents.device
-            teacher = DinoV2Teacher(
-                config.crepa_encoder,
-                image_size=config.crepa_encoder_image_size,
-                resize=config.crepa_encoder_resize,
-                frames_batch_size=config.crepa_encoder_frames_batch_size,
-            )
-            rule = config.crepa_frame_map
-            needed = frame_indices(rule, self.pixels.shape[1], frames)
-            encoded = [teacher.encode(clip[needed], student_grid, device) for clip in self.pixels]
-            features = torch.stack([each.features for each in encoded]).float()
-            if rule == "mean":
-                features = select_frames(features, rule, frames)
-            self._teacher = (features, encoded[0].grid)
+            teacher, rule = DinoV2Teacher.from_config(self.config), self.config.crepa_frame_map
+            encoded = []
+            for pixels in (item["pixels"][None] for item in self._items()):
+                lengths = ClipLengths.of(None, 1, pixels.shape[1], self._layout)
+                encoded.append(encode_clips(teacher, pixels, lengths, rule, device))
+            self._teacher = TeacherFeatures(torch.cat([each.features for each in encoded]).float(), encoded[0].grid)
         return self._teacher
 
-    def teacher_frames(self, frames: int) -> list[int]:
-        """The pixel frame of each of `frames` latent frames; of a group that is averaged, the last."""
-        rule = self.config.crepa_frame_map
-        return frame_indices("last" if rule == "mean" else rule, self.pixels.shape[1], frames)
+    def teacher_frames(self) -> list[int]:
+        """The pixel frame of each latent frame; of a group that is averaged, the last."""
+        rule, frames = self.config.crepa_frame_map, self.clips.keys[0].bucket.frames
+        return frame_indices("last" if rule == "mean" else rule, frames, self._layout.frames)
 
-    def alignment(self, features: Features, projector: nn.Module) -> Alignment:
+    def alignment(self, features: Features) -> Alignment:
         """The means over all clips."""
         shuffled = shuffle_patches(features.teacher, self.seed)
         constants = best_constants(features, self.config)
         return Alignment(
-            similarity=self._similarity(features, features.teacher, projector),
-            shuffled=self._similarity(features, shuffled, projector),
+            similarity=self._similarity(features, features.teacher),
+            shuffled=self._similarity(features, shuffled),
             constant=float(constants.mean(0).norm()),
             position=float(constants.norm(dim=-1).mean()),
         )
 
     @torch.no_grad()
-    def _similarity(self, features: Features, teacher: Tensor, projector: nn.Module) -> float:
+    def _similarity(self, features: Features, teacher: Tensor) -> float:
         output = crepa_loss(
             features.hidden_states,
             teacher,
-            projector,
+            features.projector,
             student_grid=features.student_grid,
             teacher_grid=features.teacher_grid,
-            **loss_options(self.config),
+            **self.config.loss_options(),
         )
         return float(output.similarity)
 
-    def matrix(self, features: Features, projector: nn.Module) -> Tensor:
+    def matrix(self, features: Features) -> Tensor:
         """s[b, f, k] of every student frame with every teacher frame, (n, T, T)."""
         return similarity_matrix(
             features.hidden_states,
             features.teacher,
-            projector,
+            features.projector,
             student_grid=features.student_grid,
             teacher_grid=features.teacher_grid,
             spatial_align=self.config.spatial_align,
         )
 
     @torch.no_grad()
-    def on_common_grid(self, features: Features, projector: nn.Module) -> tuple[Tensor, Tensor]:
+    def on_common_grid(self, features: Features) -> tuple[Tensor, Tensor]:
         """Projected student and teacher on the grid that the loss compares them on, both (n, T, h, w, E)."""
         plan = _plan(features, self.config)
-        student = plan.align(projector(features.hidden_states), "student")
+        student = plan.align(features.projector(features.hidden_states), "student")
         return student.unflatten(2, plan.grid), plan.align(features.teacher, "teacher").unflatten(2, plan.grid)
-
-
-def loss_options(config: CrepaConfig) -> dict[str, Any]:
-    """A configuration as options of `crepa_loss`."""
-    return {
-        "distance": config.crepa_adjacent_distance,
-        "tau": config.crepa_adjacent_tau,
-        "cumulative": config.crepa_cumulative_neighbors,
-        "normalize_neighbour_sum": config.crepa_normalize_neighbour_sum,
-        "normalize_by_frames": config.crepa_normalize_by_frames,
-        "spatial_align": config.spatial_align,
-        "backend": config.crepa_backend,
-    }
 
 
 def best_constants(features: Features, config: CrepaConfig) -> Tensor:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .settings import RunSettings
 
 LOCK_FILE = ".run.lock"
+METRICS_FILE = "metrics.jsonl"
 
 
 def check_folders(settings: RunSettings) -> None:

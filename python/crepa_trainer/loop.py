@@ -1,16 +1,15 @@
-"""The training loop: flow matching on latents with CREPA beside it, through accelerate. Copy from here."""
+"""One training step: flow matching on latents with CREPA beside it, through accelerate. Copy `training_step`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
@@ -20,41 +19,21 @@ if TYPE_CHECKING:
 
     from crepa_kernels import CrepaRegularizer
 
-Batch = tuple[Tensor, Tensor]  # clean latents (B, C, T, h, w), pixels (B, P, 3, H, W) uint8
+    from .data.sampler import MicroBatch, Position
+    from .families import TrainingFamily
+    from .families.noise import NoisyLatents
 
 
 @dataclass
-class Student:
-    """What is trained. `crepa` None trains without CREPA; `scheduler` None keeps the learning rate."""
+class TrainState:
+    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA."""
 
+    accelerator: Accelerator
     transformer: torch.nn.Module
     crepa: CrepaRegularizer | None
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class NoisyLatents:
-    """Flow matching: x_t = (1 - t) x_0 + t ε, and the velocity ε - x_0 that is to be predicted from it."""
-
-    latents: Tensor  # (B, C, T, h, w)
-    timestep: Tensor  # (B,), 1000 t, as Wan takes it; (B, tokens) where tokens have times of their own
-    target: Tensor  # (B, C, T, h, w)
-    frame_mask: Tensor | None = None  # (B, T) bool: frames that are predicted; None: all
-
-
-def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
-    """x_t at noise level `time` (B,) in [0, 1]; 0 is the clean video."""
-    t = time.view(-1, 1, 1, 1, 1).to(latents)
-    return NoisyLatents((1 - t) * latents + t * noise, 1000 * time.to(latents), noise - latents)
-
-
-def draw_noise(latents: Tensor, generator: torch.Generator) -> NoisyLatents:
-    """Gaussian noise at a logit-normal level. The generator is the CPU's, so that every device draws the same."""
-    time = torch.randn(len(latents), generator=generator).sigmoid()
-    noise = torch.randn(latents.shape, generator=generator)
-    return add_noise(latents, noise.to(latents), time.to(latents.device))
 
 
 def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
@@ -77,97 +56,39 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def micro_batch(
-    accelerator: Accelerator,
-    student: Student,
-    noisy: NoisyLatents,
-    predict: Callable[[torch.nn.Module, NoisyLatents], Tensor],
-    teacher: Mapping[str, Any],
-    step: int,
-    look: Callable[[], None] | None = None,
+def training_step(
+    state: TrainState, family: TrainingFamily, batch: MicroBatch, position: Position, *, matrix: bool = False
 ) -> dict[str, Any]:
-    """Forward, losses and backward of one micro-batch, and the optimiser when it is its turn.
+    """One micro-batch from its noise to the optimizer, which steps when the last one of its optimizer step is done.
 
-    predict: the prediction of `noisy.target` from the prepared transformer. teacher: what CREPA learns from, as
-    arguments of `CrepaRegularizer.loss`. look: called while CREPA's hidden states are still there, if it ran.
+    batch: on any device; its teacher's side may be empty once CREPA needs none. matrix: adds `similarity_matrix`
+    (T, T) of the first clip, in steps in which CREPA runs.
 
     Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
     """
-    with accelerator.accumulate(student.transformer):
-        flow_loss = flow_matching_loss(predict(student.transformer, noisy), noisy)
-        loss = flow_loss
+    accelerator, crepa = state.accelerator, state.crepa
+    batch = batch.to(accelerator.device)
+    noisy = family.noisy(batch.clips, batch.noise, batch.time)
+    with accelerator.accumulate(state.transformer):
+        prediction = family.predict(state.transformer, noisy, batch.clips)
+        flow_loss = loss = flow_matching_loss(prediction, noisy)
         logs: dict[str, Any] = {}
-        if student.crepa is not None:
-            aux, logs = student.crepa.loss(step=step, frame_mask=noisy.frame_mask, **teacher)
+        if crepa is not None:
+            aux, logs = crepa.loss(step=position.step, frame_mask=noisy.frame_mask, **batch.teacher)
             loss = flow_loss + aux
-            if look is not None and "crepa_loss" in logs:
-                look()
-            student.crepa.release()
+            if matrix and "crepa_loss" in logs:
+                given = crepa.similarity_matrix(frame_mask=noisy.frame_mask, **batch.teacher)
+                logs["similarity_matrix"] = given[0]
+            crepa.release()  # the captured hidden states
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            logs["grad_norm"] = accelerator.clip_grad_norm_(student.transformer.parameters(), student.max_grad_norm)
-            logs["learning_rate"] = student.optimizer.param_groups[0]["lr"]
-        student.optimizer.step()
-        if student.scheduler is not None and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-            student.scheduler.step()
-        student.optimizer.zero_grad()
+            logs["grad_norm"] = accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm)
+            logs["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+        state.optimizer.step()
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            state.scheduler.step()
+        state.optimizer.zero_grad()
     return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs}
-
-
-def training_step(
-    accelerator: Accelerator,
-    student: Student,
-    batch: Batch,
-    text: Tensor,
-    step: int,
-    generator: torch.Generator,
-) -> dict[str, Any]:
-    """One micro-batch of latents and pixels under one text; returns the values to log, as `micro_batch`."""
-    latents, pixels = batch
-
-    def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
-        condition = text.expand(len(latents), -1, -1)
-        prediction: Tensor = transformer(noisy.latents, noisy.timestep, condition, return_dict=False)[0]
-        return prediction
-
-    return micro_batch(accelerator, student, draw_noise(latents, generator), predict, {"pixels": pixels}, step)
-
-
-def train(
-    accelerator: Accelerator,
-    student: Student,
-    loader: DataLoader[Any],
-    text: Tensor,
-    *,
-    steps: int,
-    generator: torch.Generator,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-) -> None:
-    """`steps` optimiser steps of a student and a loader that come out of accelerator.prepare.
-
-    text: (1, L, text_dim), the condition of every clip. Each step's values go to the accelerator's trackers and
-    to `on_step`, a step later. FloatingPointError then where the loss is not a finite number.
-    """
-    student.transformer.train()
-    batches = _endless(loader)
-
-    def report(step: int, values: dict[str, float]) -> None:
-        accelerator.log(values, step=step)
-        on_step(step, values)
-
-    with StepReports(accelerator, student, report) as reports:
-        for step in range(steps):
-            values = StepValues()
-            while True:
-                values.add(training_step(accelerator, student, next(batches), text, step, generator))
-                if accelerator.sync_gradients:
-                    break
-            reports.send(step, values)
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
-    while True:
-        yield from loader
 
 
 class StepValues:
@@ -224,16 +145,14 @@ class StepReports:
     naming the step, as `check_finite`; nothing is reported after that.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, student: Student, report: Callable[[int, dict[str, float]], None]
-    ) -> None:
-        self._accelerator, self._student, self._report = accelerator, student, report
+    def __init__(self, state: TrainState, report: Callable[[int, dict[str, float]], None]) -> None:
+        self._state, self._report = state, report
         self._under_way: tuple[int, StepValues, bool] | None = None
 
     def send(self, step: int, values: StepValues) -> None:
         """Sends off what the step that was just started gives, and reports the one before it."""
         values.send()
-        sent = step, values, self._accelerator.optimizer_step_was_skipped
+        sent = step, values, self._state.accelerator.optimizer_step_was_skipped
         self.flush()
         self._under_way = sent
 
@@ -243,7 +162,7 @@ class StepReports:
         if sent is not None:
             step, values, skipped = sent
             read = values.read()
-            check_finite(self._student, step, read, skipped=skipped)
+            check_finite(self._state.crepa, step, read, skipped=skipped)
             self._report(step, read)
 
     def __enter__(self) -> StepReports:
@@ -251,11 +170,13 @@ class StepReports:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the other ranks may have ended, and never add theirs.
-        if kind is None or self._accelerator.num_processes == 1:
+        if kind is None or self._state.accelerator.num_processes == 1:
             self.flush()
 
 
-def check_finite(student: Student, step: int, values: Mapping[str, float], *, skipped: bool = False) -> None:
+def check_finite(
+    crepa: CrepaRegularizer | None, step: int, values: Mapping[str, float], *, skipped: bool = False
+) -> None:
     """FloatingPointError where the loss or the gradients' norm is not finite; the same on every rank.
 
     skipped: whether a gradient scaler left the step out, as it does with the gradients of fp16 that overflow.
@@ -265,7 +186,7 @@ def check_finite(student: Student, step: int, values: Mapping[str, float], *, sk
         wrong.append("grad_norm")
     if not wrong:
         return
-    source = student.crepa.flush() if student.crepa is not None else None  # says which side it came from, too
+    source = crepa.flush() if crepa is not None else None  # says which side it came from, too
     cure = "lower the learning rate"
     if source is not None and source.startswith(TEACHER):
         cure = f"it came from {source}, which no learning rate changes: the teacher's weights or its frames are damaged"

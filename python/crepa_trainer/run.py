@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,22 +24,22 @@ from .data.cache import clip_of_prompt, prepare_cache
 from .data.dataset import FoundClips, find_clips
 from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .families import TrainingFamily
-from .folders import check_folders, one_run_in
+from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
-from .loop import NoisyLatents, StepReports, StepValues, Student, micro_batch
+from .loop import StepReports, StepValues, TrainState, training_step
 from .reporting.plan import make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
-from .reporting.trackers import CSVTracker
+from .reporting.trackers import MetricsTracker
 from .stopping import Stopped, stop_kept
-from .student import make_average, make_student, trained_parameters
+from .student import make_average, make_state, trained_parameters
 from .terminal import plain
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-    from crepa_kernels import CrepaConfig, CrepaRegularizer
+    from crepa_kernels import CrepaConfig
 
     from .data.cache import CachedClips
     from .settings import RunSettings
@@ -56,8 +56,10 @@ _PLAIN = {
 }
 
 
-def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
+def run(settings: RunSettings, config: CrepaConfig, console: Console) -> TrainingRun:
     """Encodes the clips, trains, checkpoints, validates and exports into `settings.output`; in every process.
+
+    Returns the finished run, with its family, its encoded clips and the state that it trained.
 
     Raises:
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
@@ -67,10 +69,10 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     check_folders(settings)
     first = os.environ.get("RANK", "0") == "0"
     with one_run_in(settings.output) if first else nullcontext():
-        _run(settings, config, console if first else Console(quiet=True))
+        return _run(settings, config, console if first else Console(quiet=True))
 
 
-def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
+def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> TrainingRun:
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
@@ -79,7 +81,7 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> None:
     identity["videos"] = videos_identity(found)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     clips = prepare_cache(settings, config, family, accelerator.device, console, found)
-    train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
+    return train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
 
 
 def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
@@ -98,7 +100,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
-    """Accelerate as the settings and the launcher say; its CSV goes on at `first_step`.
+    """Accelerate as the settings and the launcher say; its file of metrics goes on at `first_step`.
 
     ValueError where the launcher's environment says something else, as `check_launcher`.
     """
@@ -109,7 +111,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=["tensorboard", CSVTracker(settings.output / "metrics.csv", first_step)],
+        log_with=["tensorboard", MetricsTracker(settings.output / METRICS_FILE, first_step)],
         project_dir=settings.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -137,7 +139,7 @@ def train_on(
     console: Console,
     identity: Mapping[str, Any],
     checkpoint: Checkpoint | None,
-) -> None:
+) -> TrainingRun:
     """The run on clips that are encoded: from step 0, or on from a checkpoint of the same clips."""
     identity = {**identity, "clips": _fingerprint(clips)}
     if checkpoint is not None and checkpoint.identity["clips"] != identity["clips"]:
@@ -146,13 +148,12 @@ def train_on(
             "in another output"
         )
     set_seed(settings.seed)
-    student = make_student(accelerator, family, settings, config)
-    transformer = accelerator.unwrap_model(student.transformer)
+    state = make_state(accelerator, family, settings, config)
+    transformer = accelerator.unwrap_model(state.transformer)
     average = make_average(transformer, settings.ema_decay)
     full = settings.training == "full"
     checkpoints = Checkpoints(
-        accelerator,
-        student,
+        state,
         average,
         save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
         output=settings.output,
@@ -169,12 +170,11 @@ def train_on(
         console.print("there is no checkpoint yet: starting at step 0", highlight=False)
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    stopped = TrainingRun(accelerator, family, settings, clips, student, average, checkpoints).steps(
-        first_step, console
-    )
+    trained = TrainingRun(family, settings, clips, state, average, checkpoints)
+    stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        export.export(family, transformer, student.crepa, average, full=full, folder=folder)
+        export.export(family, transformer, state.crepa, average, full=full, folder=folder)
         where = export.where(folder, full=full, expert=settings.expert)
         console.print(plain(where), highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
@@ -183,6 +183,7 @@ def train_on(
     accelerator.end_training()
     if stopped is not None:
         raise stopped
+    return trained
 
 
 def _fingerprint(clips: CachedClips) -> str:
@@ -192,17 +193,17 @@ def _fingerprint(clips: CachedClips) -> str:
 
 @dataclass
 class TrainingRun:
-    """The optimiser steps of a prepared student on cached clips."""
+    """The optimiser steps of a prepared state on cached clips."""
 
-    accelerator: Accelerator
     family: TrainingFamily
     settings: RunSettings
     clips: CachedClips
-    student: Student
+    state: TrainState
     average: EMAModel | None
     checkpoints: Checkpoints
 
     def __post_init__(self) -> None:
+        self.accelerator = self.state.accelerator
         self.order = ClipOrder(
             [key.bucket for key in self.clips.keys],
             batch_size=self.settings.batch_size,
@@ -210,7 +211,7 @@ class TrainingRun:
             world=self.accelerator.num_processes,
             seed=self.settings.seed,
         )
-        self.transformer = self.accelerator.unwrap_model(self.student.transformer)
+        self.transformer = self.accelerator.unwrap_model(self.state.transformer)
         self._stopped: int | None = None  # the signal that has reached any of several processes
 
     def steps(self, first_step: int, console: Console) -> Stopped | None:
@@ -219,13 +220,13 @@ class TrainingRun:
         One that reaches any of several processes stops all, a step later.
         """
         settings, total = self.settings, self.settings.max_train_steps
-        self.student.transformer.train()
+        self.state.transformer.train()
         positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
         device = self.accelerator.device
         with (
             stop_kept() as asked,
             training_progress(console, total, first_step) as show,
-            StepReports(self.accelerator, self.student, lambda step, values: self._report(step, values, show)) as late,
+            StepReports(self.state, lambda step, values: self._report(step, values, show)) as late,
             micro_batches(
                 MicroBatches(self.clips, self.order, self.family.noise_level),
                 positions,
@@ -256,7 +257,7 @@ class TrainingRun:
     @property
     def _untaught(self) -> bool:
         """Whether nothing of the teacher's side is needed any more."""
-        return self.student.crepa is None or self.student.crepa.ended
+        return self.state.crepa is None or self.state.crepa.ended
 
     def _report(self, step: int, values: Mapping[str, float], show: Callable[[int, Mapping[str, float]], None]) -> None:
         values = {"epoch": self.order.epoch(Position(step, 0, 0)), **values}
@@ -270,33 +271,23 @@ class TrainingRun:
         values = StepValues()
         every = self.settings.matrix_every
         for micro in range(self.settings.gradient_accumulation_steps):
+            position = Position(step, micro, self.accelerator.process_index)
+            batch = next(batches)
+            if self._untaught:
+                batch = batch._replace(teacher={})  # it was made ahead
             look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
-            values.add(self._micro_batch(step, next(batches), bool(look)))
+            logs = training_step(self.state, self.family, batch, position, matrix=bool(look))
+            if (matrix := logs.pop("similarity_matrix", None)) is not None:
+                self._show_matrix(step, matrix)
+            values.add(logs)
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.step(trained_parameters(self.transformer).values())
         return values
 
-    def _micro_batch(self, step: int, batch: MicroBatch, look: bool) -> dict[str, Any]:
-        if self._untaught:
-            batch = batch._replace(teacher={})
-        batch = batch.to(self.accelerator.device)
-        noisy = self.family.noisy(batch.clips, batch.noise, batch.time)
-
-        def predict(transformer: torch.nn.Module, noisy: NoisyLatents) -> Tensor:
-            return self.family.predict(transformer, noisy, batch.clips)
-
-        def show_matrix() -> None:
-            self._show_matrix(step, {**batch.teacher, "frame_mask": noisy.frame_mask})
-
-        return micro_batch(
-            self.accelerator, self.student, noisy, predict, batch.teacher, step, show_matrix if look else None
-        )
-
-    def _show_matrix(self, step: int, teacher: Mapping[str, Any]) -> None:
+    def _show_matrix(self, step: int, matrix: Tensor) -> None:
         from .reporting.plots import similarity_figure
 
-        crepa = cast("CrepaRegularizer", self.student.crepa)  # it has just given a loss
-        figure = similarity_figure({f"step {step}": crepa.similarity_matrix(**teacher)[0]})
+        figure = similarity_figure({f"step {step}": matrix})
         self._tensorboard().add_figure("similarity_matrix", figure, step)
 
     def _validate(self, done: int) -> None:

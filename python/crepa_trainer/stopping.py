@@ -16,7 +16,7 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int, how: str) -> None:
         super().__init__(128 + number)
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
         self.line = f"stopped by {signal.Signals(number).name}{how}"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.models.families import family_of
 
-from .loop import Student, parameter_groups
+from .loop import TrainState, parameter_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,9 +28,9 @@ _TAKE_A_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_student(
+def make_state(
     accelerator: Accelerator, family: TrainingFamily, settings: RunSettings, config: CrepaConfig
-) -> Student:
+) -> TrainState:
     """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
 
     Frozen weights are in the type of `mixed_precision`. ValueError for LoRA targets that the model lacks, and as
@@ -65,7 +65,7 @@ def make_student(
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
-    return Student(transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
+    return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
 
 
 def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) -> None:

@@ -224,3 +224,30 @@ def test_the_schema_describes_every_key() -> None:
     assert {key: field["default"] for key, field in properties.items()} == DEFAULTS
     assert properties["crepa_scheduler"]["enum"] == ["constant", "linear", "cosine", "polynomial"]
     assert properties["crepa_probe_interval"] | {"minimum": 1, "type": "integer"} == properties["crepa_probe_interval"]
+
+
+def test_each_option_of_the_loss_is_under_its_own_name() -> None:
+    from inspect import signature
+
+    from crepa_kernels import crepa_loss
+
+    defaults = {name: each.default for name, each in signature(crepa_loss).parameters.items()}
+    assert CrepaConfig().loss_options().items() <= defaults.items()
+    given = {
+        "crepa_adjacent_distance": 3,
+        "crepa_adjacent_tau": 2.5,
+        "crepa_cumulative_neighbors": True,
+        "crepa_normalize_neighbour_sum": True,
+        "crepa_normalize_by_frames": False,
+        "crepa_spatial_align": False,
+        "crepa_backend": "torch",
+    }
+    assert CrepaConfig.from_dict(given).loss_options() == {
+        "distance": 3,
+        "tau": 2.5,
+        "cumulative": True,
+        "normalize_neighbour_sum": True,
+        "normalize_by_frames": False,
+        "spatial_align": "pool",
+        "backend": "torch",
+    }

@@ -21,7 +21,7 @@ from crepa_trainer.data.sampler import MicroBatch, MicroBatches
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.loop import flow_matching_loss
 from crepa_trainer.run import TrainingRun, make_accelerator
-from crepa_trainer.student import make_average, make_student
+from crepa_trainer.student import make_average, make_state
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch import Tensor
@@ -324,11 +324,11 @@ def training_run(models: Path, output: Path, name: str) -> tuple[TrainingRun, _N
     # What workers make has other addresses here.
     settings = tiny_settings(models, output, max_train_steps=STEPS, checkpoint_every=4, workers=0, **changes)
     family, accelerator, checkpoints = TrainingFamily.of(settings.model), make_accelerator(settings), _NoCheckpoints()
-    student = make_student(accelerator, family, settings, tiny_config(models, **crepa))
-    average = make_average(accelerator.unwrap_model(student.transformer), settings.ema_decay)
+    state = make_state(accelerator, family, settings, tiny_config(models, **crepa))
+    average = make_average(accelerator.unwrap_model(state.transformer), settings.ema_decay)
     clips: Any = TinyClips(pixels=pixels)
     saving: Any = checkpoints
-    return TrainingRun(accelerator, family, settings, clips, student, average, saving), checkpoints
+    return TrainingRun(family, settings, clips, state, average, saving), checkpoints
 
 
 @pytest.fixture
@@ -349,9 +349,9 @@ def test_a_step_of_the_trainer_waits_for_nothing(
 ) -> None:
     run, checkpoints = training_run(models, tmp_path, name)
     assert {p.device for p in run.transformer.parameters()} == {device_of_runs}
-    if run.student.crepa is not None and name == "pixels":
+    if run.state.crepa is not None and name == "pixels":
         # Loaded when it is first needed, which takes what it takes.
-        run.student.crepa._source.teacher._load(device_of_runs)
+        run.state.crepa._source.teacher._load(device_of_runs)
     with _Operators(pinned), _Python():
         run.steps(0, Console(file=io.StringIO()))
     # Each step's values once the next is under way, but where a checkpoint is to be written.

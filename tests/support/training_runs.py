@@ -18,7 +18,7 @@ from crepa_trainer.checkpoint import find_checkpoint, run_identity
 from crepa_trainer.data.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
 from processes import run
@@ -116,8 +116,8 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
         return item | {"features": features, "feature_grid": torch.tensor(grid)}
 
 
-def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, str]]:
-    """A run in this process; the rows of its CSV."""
+def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, float]]:
+    """A run in this process; the rows of its metrics."""
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
@@ -126,7 +126,7 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     console = Console(file=io.StringIO())
     train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint)
-    return read_csv(settings.output / "metrics.csv")
+    return read_metrics(settings.output / "metrics.jsonl")
 
 
 def train_elsewhere(

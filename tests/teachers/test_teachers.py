@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import clip_pixels, tiny_dinov2
 from transformers import ViTConfig, ViTModel
 
+from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher, normalized_images
 
 CPU = torch.device("cpu")
@@ -173,6 +174,24 @@ def test_the_image_size_must_be_whole_patches(tmp_path: Path, size: int) -> None
     tiny_dinov2(tmp_path)
     with pytest.raises(ValueError, match=f"crepa_encoder_image_size = {size} must be a multiple .* 14"):
         _ = DinoV2Teacher(tmp_path, image_size=size).feature_size
+
+
+def test_a_configurations_teacher_is_the_one_of_its_keys(tmp_path: Path) -> None:
+    tiny_dinov2(tmp_path)
+    sizes = {"crepa_encoder_image_size": 28, "crepa_encoder_frames_batch_size": 1}
+    config = CrepaConfig.from_dict({"crepa_encoder": str(tmp_path), **sizes})
+    frames = square_frames(2)
+    expected = DinoV2Teacher(tmp_path, image_size=28).encode(frames, GRID, CPU)
+    batches: list[int] = []
+    model = tiny_dinov2()
+    model.register_forward_pre_hook(lambda _, args, given: batches.append(len(given["pixel_values"])), with_kwargs=True)
+    for teacher in (DinoV2Teacher.from_config(config), DinoV2Teacher.from_config(config, model)):
+        found = teacher.encode(frames, GRID, CPU)
+        assert found.grid == expected.grid == (2, 2)
+        torch.testing.assert_close(found.features, expected.features)
+    assert batches == [1, 1]
+    grid = config.replace(crepa_encoder_resize="grid")
+    assert DinoV2Teacher.from_config(grid).encode(frames, GRID, CPU).grid == GRID
 
 
 def test_loading_a_teacher_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from crepa_trainer.data.cache import prepare_cache
 from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES
 from processes import run
@@ -128,7 +128,7 @@ def test_the_command_runs_in_two_processes_that_speak_with_one_voice(given: dict
     printed = " ".join(done.stdout.split())
     for words in ("2 clips a step, 2 processes", "encoded 5 videos into", "1 of 5 videos skipped", "3.mp4: damaged"):
         assert printed.count(words) == 1, done.stdout
-    assert len(read_csv(tmp_path / "out" / "metrics.csv")) == 2
+    assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == 2
     assert list((tmp_path / "out" / "validation").rglob("*.mp4"))
 
 
@@ -170,5 +170,5 @@ def test_two_processes_train_on_texts_with_first_frames(given: dict[str, Any], t
     file.write_text(json.dumps({**settings, **small, **given["config"]}))
     done = torchrun("-m", "crepa_trainer", "run", "--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(read_csv(tmp_path / "out" / "metrics.csv")) == 2
+    assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == 2
     assert " ".join(done.stdout.split()).count("encoded 7 captions into") == 1

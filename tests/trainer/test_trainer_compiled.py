@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
 from crepa_trainer.student import COMPILER_ON_CPU, compile_blocks
@@ -73,7 +73,7 @@ def test_compiled_blocks_on_a_cpu_give_the_right_gradients() -> None:
         assert error <= 1e-5 * gradient.norm() + 1e-9, key
 
 
-def train(folder: Path, name: str, output: str, steps: int, **changes: Any) -> list[dict[str, str]]:
+def train(folder: Path, name: str, output: str, steps: int, **changes: Any) -> list[dict[str, float]]:
     *size, frames = PIPELINES[name][1]
     config = {
         "model": str(folder / "model"),
@@ -97,7 +97,7 @@ def train(folder: Path, name: str, output: str, steps: int, **changes: Any) -> l
     GradientState._reset_state()
     torch._dynamo.reset()
     run(*load_settings(None, config), Console(file=io.StringIO()))
-    return read_csv(folder / output / "metrics.csv")
+    return read_metrics(folder / output / "metrics.jsonl")
 
 
 @pytest.mark.slow

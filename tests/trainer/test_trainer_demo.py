@@ -14,17 +14,18 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.cli import main
-from crepa_trainer.data.clips import ClipSpec
+from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.demo import DEMO_CREPA, DemoOptions, run_demo
-from crepa_trainer.models import load_transformer
 from crepa_trainer.reporting.report import Summary
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
+from crepa_trainer.run import run
+from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from videos import moving_square, write_video
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer
 
-SMALL_CLIPS = ClipSpec(frames=9, height=32, width=48, stride=5, clips_per_video=2)
+SMALL = Bucket(32, 48, 9)
 CREPA_COLUMNS = {
     "crepa_loss",
     "crepa_similarity",
@@ -50,7 +51,7 @@ def demo(options: DemoOptions, **settings: Any) -> tuple[Summary, str]:
 
 
 def small(videos: Path, output: Path, **changes: Any) -> DemoOptions:
-    options = DemoOptions(output=output, data=videos, steps=6, timed_steps=2, clips=SMALL_CLIPS)
+    options = DemoOptions(output=output, data=videos, steps=6, timed_steps=2, size=SMALL, clips_per_video=2)
     return replace(options, **changes)
 
 
@@ -65,34 +66,33 @@ def test_it_leaves_what_it_promises(finished: tuple[Path, Summary, str]) -> None
     for name in ("training.png", "similarity_matrix.png", "patches.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors", "crepa_config.json"):
-        assert (output / name).stat().st_size > 0
+        assert (output / "trained" / name).stat().st_size > 0
     saved = json.loads((output / "summary.json").read_text())
     assert saved["after"]["similarity"] == summary.after.similarity
     for text in ("best constant predictor", "patches shuffled", "seconds a step", "frames encoded", str(output)):
         assert text in " ".join(printed.split())
 
 
-def test_every_logged_value_is_in_the_csv_and_in_tensorboard(finished: tuple[Path, Summary, str]) -> None:
+def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple[Path, Summary, str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output, _, _ = finished
-    rows = read_csv(output / "metrics.csv")
-    assert list(rows[0]) == ["step", *list(rows[0])[1:]]
-    assert set(rows[0]) == {"step", "loss", "flow_loss", "grad_norm", "learning_rate"} | CREPA_COLUMNS
-    assert [int(row["step"]) for row in rows] == list(range(6))
-    (run,) = (output / "tensorboard").iterdir()
-    events = EventAccumulator(str(run))
+    rows = read_metrics(output / "metrics.jsonl")
+    assert next(iter(rows[0])) == "step"
+    assert set(rows[0]) == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"} | CREPA_COLUMNS
+    assert [row["step"] for row in rows] == list(range(6))
+    events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
     for column in events.Tags()["scalars"]:
         # TensorBoard keeps 32-bit floats.
         assert [event.value for event in events.Scalars(column)] == pytest.approx(
-            [float(row[column]) for row in rows], rel=1e-6
+            [row[column] for row in rows], rel=1e-6
         )
     for row in rows:
-        parts = float(row["flow_loss"]) + float(row["crepa_loss"])
+        parts = row["flow_loss"] + row["crepa_loss"]
         # One 32-bit addition of numbers below 4.
-        assert float(row["loss"]) == pytest.approx(parts, abs=1e-6)
+        assert row["loss"] == pytest.approx(parts, abs=1e-6)
 
 
 def test_only_the_frames_that_latents_align_with_are_encoded(finished: tuple[Path, Summary, str]) -> None:
@@ -100,27 +100,26 @@ def test_only_the_frames_that_latents_align_with_are_encoded(finished: tuple[Pat
     # 9 pixel frames are 3 latent frames; the evaluation's own teacher is not in this count.
     assert summary.frames_encoded == 6 * 3
     assert summary.frames_decoded == 0
-    assert (summary.clips, summary.frames_read, summary.frames_to_latents) == (4, 2 * 14, 4 * 9)
+    assert (summary.clips, summary.frames_read, summary.frames_to_latents) == (4, 2 * 33, 4 * 9)
 
 
 def test_the_lora_loads_in_a_stock_pipeline_without_a_warning(
     finished: tuple[Path, Summary, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from diffusers import WanPipeline
     from safetensors.torch import load_file
 
     output, _, _ = finished
-    saved = load_file(output / "pytorch_lora_weights.safetensors")
+    saved = load_file(output / "trained" / "pytorch_lora_weights.safetensors")
     assert saved
     assert not any("crepa" in name for name in saved)
-    pipeline = WanPipeline.from_pretrained(output / "models" / "wan", tokenizer=None, text_encoder=None)
+    pipeline = WanPipeline.from_pretrained(output / "models" / "wan")
     libraries = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
     for library in libraries:
         library.addHandler(caplog.handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pipeline.load_lora_weights(output)
+            pipeline.load_lora_weights(output / "trained")
     finally:
         for library in libraries:
             library.removeHandler(caplog.handler)
@@ -141,8 +140,8 @@ def test_the_lora_loads_in_a_stock_pipeline_without_a_warning(
 
 def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) -> None:
     output, summary, _ = finished
-    transformer = load_transformer(output / "models" / "wan")
-    crepa = CrepaRegularizer.from_pretrained(output, transformer, max_train_steps=1)
+    transformer = WanTransformer3DModel.from_pretrained(output / "models" / "wan", subfolder="transformer")
+    crepa = CrepaRegularizer.from_pretrained(output / "trained", transformer, max_train_steps=1)
     assert crepa.projector is not None
     assert (crepa.projector.hidden_size, crepa.projector.feature_size) == (256, 64)
     # LayerNorm starts at ones.
@@ -153,28 +152,64 @@ def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path) -> None:
     output, summary, _ = finished
     again, _ = demo(small(videos, tmp_path / "again"))
-    assert read_csv(tmp_path / "again" / "metrics.csv") == read_csv(output / "metrics.csv")
+    assert read_metrics(tmp_path / "again" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
     assert (again.before, again.after) == (summary.before, summary.after)
     other, _ = demo(small(videos, tmp_path / "other", seed=1))
     assert other.before != summary.before
+
+
+def test_it_trains_what_a_run_of_the_same_folders_trains(
+    finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path
+) -> None:
+    output, _, _ = finished
+    options = small(videos, output)
+    settings = options.settings().model_copy(update={"output": tmp_path / "run"})
+    config = CrepaConfig.from_dict({**DEMO_CREPA, "crepa_encoder": str(options.teacher_folder)})
+    run(settings, config, Console(file=io.StringIO()))
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
+    for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors"):
+        assert (tmp_path / "run/trained" / name).read_bytes() == (output / "trained" / name).read_bytes()
+
+
+def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    demo(small(videos, output, steps=2))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_video(other / "third.mp4", moving_square(9, seed=5))
+    (output / "clips" / "mine.mp4").symlink_to(videos / "video0.mp4")
+    (output / "clips" / "mine.txt").write_text("my own words")
+    summary, _ = demo(small(other, output, steps=3, clips_per_video=1))
+    assert len(read_metrics(output / "metrics.jsonl")) == 3
+    # What somebody else put there is trained on, and is not removed.
+    assert {path.name for path in (output / "clips").iterdir()} == {"third.mp4", "third.txt", "mine.mp4", "mine.txt"}
+    assert summary.clips == 2
+    # A run that is not the demo's keeps its checkpoints.
+    options = small(videos, output)
+    options.model_folder.rename(output / "moved")
+    settings = options.settings().model_copy(update={"model": str(output / "moved"), "output": tmp_path / "own"})
+    run(settings, CrepaConfig(), Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        demo(small(videos, tmp_path / "own"))
+    assert list((tmp_path / "own" / "checkpoints").iterdir())
 
 
 def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> None:
     summary, printed = demo(small(videos, tmp_path / "off"), crepa_enabled=False)
     assert summary.after is None
     assert summary.seconds_per_step is None
-    logged = set(read_csv(tmp_path / "off" / "metrics.csv")[0])
-    assert logged == {"step", "loss", "flow_loss", "grad_norm", "learning_rate"}
+    logged = set(read_metrics(tmp_path / "off" / "metrics.jsonl")[0])
+    assert logged == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"}
     assert "CREPA was off" in printed
-    assert not (tmp_path / "off" / "crepa_projector.safetensors").exists()
+    assert not (tmp_path / "off" / "trained" / "crepa_projector.safetensors").exists()
 
 
 def test_after_a_cutoff_no_frame_is_encoded(videos: Path, tmp_path: Path) -> None:
     summary, _ = demo(small(videos, tmp_path / "cutoff"), crepa_cutoff_step=2)
     assert summary.frames_encoded == 2 * 3
-    rows = read_csv(tmp_path / "cutoff" / "metrics.csv")
-    assert [row["crepa_similarity"] != "" for row in rows] == [True, True, False, False, False, False]
-    assert [float(row["crepa_cutoff"]) for row in rows] == [0, 0, 1, 1, 1, 1]
+    rows = read_metrics(tmp_path / "cutoff" / "metrics.jsonl")
+    assert ["crepa_similarity" in row for row in rows] == [True, True, False, False, False, False]
+    assert [row["crepa_cutoff"] for row in rows] == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +236,7 @@ def test_a_damaged_video_is_counted_in_the_table(videos: Path, tmp_path: Path) -
     (folder / "bad.mp4").write_bytes(b"no video")
     summary, printed = demo(small(folder, tmp_path / "run", steps=1))
     assert summary.videos_skipped == 1
+    assert summary.clips == 4
     assert "1" in next(line for line in printed.splitlines() if "videos skipped" in line)
 
 

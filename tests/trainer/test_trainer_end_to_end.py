@@ -13,7 +13,7 @@ import av
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from PIL import Image
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -70,7 +70,7 @@ def test_videos_to_a_lora_with_validation_clips(folder: Path, tmp_path: Path, te
     given = {"validation_prompts": ["a blue square"], "validation_every": 2, "validation_steps": 2}
     file = config_file(folder, output, **given, cache_teacher=teacher, matrix_every=2)
     assert crepa_train(file) == 0
-    rows = read_csv(output / "metrics.csv")
+    rows = read_metrics(output / "metrics.jsonl")
     assert len(rows) == 4
     assert all(row["crepa_similarity"] for row in rows[1:])
     assert (output / "trained" / "pytorch_lora_weights.safetensors").is_file()
@@ -96,7 +96,7 @@ def test_an_option_of_the_command_line_resumes_and_goes_before_the_file(
     assert error.startswith("crepa-train: error:")
     assert "learning_rate = 0.5 (checkpoint: 0.0001)" in error
     assert crepa_train(file, "--resume", "latest", "--max_train_steps", "3") == 0
-    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1", "2"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
 def replaced(videos: Path) -> None:
@@ -140,4 +140,4 @@ def test_a_run_does_not_go_on_with_other_videos_or_captions_and_says_so_before_i
             shutil.rmtree(videos)
             shutil.copytree(tmp_path / "as it was", videos, copy_function=shutil.copyfile)  # with times of their own
     assert crepa_train(file, "--resume", "latest", "--max_train_steps", "2") == 0
-    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]

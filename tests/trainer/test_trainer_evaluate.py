@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from crepa_trainer.evaluate import Features, best_constants, loss_options, shuffle_patches
+from crepa_trainer.data.sampler import MicroBatch, Position, collate
+from crepa_trainer.evaluate import Evaluator, Features, best_constants, shuffle_patches
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.loop import training_step
+from crepa_trainer.run import make_accelerator
+from crepa_trainer.student import make_state
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
 
@@ -16,7 +25,7 @@ def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Fe
     counts = [grid[0] * grid[1] for grid in (student_grid, teacher_grid)]
     hidden = torch.randn(3, 5, counts[0], 8, generator=generator)
     teacher = torch.randn(3, 5, counts[1], E, generator=generator) + torch.linspace(-1, 2, E)
-    return Features(hidden, teacher, student_grid, teacher_grid)
+    return Features(hidden, teacher, student_grid, teacher_grid, CrepaProjector(8, E))
 
 
 def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaConfig) -> float:
@@ -31,7 +40,7 @@ def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaC
         projector,
         student_grid=given.student_grid,
         teacher_grid=given.teacher_grid,
-        **loss_options(config),
+        **config.loss_options(),
     )
     return float(output.similarity)
 
@@ -68,7 +77,8 @@ def test_knowing_the_position_is_never_worse() -> None:
 def test_position_constants_are_the_mean_teacher_of_their_position() -> None:
     """Without neighbours and with one direction a position, each is that direction with norm 1."""
     directions = torch.nn.functional.normalize(torch.randn(6, E, generator=torch.Generator().manual_seed(2)), dim=-1)
-    given = Features(torch.zeros(2, 4, 6, 8), (3.0 * directions).expand(2, 4, 6, E), (2, 3), (2, 3))
+    teacher = (3.0 * directions).expand(2, 4, 6, E)
+    given = Features(torch.zeros(2, 4, 6, 8), teacher, (2, 3), (2, 3), CrepaProjector(8, E))
     torch.testing.assert_close(best_constants(given, CrepaConfig()), directions)
 
 
@@ -80,3 +90,30 @@ def test_shuffling_moves_patches_within_their_frame_only() -> None:
     torch.testing.assert_close(shuffled, shuffle_patches(teacher, seed=3), rtol=0, atol=0)
     orders = {tuple(frame[:, 0].argsort().tolist()) for frame in shuffled.flatten(0, 1) - 0.0}
     assert len(orders) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crepa_encoder_image_size": 28, "crepa_frame_map": "mean"},
+        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+    ],
+    ids=["encoder", "backbone"],
+)
+def test_what_is_measured_is_what_a_step_sees(tmp_path: Path, settings: dict[str, Any]) -> None:
+    models = save_models(tmp_path)
+    config = tiny_config(models, **settings)
+    run = tiny_settings(models, tmp_path / "run")
+    family, clips = TrainingFamily.of(run.model), TinyClips(1, 0, pixels=True)
+    state = make_state(make_accelerator(run), family, run, config)
+    given: Any = clips
+    evaluator = Evaluator(config, family, given, time=0.3, seed=7)
+    features = evaluator.features(state)
+    measured, matrix = evaluator.alignment(features), evaluator.matrix(features)  # the step changes the projector
+    item = collate([clips[0]])
+    pixels = {} if "crepa_feature_source" in settings else {"pixels": item.pop("pixels")}
+    noise = torch.randn(item["latents"].shape, generator=torch.Generator().manual_seed(7))
+    batch = MicroBatch(item, pixels, noise, torch.tensor([0.3]))
+    logs = training_step(state, family, batch, Position(0, 0, 0), matrix=True)
+    assert measured.similarity == pytest.approx(float(logs["crepa_similarity"]), abs=1e-6)
+    torch.testing.assert_close(matrix[0], logs["similarity_matrix"])

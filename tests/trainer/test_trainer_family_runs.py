@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
 from rich.console import Console
@@ -50,7 +50,7 @@ def pipeline_folder(models: Path, name: str) -> Path:
     return folder if folder.is_dir() else TINY_PIPELINES[name].save(folder)
 
 
-def train(models: Path, output: Path, name: str, task: str, teacher: str, **changes: Any) -> list[dict[str, str]]:
+def train(models: Path, output: Path, name: str, task: str, teacher: str, **changes: Any) -> list[dict[str, float]]:
     *size, frames = TINY_PIPELINES[name].size
     config = {
         "model": str(pipeline_folder(models, name)),
@@ -72,7 +72,7 @@ def train(models: Path, output: Path, name: str, task: str, teacher: str, **chan
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     run(*load_settings(None, config), Console(file=io.StringIO()))
-    return read_csv(output / "metrics.csv")
+    return read_metrics(output / "metrics.jsonl")
 
 
 def check_lora(family: TrainingFamily, output: Path, size: tuple[int, int, int]) -> None:

@@ -44,5 +44,5 @@ def test_a_run_that_came_to_nothing_leaves_no_folder(tmp_path: Path) -> None:
         pass
     assert not (tmp_path / "a" / "run").exists()
     with one_run_in(tmp_path / "a" / "run"):
-        (tmp_path / "a" / "run" / "metrics.csv").touch()
-    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["metrics.csv"]
+        (tmp_path / "a" / "run" / "metrics.jsonl").touch()
+    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["metrics.jsonl"]

@@ -82,7 +82,7 @@ def test_links_are_followed_and_end_where_they_lead_back(tmp_path: Path) -> None
 
 def test_what_runs_wrote_is_passed_over(tmp_path: Path) -> None:
     clip = "validation/step-00000001/prompt-0.mp4"
-    data = make(tmp_path, "a.mp4", f"first/{clip}", "first/metrics.csv", f"second/{clip}", "cached/b.mp4")
+    data = make(tmp_path, "a.mp4", f"first/{clip}", "first/metrics.jsonl", f"second/{clip}", "cached/b.mp4")
     assert names(data, data / "second", data / "cached") == ["a.mp4"]
     assert list_videos(data, (data / "second", data / "cached")).passed_over == {"output folders of this trainer": 3}
     # A folder that is only called so is none.

@@ -1,26 +1,31 @@
-"""The training loop's own parts: noise, groups, accumulation, the CSV of logged values."""
+"""The training step's own parts: noise, groups, accumulation, the file of logged values."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.noise import add_noise
 from crepa_trainer.loop import (
     StepReports,
     StepValues,
-    Student,
-    add_noise,
+    TrainState,
     check_finite,
-    draw_noise,
     parameter_groups,
-    train,
+    training_step,
 )
-from crepa_trainer.models import add_lora
-from crepa_trainer.reporting.trackers import CSVTracker, read_csv
-from tiny import CHANNELS, TEXT_DIM, tiny_wan, wan_inputs
-from torch.utils.data import DataLoader, TensorDataset
+from crepa_trainer.reporting.trackers import MetricsTracker, read_metrics
+from crepa_trainer.run import make_accelerator
+from crepa_trainer.student import make_state
+from peft import LoraConfig
+from tiny import tiny_wan, wan_inputs
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaRegularizer
 
@@ -28,7 +33,7 @@ from crepa_kernels import CrepaRegularizer
 @pytest.fixture
 def transformer() -> torch.nn.Module:
     model = tiny_wan().requires_grad_(False)
-    add_lora(model, rank=2)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return model
 
 
@@ -54,14 +59,6 @@ def test_noise_is_a_straight_line_from_video_to_noise() -> None:
     torch.testing.assert_close(half.latents - 0.5 * half.target, latents)
 
 
-def test_noise_is_drawn_anew_and_repeatably() -> None:
-    latents = torch.zeros(1, 4, 3, 4, 6)
-    first, second = (draw_noise(latents, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert 0 < float(first.timestep) < 1000
-    assert float(first.timestep) != float(second.timestep)
-    torch.testing.assert_close(first.target, draw_noise(latents, torch.Generator().manual_seed(0)).target)
-
-
 def test_the_projector_has_a_group_of_its_own(transformer: torch.nn.Module) -> None:
     crepa = crepa_of(transformer)
     adapter, projector = parameter_groups(transformer, 1e-4, 1e-3)
@@ -75,30 +72,50 @@ def test_without_crepa_there_is_one_group(transformer: torch.nn.Module) -> None:
     assert [group["lr"] for group in parameter_groups(transformer, 1e-4, 1e-3)] == [1e-4]
 
 
-def test_micro_batches_of_one_step_share_its_number(transformer: torch.nn.Module, tmp_path: Path) -> None:
-    tracker = CSVTracker(tmp_path / "metrics.csv")
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, log_with=[tracker])
-    accelerator.init_trackers("test")
-    crepa = crepa_of(transformer)
-    optimizer = torch.optim.AdamW(parameter_groups(transformer, 1e-3, 1e-3))
-    latents, pixels = torch.randn(8, CHANNELS, 2, 4, 4), torch.zeros(8, 5, 3, 32, 32, dtype=torch.uint8)
-    loader = DataLoader(TensorDataset(latents, pixels))
-    model, optimizer, loader = accelerator.prepare(transformer, optimizer, loader)
-    steps: list[int] = []
-    train(
-        accelerator,
-        Student(model, crepa, optimizer),
-        loader,
-        torch.randn(1, 3, TEXT_DIM),
-        steps=3,
-        generator=torch.Generator().manual_seed(0),
-        on_step=lambda step, values: steps.append(step),
-    )
-    assert steps == [0, 1, 2]
-    rows = read_csv(tmp_path / "metrics.csv")
-    assert [row["step"] for row in rows] == ["0", "1", "2"]
-    # A warm-up of 10 steps to 0.5 tells which step CREPA was told; counting micro-batches would give 0.05, 0.15, 0.25.
-    assert [float(row["crepa_weight"]) for row in rows] == pytest.approx([0.0, 0.05, 0.1])
+def state_of(transformer: torch.nn.Module) -> TrainState:
+    """A state without CREPA that nothing was prepared for."""
+    optimizer = torch.optim.SGD([p for p in transformer.parameters() if p.requires_grad])
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return TrainState(Accelerator(cpu=True), transformer, None, optimizer, scheduler)
+
+
+def test_micro_batches_of_one_step_are_one_step(tmp_path: Path) -> None:
+    models = save_models(tmp_path)
+    settings = tiny_settings(models, tmp_path / "run", gradient_accumulation_steps=2, lr_scheduler="linear")
+    # A warm-up of 10 steps to 0.5 tells which step CREPA was told; counting micro-batches would give 0.05 after one.
+    config = tiny_config(models, crepa_warmup_steps=10)
+    family = TrainingFamily.of(settings.model)
+    state = make_state(make_accelerator(settings), family, settings, config)
+    clips: Any = TinyClips(1, 0)
+    order = ClipOrder([key.bucket for key in clips.keys], batch_size=1, accumulation=2)
+    batches = MicroBatches(clips, order, family.noise_level)
+    weights = dict(state.transformer.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def logs_at(step: int, micro: int, **options: bool) -> dict[str, Any]:
+        position = Position(step, micro, 0)
+        return training_step(state, family, batches[position, True], position, **options)
+
+    def changed() -> set[str]:
+        return {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+
+    first = logs_at(0, 0)
+    assert changed() == set()
+    assert not {"grad_norm", "learning_rate"} & first.keys()
+    second = logs_at(0, 1)
+    trained = {name for name, weight in weights.items() if weight.requires_grad}
+    assert {name for name in trained if "lora_B" in name} <= changed() <= trained
+    assert second["learning_rate"] == 1e-2
+    torch.testing.assert_close(first["loss"], first["flow_loss"])  # the warm-up's first weight is 0
+    steps = [logs_at(1, 0), logs_at(1, 1, matrix=True)]
+    assert [logs["crepa_weight"] for logs in (first, second, *steps)] == pytest.approx([0, 0, 0.05, 0.05])
+    assert steps[1]["learning_rate"] == pytest.approx(0.75e-2)
+    torch.testing.assert_close(steps[0]["loss"], steps[0]["flow_loss"] + steps[0]["crepa_loss"])
+    # Of the first clip; its diagonal is what CREPA calls the similarity of each frame with its own.
+    matrix = steps[1]["similarity_matrix"]
+    torch.testing.assert_close(matrix.diagonal().mean(), steps[1]["crepa_similarity_self"])
+    assert changed() == trained
+    assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in steps[1].values())
 
 
 @pytest.mark.parametrize(
@@ -115,26 +132,25 @@ def test_micro_batches_of_one_step_share_its_number(transformer: torch.nn.Module
 def test_what_is_not_finite_is_named_before_it_is_in_a_checkpoint(
     transformer: torch.nn.Module, values: dict[str, float], skipped: bool, message: str | None
 ) -> None:
-    student = Student(transformer, None, torch.optim.SGD(transformer.parameters()))
+    crepa = crepa_of(transformer)
     if message is None:
-        check_finite(student, 3, values, skipped=skipped)
+        check_finite(crepa, 3, values, skipped=skipped)
     else:
         with pytest.raises(FloatingPointError, match=message):
-            check_finite(student, 3, values, skipped=skipped)
+            check_finite(crepa, 3, values, skipped=skipped)
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_what_a_teacher_makes_is_not_blamed_on_the_learning_rate(side: str) -> None:
     transformer = tiny_wan(num_layers=1)
     crepa = CrepaRegularizer({"crepa_enabled": True, "crepa_block_index": 0}, transformer, feature_size=8)
-    student = Student(transformer, crepa, torch.optim.SGD(transformer.parameters()))
     inputs, features = wan_inputs(), torch.randn(1, 3, 6, 8)
     (features if side == "teacher" else inputs["hidden_states"])[0, 0, 0, 0] = float("nan")
     transformer(**inputs)
     loss, _ = crepa.loss(step=0, features=features)
     cure = "it came from the teacher's features" if side == "teacher" else "lower the learning rate"
     with pytest.raises(FloatingPointError, match=f"^step 0: the loss is nan; {cure}"):
-        check_finite(student, 0, {"loss": float(loss.detach())})
+        check_finite(crepa, 0, {"loss": float(loss.detach())})
 
 
 def values_of(*losses: float) -> StepValues:
@@ -145,12 +161,11 @@ def values_of(*losses: float) -> StepValues:
 
 
 class Reported:
-    """What was reported, through an accelerator and a student that are there."""
+    """What was reported, of a state that is there."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
-        student = Student(transformer, None, torch.optim.SGD(transformer.parameters()))
-        self.late = StepReports(Accelerator(cpu=True), student, lambda *row: self.rows.append(row))
+        self.late = StepReports(state_of(transformer), lambda *row: self.rows.append(row))
 
     def of(self, *losses: float, flush: bool = False, error: BaseException | None = None) -> None:
         """Steps with these losses, numbered from 0, and what comes then."""
@@ -190,7 +205,7 @@ def test_what_is_not_finite_ends_the_reports_at_its_own_step(
 def test_whether_a_scaler_left_a_step_out_is_of_that_step(transformer: torch.nn.Module) -> None:
     reported = Reported(transformer)
     optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(transformer.parameters()))
-    reported.late._accelerator._optimizers.append(optimizer)
+    reported.late._state.accelerator._optimizers.append(optimizer)
     overflowed = StepValues()
     overflowed.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
     with reported.late as late:
@@ -211,14 +226,17 @@ def test_a_run_that_ends_early_still_reports_the_step_before(
     assert [step for step, _ in reported.rows] == [0, 1]
 
 
-def test_a_value_first_logged_later_gets_a_column(tmp_path: Path) -> None:
-    tracker = CSVTracker(tmp_path / "new" / "metrics.csv")
+def test_each_line_has_the_values_of_its_step_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    tracker = MetricsTracker(path)
     tracker.start()
+    assert read_metrics(path) == []
     tracker.log({"loss": 1.5}, step=0)
-    tracker.log({"loss": 1.25, "similarity": 0.5}, step=1)
-    tracker.log({"similarity": 0.75}, step=2)
-    assert read_csv(tmp_path / "new" / "metrics.csv") == [
-        {"step": "0", "loss": "1.5", "similarity": ""},
-        {"step": "1", "loss": "1.25", "similarity": "0.5"},
-        {"step": "2", "loss": "", "similarity": "0.75"},
-    ]
+    tracker.log({"loss": 1.25, "similarity": 0.1 + 0.2}, step=1)
+    tracker.log({"similarity": 0.75, "grad_norm": math.inf}, step=2)
+    rows = read_metrics(path)
+    assert rows[:2] == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.25, "similarity": 0.1 + 0.2}]
+    assert math.isnan(rows[2].pop("grad_norm"))
+    assert rows[2] == {"step": 2, "similarity": 0.75}
+    # What JSON has no number for would be refused by other readers.
+    assert path.read_text().splitlines()[2] == '{"step": 2, "similarity": 0.75, "grad_norm": null}'

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
 
@@ -23,7 +22,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
-def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any) -> list[list[dict[str, str]]]:
+def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any) -> list[list[dict[str, float]]]:
     """The rows of one process that accumulates four micro-batches, and of two that accumulate two each."""
     common = {"max_train_steps": STEPS, "learning_rate": 1e-3, "lr_scheduler": "cosine", "ema_decay": 0.9, **changes}
     config = tiny_config(models, crepa_warmup_steps=1, **crepa)
@@ -33,14 +32,14 @@ def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any
     settings = tiny_settings(models, tmp_path / "two", **common, gradient_accumulation_steps=2)
     process = train_elsewhere(settings, config, processes=2, wide=3, tall=2)
     assert process.returncode == 0, process.stderr
-    return [alone, read_csv(tmp_path / "two" / "metrics.csv")]
+    return [alone, read_metrics(tmp_path / "two" / "metrics.jsonl")]
 
 
-def assert_alike(alone: list[dict[str, str]], shared: list[dict[str, str]], tmp_path: Path) -> None:
+def assert_alike(alone: list[dict[str, float]], shared: list[dict[str, float]], tmp_path: Path) -> None:
     assert [list(row) for row in alone] == [list(row) for row in shared]
     for one, two in zip(alone, shared, strict=True):
         for name in one:
-            values = [math.nan if row[name] == "" else float(row[name]) for row in (one, two)]
+            values = [row[name] for row in (one, two)]
             # Norms of hundreds of gradients: relative to their size.
             assert values[0] == pytest.approx(values[1], abs=CLOSE, rel=CLOSE, nan_ok=True), (one["step"], name)
     for part in (f"{FOLDER}/step-{STEPS:08d}/{WEIGHTS_FILE}", "trained/ema/pytorch_lora_weights.safetensors"):
@@ -51,7 +50,7 @@ def assert_alike(alone: list[dict[str, str]], shared: list[dict[str, str]], tmp_
 
 def test_two_processes_log_and_learn_what_one_does(models: Path, tmp_path: Path) -> None:
     alone, shared = run_both(models, tmp_path, {"crepa_cutoff_step": 10})
-    assert [row["crepa_cutoff"] for row in alone] == ["0.0"] * 10 + ["1.0"] * 10
+    assert [row["crepa_cutoff"] for row in alone] == [0.0] * 10 + [1.0] * 10
     assert_alike(alone, shared, tmp_path)
 
 
@@ -62,10 +61,10 @@ def test_the_similarity_cuts_off_at_the_same_step_on_both(models: Path, tmp_path
     fast = {"projector_learning_rate": 3e-2}
     free = tiny_config(models, crepa_warmup_steps=1, crepa_similarity_threshold=1.0, crepa_similarity_ema_decay=0.5)
     settings = tiny_settings(models, tmp_path / "free", max_train_steps=12, gradient_accumulation_steps=4, **fast)
-    averages = [float(row["crepa_similarity_ema"] or 0) for row in train(settings, free, TinyClips(3, 2))]
+    averages = [row.get("crepa_similarity_ema", 0) for row in train(settings, free, TinyClips(3, 2))]
     threshold = max(averages) * 0.9
     alone, shared = run_both(models, tmp_path, {**crepa, "crepa_similarity_threshold": threshold}, **fast)
-    cut = [float(row["crepa_cutoff"]) for row in alone]
+    cut = [row["crepa_cutoff"] for row in alone]
     assert 0 < sum(cut) < STEPS
     assert_alike(alone, shared, tmp_path)
 
@@ -84,7 +83,7 @@ def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path)
     resumed = settings.model_copy(update={"resume": "latest"})
     process = train_elsewhere(resumed, config, processes=2)
     assert process.returncode == 0, process.stderr
-    rows, expected = (read_csv(tmp_path / run / "metrics.csv") for run in ("killed", "whole"))
+    rows, expected = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("killed", "whole"))
     assert rows == expected
     alone = train_elsewhere(resumed, config)
     assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]

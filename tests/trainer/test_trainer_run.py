@@ -23,7 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
     """A LoRA run on one clip with an average of its weights and pictures of the matrix."""
     output = tmp_path_factory.mktemp("lora") / "run"
     settings = tiny_settings(
@@ -39,13 +39,13 @@ def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return output, train(settings, tiny_config(models, crepa_cutoff_step=55), TinyClips(1, 0))
 
 
-def column(rows: list[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in rows if row[name]]
+def column(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]
 
 
-def test_a_run_learns_to_align_and_logs_each_step_once(lora: tuple[Path, list[dict[str, str]]]) -> None:
+def test_a_run_learns_to_align_and_logs_each_step_once(lora: tuple[Path, list[dict[str, float]]]) -> None:
     _, rows = lora
-    assert [row["step"] for row in rows] == [str(step) for step in range(60)]
+    assert [row["step"] for row in rows] == list(range(60))
     similarity = column(rows, "crepa_similarity")
     assert len(similarity) == 55  # until the cutoff
     # Features of neighbouring frames are independent draws here, so 0.65 is the most that there is.
@@ -58,19 +58,19 @@ def test_a_run_learns_to_align_and_logs_each_step_once(lora: tuple[Path, list[di
     assert column(rows, "epoch") == list(range(60))
 
 
-def test_tensorboard_has_the_csvs_values_and_the_similarity_matrix(lora: tuple[Path, list[dict[str, str]]]) -> None:
+def test_tensorboard_has_the_same_values_and_the_similarity_matrix(lora: tuple[Path, list[dict[str, float]]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output, rows = lora
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert logged == [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in rows]
+    assert logged == [(row["step"], pytest.approx(row["loss"])) for row in rows]
     assert [image.step for image in events.Images("similarity_matrix")] == [0, 20, 40]
 
 
 def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(
-    models: Path, lora: tuple[Path, list[dict[str, str]]]
+    models: Path, lora: tuple[Path, list[dict[str, float]]]
 ) -> None:
     trained = lora[0] / "trained"
     pipeline = WanPipeline.from_pretrained(models / "wan")
@@ -95,7 +95,7 @@ def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(
 
 
 def test_the_average_and_the_projector_lie_beside_the_lora(
-    models: Path, lora: tuple[Path, list[dict[str, str]]]
+    models: Path, lora: tuple[Path, list[dict[str, float]]]
 ) -> None:
     trained = lora[0] / "trained"
     last, average = (load_file(f / "pytorch_lora_weights.safetensors") for f in (trained, trained / "ema"))
@@ -127,19 +127,19 @@ def test_a_fully_trained_transformer_loads_without_a_word(models: Path, tmp_path
 def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from crepa_trainer.families import TrainingFamily
-    from crepa_trainer.student import make_student
+    from crepa_trainer.student import make_state
 
     settings = tiny_settings(models, tmp_path, mixed_precision="bf16")
     accelerator = Accelerator(cpu=True)
-    student = make_student(accelerator, TrainingFamily.of(settings.model), settings, tiny_config(models))
-    transformer: Any = student.transformer
+    state = make_state(accelerator, TrainingFamily.of(settings.model), settings, tiny_config(models))
+    transformer: Any = state.transformer
     assert transformer.is_gradient_checkpointing
     trained = trained_parameters(transformer)
     assert trained
     assert all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert {p.dtype for p in transformer.crepa_projector.parameters()} == {torch.float32}
     assert transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
-    groups = student.optimizer.param_groups
+    groups = state.optimizer.param_groups
     optimized = {id(p) for group in groups for p in group["params"]}
     assert optimized == {id(p) for p in transformer.parameters() if p.requires_grad}
 
@@ -156,7 +156,7 @@ def test_an_optimizer_without_the_projector_ends_the_run_before_its_first_step(
     )
     settings = tiny_settings(models, tmp_path)
     with pytest.raises(ValueError, match="are not in the optimizer"):
-        student.make_student(Accelerator(cpu=True), TrainingFamily.of(settings.model), settings, tiny_config(models))
+        student.make_state(Accelerator(cpu=True), TrainingFamily.of(settings.model), settings, tiny_config(models))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
@@ -226,7 +226,8 @@ def test_a_lora_learns_in_bf16(models: Path, tmp_path: Path) -> None:
 
 
 def test_clips_that_are_conditioned_are_masked_in_loss_and_crepa() -> None:
-    from crepa_trainer.loop import NoisyLatents, flow_matching_loss
+    from crepa_trainer.families.noise import NoisyLatents
+    from crepa_trainer.loop import flow_matching_loss
 
     prediction, target = torch.zeros(2, 4, 3, 2, 2), torch.ones(2, 4, 3, 2, 2)
     target[:, :, 0] = 100.0

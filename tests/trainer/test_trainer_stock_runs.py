@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from hub_cases import CASES, HubCase
 from PIL import Image
 from said import everything_said
@@ -91,7 +91,7 @@ def check_run(name: str, teacher: str, steps: int, folder: Path, tmp_path: Path,
     sampled = {"validation_prompts": ["a blue square"], "validation_every": steps, "validation_steps": 2}
     given = {"max_train_steps": steps, **sampled, **TEACHERS[teacher], **changes}
     assert crepa_train(case, folder, model, output, **given) == 0
-    rows = read_csv(output / "metrics.csv")
+    rows = read_metrics(output / "metrics.jsonl")
     assert len(rows) == steps
     for row in rows:
         # Backbone: features of the model itself, so similar from the start; never exactly 0, which is nothing seen.

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from crepa_trainer.checkpoint import FOLDER
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from processes import environment
 from training_runs import TinyClips, command, save_models, tiny_config, tiny_settings, train
+from videos import moving_square, write_video
 
 SECONDS = 240
 
@@ -40,8 +41,8 @@ def wait(ready: Callable[[], Any], process: subprocess.Popen[str]) -> None:
 
 
 def steps_logged(output: Path) -> int:
-    metrics = output / "metrics.csv"
-    return len(read_csv(metrics)) if metrics.exists() else 0
+    metrics = output / "metrics.jsonl"
+    return len(read_metrics(metrics)) if metrics.exists() else 0
 
 
 def checkpoints(output: Path) -> list[int]:
@@ -78,6 +79,21 @@ def test_a_run_that_a_signal_stopped_goes_on(
         longer = {"max_train_steps": done + 2, "workers": 0}
         rows = train(settings.model_copy(update={**longer, "resume": "latest"}), config)
         assert rows == train(settings.model_copy(update={**longer, "output": tmp_path / "whole"}), config, TinyClips())
+
+
+def test_a_demo_that_a_signal_stopped_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", moving_square(33))
+    demo = ["demo", "--data", str(tmp_path / "videos"), "--output", str(tmp_path / "demo"), "--steps", "100000"]
+    process = started([sys.executable, "-m", "crepa_trainer", *demo])
+    try:
+        wait(lambda: steps_logged(tmp_path / "demo") >= 1, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1] == "crepa-train: stopped by SIGINT: the demo begins anew when it is started again"
 
 
 def test_the_second_signal_stops_at_once() -> None:

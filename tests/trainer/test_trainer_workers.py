@@ -13,7 +13,7 @@ import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
 from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position, RankPositions, micro_batches
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.reporting.trackers import read_csv
+from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
 
@@ -46,7 +46,7 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("metrics.csv", LORA, "trained/ema/pytorch_lora_weights.safetensors"):
+    for name in ("metrics.jsonl", LORA, "trained/ema/pytorch_lora_weights.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(
     settings = tiny_settings(models, output, **STATEFUL, workers=before)
     killed = train_elsewhere(settings, config, kill_at=kill_at, kill_training=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert 4 <= len(read_csv(output / "metrics.csv")) < 12
+    assert 4 <= len(read_metrics(output / "metrics.jsonl")) < 12
     train(tiny_settings(models, output, **STATEFUL, workers=after, resume="latest"), config)
     assert_same_run(output, alone)
 
@@ -113,9 +113,9 @@ def test_a_killed_worker_is_one_line_that_says_what_to_lower(models: Path, tmp_p
     # It ends by itself: torch asks every 5 seconds whether a worker is still there.
     assert time.monotonic() - start < 120
     # What was trained up to there is logged and can be gone on from.
-    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) >= 8
-    assert [row["step"] for row in rows] == [str(step) for step in range(len(rows))]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
     assert list((tmp_path / "run" / FOLDER).glob("step-*"))
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_clip_is_the_same_error_from_a_worker(models: Path, tmp_path: 
     with pytest.raises(ValueError, match=rf"^clip-{broken}.safetensors is damaged; start again$"):
         train(settings, tiny_config(models), TinyClips(broken=broken))
     # Of the steps before it nothing is lost.
-    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1", "2", "3", "4"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_full_shared_memory_is_an_error_and_not_silence(models: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_named_and_in_no_checkpoint(
     settings = tiny_settings(models, tmp_path / "run", max_train_steps=20, workers=workers, checkpoint_every=every)
     with pytest.raises(FloatingPointError, match=r"^step 5: the loss is nan and grad_norm is nan; lower the learning"):
         train(settings, tiny_config(models), TinyClips(nan=clip_of_step(5)))
-    assert [row["step"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["0", "1", "2", "3", "4"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     newest = sorted((tmp_path / "run" / FOLDER).iterdir())[-1]
     assert newest.name == f"step-{5 // every * every:08d}"
     assert all(tensor.isfinite().all() for tensor in load_file(newest / WEIGHTS_FILE).values())
@@ -218,7 +218,7 @@ def test_every_rank_stops_at_a_loss_that_is_not_finite_in_one(models: Path, tmp_
     # The second rank's clip of step 3: both have the mean, and neither waits for the other.
     assert process.stderr.count("FloatingPointError: step 3: the loss is nan and grad_norm is nan") == 2
     assert [path.name for path in (tmp_path / "run" / FOLDER).iterdir()] == ["step-00000003"]
-    assert len(read_csv(tmp_path / "run" / "metrics.csv")) == 3
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -226,15 +226,7 @@ class _Encoders:
 
     def features(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
         config = self.config
-        teacher = self._once(
-            "teacher",
-            lambda: DinoV2Teacher(
-                config.crepa_encoder,
-                image_size=config.crepa_encoder_image_size,
-                resize=config.crepa_encoder_resize,
-                frames_batch_size=config.crepa_encoder_frames_batch_size,
-            ),
-        )
+        teacher = self._once("teacher", lambda: DinoV2Teacher.from_config(config))
         lengths = ClipLengths.of(None, 1, len(pixels), self.family.layout(bucket))
         features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.device)
         return {"features": features[0], "feature_grid": torch.tensor(grid)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..folders import METRICS_FILE
 from .video import DataError
 
 # Of containers that the decoder opens and that hold pictures in motion.
@@ -114,4 +115,4 @@ class _Search:
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    return (folder / "metrics.csv").is_file() and any((folder / name).is_dir() for name in _OF_A_RUN)
+    return (folder / METRICS_FILE).is_file() and any((folder / name).is_dir() for name in _OF_A_RUN)

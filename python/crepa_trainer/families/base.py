@@ -16,9 +16,8 @@ from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import raster_layout
 from crepa_kernels.models.vaes import VIDEO_VAES
 
-from ..loop import NoisyLatents, add_noise
 from .folder import constructor_defaults, has_part, missing_shards, read_config
-from .noise import scheduler_shift, shifted, with_clean_first_frame
+from .noise import NoisyLatents, add_noise, scheduler_shift, shifted, with_clean_first_frame
 from .sizes import ClipSize, ModelSizes
 from .text_limits import TextLimits
 from .vaes import encode

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents
 from .base import Text, TrainingFamily
+from .noise import NoisyLatents
 from .sizes import ClipSize
 
 # The VAE halves the frames twice, a first one apart; its decoder makes 1 + 8n frames of the 1 + 2n latents, and of an

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
-from .noise import with_given_first_frame
+from .noise import NoisyLatents, add_noise, with_given_first_frame
 from .text_limits import CLIP_TOKENS, tokens
 
 if TYPE_CHECKING:

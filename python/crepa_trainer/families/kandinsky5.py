@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents, add_noise
 from .base import Text, TrainingFamily
-from .noise import with_given_first_frame
+from .noise import NoisyLatents, add_noise, with_given_first_frame
 from .sizes import ClipSize
 from .text_limits import CLIP_TOKENS, tokens
 

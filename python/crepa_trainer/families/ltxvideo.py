@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents
 from .base import Text, TrainingFamily
-from .noise import shifted
+from .noise import NoisyLatents, shifted
 
 FRAME_RATE = 25  # frames a second that LTXPipeline takes where it is not told
 

@@ -1,9 +1,9 @@
-"""Noise levels as schedulers move them, and clips whose first frame is given."""
+"""Clips with noise on them, noise levels as schedulers move them, and clips whose first frame is given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,21 @@ from torch import Tensor
 
 from crepa_kernels.models.layouts import TokenLayout
 
-from ..loop import NoisyLatents
+
+@dataclass(frozen=True)
+class NoisyLatents:
+    """Flow matching: x_t = (1 - t) x_0 + t ε, and the velocity ε - x_0 that is to be predicted from it."""
+
+    latents: Tensor  # (B, C, T, h, w)
+    timestep: Tensor  # (B,), 1000 t, as Wan takes it; (B, tokens) where tokens have times of their own
+    target: Tensor  # (B, C, T, h, w)
+    frame_mask: Tensor | None = None  # (B, T) bool: frames that are predicted; None: all
+
+
+def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> NoisyLatents:
+    """x_t at noise level `time` (B,) in [0, 1]; 0 is the clean video."""
+    t = time.view(-1, 1, 1, 1, 1).to(latents)
+    return NoisyLatents((1 - t) * latents + t * noise, 1000 * time.to(latents), noise - latents)
 
 
 def scheduler_shift(config: Mapping[str, Any]) -> float:

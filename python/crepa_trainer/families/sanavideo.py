@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents
 from .base import Text, TrainingFamily
+from .noise import NoisyLatents
 from .sizes import ClipSize
 from .text_limits import tokens
 

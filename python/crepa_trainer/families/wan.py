@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..loop import NoisyLatents
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
-from .noise import scheduler_shift, shifted
+from .noise import NoisyLatents, scheduler_shift, shifted
 from .text_limits import tokens
 from .vaes import normalized
 

@@ -210,8 +210,7 @@ def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
 
 def _encoder_sizes(config: CrepaConfig) -> tuple[int, int]:
     """E and the patch size. ValueError for what is no DINOv2, or does not take images of this size."""
-    size, resize = config.crepa_encoder_image_size, config.crepa_encoder_resize
-    teacher = DinoV2Teacher(config.crepa_encoder, image_size=size, resize=resize)
+    teacher = DinoV2Teacher.from_config(config)
     # First the width: of a folder it reads the config, which has the patch size too.
     width = teacher.feature_size
     assert width is not None  # only a callable does not know it

@@ -1,33 +1,31 @@
-"""Every logged value as a CSV file, through accelerate's tracker interface."""
+"""Every logged value of a run in one file of lines, through accelerate's tracker interface."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
 
-class CSVTracker(GeneralTracker):
-    """One row a logged step in `path`, flushed at once, beside whatever other trackers the run has.
+class MetricsTracker(GeneralTracker):
+    """Appends one JSON object a logged step to `path`, a line each, beside whatever other trackers the run has.
 
-    The first column is `step`. A value that is logged for the first time in the middle of a run gets a column
-    of its own, left empty in the rows before. A value that is absent from a step is an empty cell.
+    It holds `step` and what was logged in that step; null is a number that is not finite.
 
-    first_step: the step at which the run goes on; rows of earlier steps that are there already are kept.
+    first_step: the step at which the run goes on. Lines of earlier steps are kept, what comes after them is cut off.
     """
 
-    name = "csv"
+    name = "metrics"
     requires_logging_directory = False
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         super().__init__()
         self.path = path
         self.first_step = first_step
-        self.columns: list[str] = ["step"]
 
     @property
     def tracker(self) -> Path:
@@ -36,45 +34,35 @@ class CSVTracker(GeneralTracker):
     @on_main_process
     def start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_csv(self.path) if self.first_step and self.path.is_file() else []
-        self.columns = list(rows[0]) if rows else ["step"]
-        self._write(_before(rows, self.first_step))
+        with self.path.open("ab") as file:
+            kept = [end for end, row in _rows(self.path) if row["step"] < self.first_step]
+            file.truncate(kept[-1] if kept else 0)
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        row = {"step": step, **values}
-        new = [name for name in row if name not in self.columns]
-        if new:
-            rows = read_csv(self.path)
-            self.columns += new
-            self._write(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-
-    def _write(self, rows: Sequence[dict[str, str]]) -> None:
-        # Beside it and renamed: a kill leaves the file that was.
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in {"step": step, **values}.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def _before(rows: Sequence[dict[str, str]], step: int) -> list[dict[str, str]]:
-    """The rows of steps before `step`, up to the first that is out of order: a kill may have torn the last."""
-    kept: list[dict[str, str]] = []
-    last = -1
-    for row in rows:
-        number = int(row["step"]) if (row["step"] or "").isdecimal() else -1
-        if not last < number < step:
-            break
-        kept.append(row)
-        last = number
-    return kept
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a file that MetricsTracker wrote, without a last one that a kill tore; NaN is what was not finite."""
+    return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in _rows(path)]
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that CSVTracker wrote, each by its column names."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with the number of bytes up to its end, as far as whole lines go and steps rise."""
+    end, last = 0, -1
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                return
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] <= last:
+                return
+            end, last = end + len(line), row["step"]
+            yield end, row
