@@ -36,9 +36,6 @@ def test_a_program_that_calls_it_has_its_logging_back(debug: bool) -> None:
     code = f"""
 import logging
 from crepa_trainer.cli import main
-from crepa_trainer.terminal import plain
-from tiny_pipelines import save_tiny_wan_pipeline
-from videos import moving_square, write_video
 def state():
     loggers = [logging.getLogger(name) for name in (None, "crepa_kernels", "crepa_trainer")]
     return [(logger.level, logger.handlers[:]) for logger in loggers]
