@@ -17,7 +17,7 @@ from crepa_trainer.cli import main
 from crepa_trainer.reporting.plan import CrepaMemory, kept_bytes, projector_bytes
 from crepa_trainer.reporting.table import _bytes
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.student import add_lora
+from crepa_trainer.state import add_lora
 
 from crepa_kernels import supported_families
 from crepa_kernels.models.families import FAMILIES, family_of

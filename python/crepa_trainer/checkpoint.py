@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .data.dataset import listed
 from .data.files import model_identity
+from .state import trained_parameters
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
-from .student import trained_parameters
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
 
     from .data.dataset import FoundClips
-    from .loop import TrainState
     from .settings import RunSettings
+    from .state import TrainState
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"

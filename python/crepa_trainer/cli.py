@@ -162,7 +162,7 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     from crepa_kernels import CrepaConfig
 
-    from .demo import DEMO_CREPA, DemoOptions
+    from .demo.run import DEMO_CREPA, DemoOptions
 
     defaults = DemoOptions(output=Path("runs/demo"))
     add = parser.add_argument
@@ -181,7 +181,7 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
 
     from crepa_kernels import CrepaConfig
 
-    from .demo import DEMO_CREPA, DemoOptions, run_demo
+    from .demo.run import DEMO_CREPA, DemoOptions, run_demo
 
     base = {**DEMO_CREPA, "crepa_encoder": str(DemoOptions(output=given.output).teacher_folder)}
     # Before the other words that nobody knows: it names the option that was meant.

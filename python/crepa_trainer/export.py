@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import WEIGHTS_FILE, Checkpoint, newest_checkpoint, read_checkpoint
-from .student import trained_parameters
+from .state import trained_parameters
 
 if TYPE_CHECKING:
     import torch

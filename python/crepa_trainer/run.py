@@ -26,13 +26,13 @@ from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPos
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
-from .loop import StepReports, StepValues, TrainState, training_step
 from .reporting.plan import make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
 from .reporting.trackers import MetricsTracker
+from .state import TrainState, make_average, make_state, trained_parameters
+from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
-from .student import make_average, make_state, trained_parameters
 from .terminal import plain
 from .validation import Sampling, sample_clips, save_clip
 

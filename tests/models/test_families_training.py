@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.student import compile_blocks
+from crepa_trainer.state import compile_blocks
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of

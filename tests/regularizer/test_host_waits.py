@@ -19,9 +19,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from crepa_trainer.data.sampler import MicroBatch, MicroBatches
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.loop import flow_matching_loss
 from crepa_trainer.run import TrainingRun, make_accelerator
-from crepa_trainer.student import make_average, make_state
+from crepa_trainer.state import make_average, make_state
+from crepa_trainer.step import flow_matching_loss
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch import Tensor
@@ -336,7 +336,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     addresses: set[int] = set()
     monkeypatch.setattr(_Pinned, "addresses", addresses, raising=False)
     monkeypatch.setattr("crepa_trainer.run.MicroBatches", _Pinned)
-    monkeypatch.setattr("crepa_trainer.loop.HostCopy", _Late)
+    monkeypatch.setattr("crepa_trainer.step.HostCopy", _Late)
     monkeypatch.setattr(_Late, "late", [], raising=False)
     monkeypatch.setattr(_Late, "sent", 0)
     return addresses
@@ -374,7 +374,7 @@ def test_a_wait_in_the_trainers_step_is_seen(
     models: Path, tmp_path: Path, pinned: set[int], monkeypatch: pytest.MonkeyPatch, wait: Any
 ) -> None:
     run, _ = training_run(models, tmp_path, "features")
-    monkeypatch.setattr("crepa_trainer.loop.flow_matching_loss", lambda *args: wait(flow_matching_loss(*args)))
+    monkeypatch.setattr("crepa_trainer.step.flow_matching_loss", lambda *args: wait(flow_matching_loss(*args)))
     with pytest.raises(HostWaits), _Operators(pinned), _Python():
         run.steps(0, Console(file=io.StringIO()))
 

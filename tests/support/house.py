@@ -22,7 +22,7 @@ WALLS: Mapping[str, tuple[str, ...]] = {
     "crepa_kernels.models": ("crepa_kernels.regularizer", "crepa_kernels.teachers", "crepa_kernels.config"),
     "crepa_kernels": ("crepa_trainer",),
     "crepa_trainer.families": (
-        *(f"crepa_trainer.{room}" for room in ("settings", "run", "loop", "data", "reporting", "checkpoint")),
+        *(f"crepa_trainer.{room}" for room in ("settings", "run", "step", "state", "data", "reporting", "checkpoint")),
     ),
 }
 

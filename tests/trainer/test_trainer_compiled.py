@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
-from crepa_trainer.student import COMPILER_ON_CPU, compile_blocks
+from crepa_trainer.state import COMPILER_ON_CPU, compile_blocks
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_dinov2

@@ -15,8 +15,8 @@ import pytest
 import torch
 from crepa_trainer.cli import main
 from crepa_trainer.data.dataset import Bucket
-from crepa_trainer.demo import DEMO_CREPA, DemoOptions, run_demo
-from crepa_trainer.reporting.report import Summary
+from crepa_trainer.demo.run import DEMO_CREPA, DemoOptions, run_demo
+from crepa_trainer.demo.summary import Summary
 from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from diffusers import WanPipeline, WanTransformer3DModel

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.data.sampler import MicroBatch, Position, collate
-from crepa_trainer.evaluate import Evaluator, Features, best_constants, shuffle_patches
+from crepa_trainer.demo.evaluation import Evaluator, Features, best_constants, shuffle_patches
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.loop import training_step
 from crepa_trainer.run import make_accelerator
-from crepa_trainer.student import make_state
+from crepa_trainer.state import make_state
+from crepa_trainer.step import training_step
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss

@@ -12,17 +12,10 @@ from accelerate import Accelerator
 from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.noise import add_noise
-from crepa_trainer.loop import (
-    StepReports,
-    StepValues,
-    TrainState,
-    check_finite,
-    parameter_groups,
-    training_step,
-)
 from crepa_trainer.reporting.trackers import MetricsTracker, read_metrics
 from crepa_trainer.run import make_accelerator
-from crepa_trainer.student import make_state
+from crepa_trainer.state import TrainState, make_state, parameter_groups
+from crepa_trainer.step import StepReports, StepValues, check_finite, training_step
 from peft import LoraConfig
 from tiny import tiny_wan, wan_inputs
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings

@@ -18,7 +18,7 @@ from crepa_trainer.reporting import plan as plan_module
 from crepa_trainer.reporting.plan import Plan, kept_bytes, make_plan, projector_bytes
 from crepa_trainer.reporting.table import print_plan
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.student import add_lora
+from crepa_trainer.state import add_lora
 from memory import saved_bytes
 from rich.console import Console
 from tiny import tiny_dinov2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.student import trained_parameters
+from crepa_trainer.state import trained_parameters
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -127,7 +127,7 @@ def test_a_fully_trained_transformer_loads_without_a_word(models: Path, tmp_path
 def test_frozen_weights_are_in_the_mixed_type_and_trained_ones_in_fp32(models: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from crepa_trainer.families import TrainingFamily
-    from crepa_trainer.student import make_state
+    from crepa_trainer.state import make_state
 
     settings = tiny_settings(models, tmp_path, mixed_precision="bf16")
     accelerator = Accelerator(cpu=True)
@@ -148,7 +148,7 @@ def test_an_optimizer_without_the_projector_ends_the_run_before_its_first_step(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate import Accelerator
-    from crepa_trainer import student
+    from crepa_trainer import state as student
     from crepa_trainer.families import TrainingFamily
 
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def test_a_lora_learns_in_bf16(models: Path, tmp_path: Path) -> None:
 
 def test_clips_that_are_conditioned_are_masked_in_loss_and_crepa() -> None:
     from crepa_trainer.families.noise import NoisyLatents
-    from crepa_trainer.loop import flow_matching_loss
+    from crepa_trainer.step import flow_matching_loss
 
     prediction, target = torch.zeros(2, 4, 3, 2, 2), torch.ones(2, 4, 3, 2, 2)
     target[:, :, 0] = 100.0

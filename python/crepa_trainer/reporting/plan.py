@@ -18,7 +18,7 @@ from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 
 from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import encoder_type, teacher_frames, teacher_is_encoder
-from ..student import PRECISIONS, add_lora
+from ..state import PRECISIONS, add_lora
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluate import Alignment
+from .evaluation import Alignment
 
 ENDS = 10
 Ends = tuple[float, float] | None

@@ -22,23 +22,23 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
-from .checkpoint import newest_checkpoint, read_checkpoint
-from .data.clips import read_clips, read_frames, sample_videos
-from .data.dataset import Bucket
-from .data.listing import list_videos
-from .data.sampler import MicroBatch, MicroBatches, Position
-from .data.video import VideoError
-from .evaluate import Alignment, Evaluator, Features
-from .folders import METRICS_FILE, one_run_in
-from .launcher import launched_processes
-from .loop import TrainState, training_step
+from ..checkpoint import newest_checkpoint, read_checkpoint
+from ..data.clips import read_clips, read_frames, sample_videos
+from ..data.dataset import Bucket
+from ..data.listing import list_videos
+from ..data.sampler import MicroBatch, MicroBatches, Position
+from ..data.video import VideoError
+from ..folders import METRICS_FILE, one_run_in
+from ..launcher import launched_processes
+from ..reporting.plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
+from ..reporting.trackers import read_metrics
+from ..run import TrainingRun, run
+from ..settings import RunSettings
+from ..state import TrainState, make_state
+from ..step import training_step
+from .evaluation import Alignment, Evaluator, Features
 from .models import save_demo_models
-from .reporting.plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
-from .reporting.report import ENDS, Summary, ends, print_summary
-from .reporting.trackers import read_metrics
-from .run import TrainingRun, run
-from .settings import RunSettings
-from .student import make_state
+from .summary import ENDS, Summary, ends, print_summary
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,25 +14,12 @@ from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from crepa_kernels import CrepaRegularizer
 
     from .data.sampler import MicroBatch, Position
     from .families import TrainingFamily
     from .families.noise import NoisyLatents
-
-
-@dataclass
-class TrainState:
-    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA."""
-
-    accelerator: Accelerator
-    transformer: torch.nn.Module
-    crepa: CrepaRegularizer | None
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    max_grad_norm: float = 1.0
+    from .state import TrainState
 
 
 def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
@@ -43,17 +29,6 @@ def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
         return error.mean()
     per_frame = error.mean((1, 3, 4))  # (B, T)
     return (per_frame * noisy.frame_mask).sum() / noisy.frame_mask.sum()
-
-
-def parameter_groups(
-    transformer: torch.nn.Module, learning_rate: float, projector_learning_rate: float
-) -> list[dict[str, Any]]:
-    """Optimiser groups of all that requires a gradient; the projector starts from nothing and may learn faster."""
-    trained = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
-    projector = [p for name, p in trained if name.startswith("crepa_projector.")]
-    adapter = [p for name, p in trained if not name.startswith("crepa_projector.")]
-    groups = [{"params": adapter, "lr": learning_rate}, {"params": projector, "lr": projector_learning_rate}]
-    return [group for group in groups if group["params"]]
 
 
 def training_step(

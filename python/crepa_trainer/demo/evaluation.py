@@ -19,14 +19,14 @@ from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
-from .data.sampler import collate
+from ..data.sampler import collate
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
 
-    from .data.cache import CachedClips
-    from .families import TrainingFamily
-    from .loop import TrainState
+    from ..data.cache import CachedClips
+    from ..families import TrainingFamily
+    from ..state import TrainState
 
 
 @dataclass(frozen=True)

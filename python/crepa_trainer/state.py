@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,6 @@ from torch import nn
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.models.families import family_of
-
-from .loop import TrainState, parameter_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +25,18 @@ if TYPE_CHECKING:
 COMPILER_ON_CPU = {"layout_optimization": False, "cpp.simdlen": 1}
 _TAKE_A_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainState:
+    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA."""
+
+    accelerator: Accelerator
+    transformer: torch.nn.Module
+    crepa: CrepaRegularizer | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    max_grad_norm: float = 1.0
 
 
 def make_state(
@@ -66,6 +77,17 @@ def make_state(
     if crepa is not None:
         crepa.check_optimizer(optimizer)
     return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
+
+
+def parameter_groups(
+    transformer: torch.nn.Module, learning_rate: float, projector_learning_rate: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups of all that requires a gradient; the projector starts from nothing and may learn faster."""
+    trained = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    projector = [p for name, p in trained if name.startswith("crepa_projector.")]
+    adapter = [p for name, p in trained if not name.startswith("crepa_projector.")]
+    groups = [{"params": adapter, "lr": learning_rate}, {"params": projector, "lr": projector_learning_rate}]
+    return [group for group in groups if group["params"]]
 
 
 def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) -> None:
