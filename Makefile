@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --durations=20
 
 test-full: $(VENV)/.test
 	$(PYTEST)

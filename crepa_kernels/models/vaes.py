@@ -1,4 +1,4 @@
-"""Latents to pixels: what each VAE's pipelines do after the last denoising step."""
+"""Each video VAE in both directions, as its pipelines use it: pixels to latents, latents to pixels, sizes."""
 
 from __future__ import annotations
 
@@ -7,71 +7,62 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..transfer import moved
 
 
 @dataclass(frozen=True)
+class Scale:
+    """From a VAE's own latents (B, C, T, h, w), fp32, to those that the transformer sees, and back."""
+
+    normalize: Callable[[Any, Tensor], Tensor]
+    denormalize: Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class VideoVae:
-    """How a diffusers video VAE is decoded.
+    """What is known of a diffusers video VAE.
 
     Attributes:
         channels: C of its latents, from its config.
-        temporal_factor: pixel frames of a latent frame after the first, from its config.
-        decode: ``(vae, latents (B, C, T, H, W)) -> pixels (B, P, 3, H, W)`` in [0, 1]; the latents are clean and
-            normalised as the transformer sees them.
+        compression: (pixel frames, pixels) of one latent frame after the first and of one latent's side, from its
+            config.
+        scale: of its latents.
+        to_video: ``(vae, its own latents in its type) -> video (B, 3, P, H, W)`` in [-1, 1].
     """
 
     channels: Callable[[Any], int]
-    temporal_factor: Callable[[Any], int]
-    decode: Callable[[Any, torch.Tensor], torch.Tensor]
+    compression: Callable[[Any], tuple[int, int]]
+    scale: Scale
+    to_video: Callable[[Any, Tensor], Tensor]
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), normalised as the transformer sees them.
+
+        The end is ``VideoProcessor.postprocess_video``.
+        """
+        video = self.to_video(vae, self.scale.denormalize(vae, latents.float()).to(vae.dtype))
+        return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
-def _pixels(video: torch.Tensor) -> torch.Tensor:
-    """(B, 3, P, H, W) in [-1, 1] -> (B, P, 3, H, W) in [0, 1], as ``VideoProcessor.postprocess_video``."""
-    return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Latents (B, C, T, h, w) in fp32, normalised, of pixels (B, P, 3, H, W) uint8.
 
-
-def _by_config(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Wan: ``vae.decode(latents * std + mean)`` with the statistics in its config."""
-    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
-    # From pageable memory, so the host does not wait for the device.
-    mean, std = moved(statistics, latents.device).view(2, 1, -1, 1, 1, 1)
-    return _pixels(vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0])
-
-
-def _by_buffers(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """``latents * std + mean`` with the statistics in the VAE's buffers, in its type."""
-    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
-    scale = getattr(vae.config, "scaling_factor", 1.0)
-    return (latents.float() * std / scale + mean).to(vae.dtype)
-
-
-def _ltx(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """LTX: by the statistics in its buffers, and for newer ones at the decode timestep 0.
-
-    The pipeline's own default: other timesteps go with noise added to what the transformer made, these are clean.
+    A sample of the VAE's distribution with a generator, its mode without.
     """
-    latents = _by_buffers(vae, latents)
-    if not vae.config.timestep_conditioning:
-        return _pixels(vae.decode(latents, None, return_dict=False)[0])
-    # Clip by clip for slicing: its decode() pairs the clips with the timesteps wrongly there.
-    parts = latents.split(1) if vae.use_slicing else (latents,)
-    videos = [vae.decode(part, part.new_zeros(len(part)), return_dict=False)[0] for part in parts]
-    return _pixels(torch.cat(videos))
+    video = pixels.to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (B, 3, P, H, W)
+    distribution = vae.encode(video).latent_dist
+    latents = distribution.mode() if generator is None else distribution.sample(generator)
+    return normalized(vae, latents)
 
 
-def _ltx2(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """SanaVideo with LTX 2's VAE: by the statistics in its buffers."""
-    return _pixels(vae.decode(_by_buffers(vae, latents), return_dict=False)[0])
+def normalized(vae: Any, latents: Tensor) -> Tensor:
+    """Latents of the VAE (B, C, T, h, w) in fp32 as the transformer sees them."""
+    return VIDEO_VAES[type(vae).__name__].scale.normalize(vae, latents.float())
 
 
-def _by_scaling_factor(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """CogVideoX, HunyuanVideo, Kandinsky 5: ``vae.decode(latents / scaling_factor)``."""
-    return _pixels(vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0])
-
-
-def statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (1, C or 1, 1, 1, 1), of what ``vae`` encodes clips to, on ``device``."""
     scale = getattr(vae.config, "scaling_factor", None) or 1.0
     buffers = dict(vae.named_buffers(recurse=False))
@@ -86,6 +77,64 @@ def statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tens
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
+def _of_config(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    # From pageable memory, so the host does not wait for the device.
+    both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+    mean, std = moved(both, like.device).view(2, 1, -1, 1, 1, 1)
+    return mean, std
+
+
+def _of_buffers(vae: Any) -> tuple[Tensor, Tensor, float]:
+    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
+    return mean, std, getattr(vae.config, "scaling_factor", 1.0)
+
+
+def _normalize_by_config(vae: Any, latents: Tensor) -> Tensor:
+    mean, std = _of_config(vae, latents)
+    return (latents - mean) / std
+
+
+def _denormalize_by_config(vae: Any, latents: Tensor) -> Tensor:
+    mean, std = _of_config(vae, latents)
+    return latents * std + mean
+
+
+def _normalize_by_buffers(vae: Any, latents: Tensor) -> Tensor:
+    mean, std, scale = _of_buffers(vae)
+    return (latents - mean) * scale / std
+
+
+def _denormalize_by_buffers(vae: Any, latents: Tensor) -> Tensor:
+    mean, std, scale = _of_buffers(vae)
+    return latents * std / scale + mean
+
+
+_BY_CONFIG = Scale(_normalize_by_config, _denormalize_by_config)
+_BY_BUFFERS = Scale(_normalize_by_buffers, _denormalize_by_buffers)
+_BY_SCALING_FACTOR = Scale(
+    lambda vae, latents: latents * float(vae.config.scaling_factor),
+    lambda vae, latents: latents / vae.config.scaling_factor,
+)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    video: Tensor = vae.decode(latents, return_dict=False)[0]
+    return video
+
+
+def _decoded_at_0(vae: Any, latents: Tensor) -> Tensor:
+    """LTX: newer ones want a timestep, which is 0.
+
+    The pipeline's own default: other timesteps go with noise added to what the transformer made, these are clean.
+    """
+    if not vae.config.timestep_conditioning:
+        video: Tensor = vae.decode(latents, None, return_dict=False)[0]
+        return video
+    # Clip by clip for slicing: its decode() pairs the clips with the timesteps wrongly there.
+    parts = latents.split(1) if vae.use_slicing else (latents,)
+    return torch.cat([vae.decode(part, part.new_zeros(len(part)), return_dict=False)[0] for part in parts])
+
+
 def _z_dim(config: Any) -> int:
     return int(config.z_dim)
 
@@ -94,24 +143,32 @@ def _latent_channels(config: Any) -> int:
     return int(config.latent_channels)
 
 
-def _scale_factor(config: Any) -> int:
-    return int(config.scale_factor_temporal)
+def _scale_factors(config: Any) -> tuple[int, int]:
+    return config.scale_factor_temporal, config.scale_factor_spatial
 
 
-def _compression_ratio(config: Any) -> int:
-    return int(config.temporal_compression_ratio)
+def _compression_ratios(config: Any) -> tuple[int, int]:
+    return config.temporal_compression_ratio, config.spatial_compression_ratio
 
 
-def _ltx_factor(config: Any) -> int:
+def _ltx(config: Any) -> tuple[int, int]:
     # As the model itself does where its config does not say.
-    return int(config.temporal_compression_ratio or config.patch_size_t * 2 ** sum(config.spatio_temporal_scaling))
+    scaled = 2 ** sum(config.spatio_temporal_scaling)
+    return (
+        config.temporal_compression_ratio or config.patch_size_t * scaled,
+        config.spatial_compression_ratio or config.patch_size * scaled,
+    )
+
+
+def _cogvideox(config: Any) -> tuple[int, int]:
+    return int(config.temporal_compression_ratio), int(2 ** (len(config.block_out_channels) - 1))
 
 
 # By class; which families decode with which is in the families' table.
 VIDEO_VAES = {
-    "AutoencoderKLWan": VideoVae(_z_dim, _scale_factor, _by_config),
-    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx_factor, _ltx),
-    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx_factor, _ltx2),
-    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
-    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _compression_ratio, _by_scaling_factor),
+    "AutoencoderKLWan": VideoVae(_z_dim, _scale_factors, _BY_CONFIG, _decoded),
+    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx, _BY_BUFFERS, _decoded_at_0),
+    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx, _BY_BUFFERS, _decoded),
+    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _cogvideox, _BY_SCALING_FACTOR, _decoded),
+    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _compression_ratios, _BY_SCALING_FACTOR, _decoded),
 }

@@ -122,7 +122,7 @@ class LatentDecoder:
         """Pixel frames of a latent frame after the first: the VAE's, where it is there, or those that it may have."""
         if self._vae is None:
             return self._family.temporal_factors
-        return (_rule_of(self._vae, self._family).temporal_factor(self._vae.config),)
+        return (_rule_of(self._vae, self._family).compression(self._vae.config)[0],)
 
     def unload(self) -> None:
         """Lets go of a VAE that was loaded here; the next decoding loads it again."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..families.vaes import encode
+from crepa_kernels.models.vaes import encode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import raster_layout
-from crepa_kernels.models.vaes import VIDEO_VAES
+from crepa_kernels.models.vaes import VIDEO_VAES, encode
 
 from .folder import constructor_defaults, has_part, missing_shards, read_config
 from .noise import NoisyLatents, add_noise, scheduler_shift, shifted, with_clean_first_frame
 from .sizes import ClipSize, ModelSizes
 from .text_limits import TextLimits
-from .vaes import encode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,8 +11,6 @@ from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import TokenLayout, patch_size, raster_layout
 from crepa_kernels.models.vaes import VIDEO_VAES
 
-from .vaes import ENCODINGS
-
 
 class ClipSize(Protocol):
     """Size of a training clip in pixels and pixel frames."""
@@ -54,7 +52,7 @@ class ModelSizes:
     @property
     def compression(self) -> tuple[int, int]:
         """(pixel frames, pixels) of one latent frame and of one latent's side."""
-        return ENCODINGS[str(self.vae_class)].compression(self.config("vae"))
+        return VIDEO_VAES[str(self.vae_class)].compression(self.config("vae"))
 
     def check_bucket(self, bucket: ClipSize) -> None:
         """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""

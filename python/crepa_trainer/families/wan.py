@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from crepa_kernels.models.vaes import normalized
+
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
 from .noise import NoisyLatents, scheduler_shift, shifted
 from .text_limits import tokens
-from .vaes import normalized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
