@@ -50,10 +50,12 @@ def write_with_empty_samples(path: Path, frames: Iterable[np.ndarray]) -> Path:
         for packet in source.demux(video=0):
             if packet.dts is None:
                 continue
-            # The second is an access unit delimiter alone.
+            # The second is an access unit delimiter alone. Muxing changes a packet's time base to the target's.
+            base = packet.time_base
             for each in (packet, av.Packet(bytes.fromhex("00000003460150"))):
-                each.time_base, each.stream = packet.time_base, stream
+                each.time_base, each.stream = base, stream
                 each.pts = each.dts = 512 * number
+                each.duration = 512
                 number += 1
                 target.mux(each)
     whole.unlink()
