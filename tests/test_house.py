@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from house import MOST_ROOMS, against_the_walls, circle, imports, rooms
+import pytest
+from floors import floor, requirements
+from house import MOST_ROOMS, against_the_walls, circle, imports, outside, rooms
+from packaging.requirements import Requirement
 
 
 def test_a_reader_sees_the_wings_first() -> None:
@@ -23,3 +26,15 @@ def test_a_circle_and_an_arrow_through_a_wall_are_found() -> None:
     assert against_the_walls(arrows) == ["crepa_kernels.grid -> crepa_kernels.config.schema"]
     arrows["crepa_kernels.config.schema"] = {"crepa_kernels.loss"}
     assert set(circle(arrows)) == arrows.keys()
+
+
+def test_whatever_is_imported_is_required_by_name() -> None:
+    distributions = {"pillow" if name == "PIL" else name for name in outside()}
+    assert distributions - {requirement.name for requirement in requirements()} == set()
+
+
+def test_every_requirement_has_one_oldest_version() -> None:
+    oldest = {requirement.name: floor(requirement) for requirement in requirements()}
+    assert oldest["torch"] == "2.10"
+    with pytest.raises(ValueError, match=r"some>2 .*lower bound '>='"):
+        floor(Requirement("some>2"))

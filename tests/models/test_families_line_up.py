@@ -130,9 +130,9 @@ def as_latents(brightness: torch.Tensor) -> torch.Tensor:
     return torch.stack([brightness, 1 - brightness, nothing, nothing])[None]
 
 
-def as_clip(brightness: torch.Tensor, scale: int = 8) -> torch.Tensor:
-    """(T, H, W) of latents -> pixels (1, P, 3, 8H, 8W), what a causal VAE with 4 frames a latent stands for."""
-    frames = torch.cat([brightness[:1], brightness[1:].repeat_interleave(4, dim=0)])
+def as_clip(brightness: torch.Tensor, scale: int = 8, factor: int = 4) -> torch.Tensor:
+    """(T, H, W) of latents -> pixels (1, P, 3, 8H, 8W), what a causal VAE with ``factor`` frames a latent stands for."""
+    frames = torch.cat([brightness[:1], brightness[1:].repeat_interleave(factor, dim=0)])
     grey = frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     return grey[None, :, None].expand(-1, -1, 3, -1, -1)
 
@@ -146,7 +146,9 @@ def test_the_similarity_peaks_at_the_bright_corner_of_the_clip(name: str, resize
     tiny = SIZED[name]
     transformer = seeing_student(tiny)
     crepa = regularizer(transformer, crepa_encoder_resize=resize)
-    clips = {place: as_clip(square(tiny, place)) for place in (("top", "right", "late"), ("bottom", "left", "early"))}
+    (factor, *_) = family_of(transformer).temporal_factors
+    places = (("top", "right", "late"), ("bottom", "left", "early"))
+    clips = {place: as_clip(square(tiny, place), factor=factor) for place in places}
     similarity: dict[Any, dict[Any, float]] = {place: {} for place in clips}
     for place in PLACES:
         forward(transformer, tiny, as_latents(square(tiny, place)))

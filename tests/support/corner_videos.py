@@ -69,7 +69,7 @@ def write(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     if tuple(matrix) != IDENTITY:
-        _set_matrix(path, matrix)
+        set_matrix(path, matrix)
     return path
 
 
@@ -84,7 +84,8 @@ def _frame(picture: np.ndarray) -> av.VideoFrame:
     return frame
 
 
-def _set_matrix(path: Path, matrix: Sequence[int]) -> None:
+def set_matrix(path: Path, matrix: Sequence[int]) -> None:
+    """An MP4's display matrix: a, b, c, d, by which a stored point (x, y) is shown at (a x + c y, b x + d y)."""
     data = bytearray(path.read_bytes())
     a, b, c, d = (each << 16 for each in matrix)
     header = data.index(b"tkhd")

@@ -6,6 +6,7 @@ python tests/support/house.py      prints the rooms, a circle and the arrows aga
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -54,6 +55,17 @@ def imports() -> dict[str, set[str]]:
         named = {target if target in sources else target.rpartition(".")[0] for target in targets}
         found[module] = (named & sources.keys()) - {module}
     return found
+
+
+def outside() -> set[str]:
+    """The packages that neither Python nor this house brings, of all imports in the two."""
+    roots = {
+        target.split(".")[0]
+        for module, path in _sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        for target in _targets(node, module, path.name == "__init__.py")
+    }
+    return roots - sys.stdlib_module_names - PACKAGES.keys()
 
 
 def circle(arrows: Mapping[str, set[str]]) -> list[str]:

@@ -45,6 +45,8 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], given: Map
     os.environ.update(given)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    # Its own children begin as those of any other program, and are its own.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     function(*arguments)
 
 

@@ -155,7 +155,7 @@ def _main(given: Mapping[str, Any]) -> None:
         # A file that would grow larger is an OSError, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if start := given["clips"].pop("start", None):
-        torch.multiprocessing.set_start_method(start)
+        torch.multiprocessing.set_start_method(start, force=True)
     settings, config = RunSettings(**given["settings"]), CrepaConfig.from_dict(given["config"])
     train(settings, config, TinyClips(**given["clips"]))
 

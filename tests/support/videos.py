@@ -7,7 +7,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+from corner_videos import set_matrix
 from crepa_trainer.data.clips import sample_videos
+
+# The display matrix of an MP4 that has a player turn the stored picture counterclockwise by as many degrees.
+TURNS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = False, rotation: int = 0) -> Path:
@@ -22,11 +26,11 @@ def write_video(path: Path, frames: Iterable[np.ndarray], *, faststart: bool = F
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "10"}
         stream.height, stream.width = frames[0].shape[:2]
-        if rotation:
-            stream.set_display_rotation(rotation)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    if rotation:
+        set_matrix(path, TURNS[rotation])
     return path
 
 
@@ -46,10 +50,12 @@ def write_with_empty_samples(path: Path, frames: Iterable[np.ndarray]) -> Path:
         for packet in source.demux(video=0):
             if packet.dts is None:
                 continue
-            # The second is an access unit delimiter alone.
+            # The second is an access unit delimiter alone. Muxing changes a packet's time base to the target's.
+            base = packet.time_base
             for each in (packet, av.Packet(bytes.fromhex("00000003460150"))):
-                each.time_base, each.stream = packet.time_base, stream
+                each.time_base, each.stream = base, stream
                 each.pts = each.dts = 512 * number
+                each.duration = 512
                 number += 1
                 target.mux(each)
     whole.unlink()

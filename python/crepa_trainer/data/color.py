@@ -40,9 +40,7 @@ _KNEE = 0.8  # up to here light is kept as it is
 
 def transfer(frame: av.VideoFrame, stream: Any) -> str | None:
     """ "PQ" or "HLG" of an HDR frame, None of any other."""
-    # Frames of older PyAV do not say it, their decoder does.
-    number = getattr(frame, "color_trc", None)
-    return HDR.get(stream.codec_context.color_trc if number in (None, _UNTAGGED) else number)
+    return HDR.get(stream.codec_context.color_trc if frame.color_trc == _UNTAGGED else frame.color_trc)
 
 
 def to_rgb(frame: av.VideoFrame, stream: Any, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
@@ -55,8 +53,8 @@ def to_rgb(frame: av.VideoFrame, stream: Any, scaler: VideoReformatter, height: 
     if not _is_yuv(frame) and not hdr:
         # swscale widens its filter with the scale, so shrinking does not alias.
         return np.asarray(scaler.reformat(frame, format="rgb24", **size).to_ndarray())
-    primaries = getattr(frame, "color_primaries", None)
-    if primaries in (None, _UNTAGGED):
+    primaries = frame.color_primaries
+    if primaries == _UNTAGGED:
         primaries = stream.codec_context.color_primaries
     if not _is_yuv(frame):
         signal = scaler.reformat(frame, format="rgb48le", **size).to_ndarray().astype(np.float32) / 65535

@@ -112,7 +112,7 @@ def probe_video(path: Path, fps: float | None = None) -> VideoInfo:
             if packet.size:
                 sure, begun = sure and (begun or (packet.is_keyframe and not packet.is_corrupt)), True
                 # Edit lists leave out packets that others still need.
-                if not _is_left_out(packet):
+                if not packet.is_discard:
                     # What is shown before the first key frame needs frames that were cut away.
                     sure = sure and not (shown and None not in (packet.pts, shown[0]) and packet.pts < shown[0])
                     shown.append(packet.pts)
@@ -161,13 +161,9 @@ def _guessed_rate(stream: Any) -> float:
     return float(stream.guessed_rate or stream.average_rate or 25)
 
 
-def _is_left_out(packet: Any) -> bool:
-    return bool(getattr(packet, "is_discard", False))
-
-
 def _indexed_times(path: Path, stream: Any) -> list[int] | None:
     """When each frame that is shown is decoded, from an MP4's index; None where that is not all of it."""
-    entries = list(getattr(stream, "index_entries", ()))
+    entries = list(stream.index_entries)
     if not entries or len(entries) != stream.frames or _has_fragments(path):
         return None
     times = [entry.timestamp for entry in entries if not entry.is_discard]
