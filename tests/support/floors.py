@@ -1,6 +1,6 @@
 """What pyproject.toml needs at the oldest version that it allows, one requirement a line, as pip reads it.
 
-python tests/floors.py      for ``make floors``
+python tests/support/floors.py      for ``make floors``
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def requirements() -> Iterator[Requirement]:
