@@ -83,8 +83,11 @@ def test_kernels_of_normalized_tokens_on_hopper() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"masked": True}, {"masked": True, "change": "resample", "recompute": True}, {"change": "pool", "tokens": 1}],
-    ids=["masked", "resampled", "pooled"],
+    [
+        pytest.param({"masked": True}, id="masked", marks=pytest.mark.slow),
+        pytest.param({"masked": True, "change": "resample", "recompute": True}, id="resampled"),
+        pytest.param({"change": "pool", "tokens": 1}, id="pooled", marks=pytest.mark.slow),
+    ],
 )
 def test_masks_and_moved_students_on_hopper(options: dict[str, Any]) -> None:
     """What a compile-time switch leaves out of the other tests' kernels."""

@@ -240,7 +240,7 @@ def test_nothing_is_tried_in_a_backward_pass(eligible: list[Any]) -> None:
     assert eligible == []
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sound", [False, True])
 def test_a_trace_checks_beside_it(
     sound: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eligible: list[Any]
@@ -441,7 +441,7 @@ print("went on")
 def elsewhere(tmp_path: Path, before: str = "", **environment: str) -> list[str]:
     root = Path(__file__).parents[2]
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "CC", "CXX")}
-    kept |= {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), kept.get("PYTHONPATH", "")])}
+    kept |= {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "support"), kept.get("PYTHONPATH", "")])}
     kept |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(RUN).format(before=before)],

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 NO_COMPILER = "no-such-compiler"
 OURS = ("CREPA_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
-RUN = "runpy.run_path('setup.py', run_name='__main__')"
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++").split()[0]) is None, reason="there is no C++ compiler"
 )
@@ -25,18 +27,17 @@ def setup(
     *command: str, root: Path = ROOT, cuda: str | None = None, hip: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """setup.py of ``root``, run with a torch that says it is built with CUDA ``cuda`` or ROCm ``hip`` where given."""
-    ours = {name: value for name, value in os.environ.items() if name not in OURS}
-    arguments = ["setup.py", "-q", *command]
-    says = [f"torch.version.{name} = {it!r}" for name, it in (("cuda", cuda), ("hip", hip)) if it]
-    run = ["-c", "\n".join(["import runpy, sys, torch", *says, f"sys.argv = {arguments}", RUN])]
-    return subprocess.run(
-        [sys.executable, *(run if says else arguments)],
-        cwd=root,
-        env={**ours, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return processes.run(_setup, root, command, cuda, hip, environment, without=OURS)
+
+
+def _setup(root: Path, command: Sequence[str], cuda: str | None, hip: str | None, given: Mapping[str, str]) -> None:
+    os.chdir(root)
+    os.environ.update(given)
+    sys.argv = ["setup.py", "-q", *command]
+    torch.version.cuda, torch.version.hip = cuda or torch.version.cuda, hip or torch.version.hip
+    # It looks for a toolkit when it is imported.
+    assert "torch.utils.cpp_extension" not in sys.modules
+    runpy.run_path("setup.py", run_name="__main__")
 
 
 def executable(path: Path, script: str) -> Path:
@@ -171,7 +172,9 @@ def test_a_compiler_that_nvcc_does_not_take_costs_the_cuda_half_alone(tmp_path: 
 def test_torch_that_finds_no_libraries_and_a_compiler_of_no_name(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    done = setup("--version", PYTHONPATH=str(tmp_path), CXX="")
+    given = {**os.environ, "PYTHONPATH": str(tmp_path), "CXX": ""}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "libcudart.so.13: cannot open shared object file" in done.stderr
 

@@ -61,6 +61,7 @@ def gradients(name: str, prepare: Callable[[Any], None], dtype: torch.dtype) -> 
     return {key: value.grad.double() for key, value in transformer.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_on_a_cpu_give_the_right_gradients() -> None:
     """HunyuanVideo's, which Inductor's own choices get 1.6 % wrong."""
     torch._dynamo.reset()

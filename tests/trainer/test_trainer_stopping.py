@@ -52,7 +52,7 @@ def checkpoints(output: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("number", "processes", "workers"),
     [
-        (signal.SIGINT, 1, 0),
+        pytest.param(signal.SIGINT, 1, 0, marks=pytest.mark.slow),
         (signal.SIGTERM, 1, 2),
         pytest.param(signal.SIGTERM, 2, 1, marks=pytest.mark.slow),
     ],

@@ -76,7 +76,7 @@ def test_two_ranks_with_workers_are_two_without(models: Path, tmp_path: Path) ->
     assert_same_run(tmp_path / "2", tmp_path / "0")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 0), pytest.param(0, 2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_with_another_number_of_workers(
     models: Path, alone: Path, tmp_path: Path, before: int, after: int
 ) -> None:
