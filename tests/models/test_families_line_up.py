@@ -131,7 +131,7 @@ def as_latents(brightness: torch.Tensor) -> torch.Tensor:
 
 
 def as_clip(brightness: torch.Tensor, scale: int = 8, factor: int = 4) -> torch.Tensor:
-    """(T, H, W) of latents -> pixels (1, P, 3, 8H, 8W), for which a causal VAE with ``factor`` frames a latent has them."""
+    """(T, H, W) of latents -> pixels (1, P, 3, 8H, 8W) of a causal VAE with ``factor`` frames a latent."""
     frames = torch.cat([brightness[:1], brightness[1:].repeat_interleave(factor, dim=0)])
     grey = frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     return grey[None, :, None].expand(-1, -1, 3, -1, -1)
