@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
 TRITON_TESTS := $(addprefix tests/loss/test_,triton.py triton_operators.py triton_products.py triton_resampled.py \
-	autocast.py self_check.py ahead_of_time.py)
+	autocast.py self_check.py self_check_elsewhere.py ahead_of_time.py)
 GPU_HOUR := $(PYTHON) -m benches.gpu.hour
 
 # CUDA builds of torch come from PyPI, about 3 GB an environment; CUDA_ENVS names environments that are there already.
