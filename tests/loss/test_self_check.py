@@ -236,7 +236,7 @@ def test_nothing_is_tried_in_a_backward_pass(eligible: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("sound", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_trace_checks_beside_it(
     sound: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eligible: list[Any]
 ) -> None:

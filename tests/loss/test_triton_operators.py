@@ -39,8 +39,8 @@ ways = pytest.mark.parametrize(
         pytest.param(WAYS[0], torch.bfloat16, False, id="raw"),
         pytest.param(WAYS[1], torch.bfloat16, True, id="combined-masked-recomputed"),
         pytest.param(WAYS[2], torch.float32, False, id="resampled-masked"),
-        pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed"),
-        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters"),
+        pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed", marks=pytest.mark.slow),
+        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters", marks=pytest.mark.slow),
     ],
 )
 slow = pytest.mark.slow

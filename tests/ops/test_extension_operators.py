@@ -297,7 +297,7 @@ for _ in range(2):
 
 
 @needs_extension
-@pytest.mark.parametrize("instructions", ["generic", "avx2"])
+@pytest.mark.parametrize("instructions", ["generic", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_older_processors_get_the_same_numbers(instructions: str) -> None:
     code = """
 import torch

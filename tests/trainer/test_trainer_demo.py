@@ -149,6 +149,7 @@ def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) 
     assert summary.rise > 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path) -> None:
     output, summary, _ = finished
     again, _ = demo(small(videos, tmp_path / "again"))
@@ -215,8 +216,11 @@ def test_after_a_cutoff_no_frame_is_encoded(videos: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 4},
-        {"crepa_encoder_resize": "square", "crepa_encoder_image_size": 70, "crepa_frame_map": "mean"},
+        pytest.param({"crepa_feature_source": "backbone", "crepa_teacher_block_index": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            {"crepa_encoder_resize": "square", "crepa_encoder_image_size": 70, "crepa_frame_map": "mean"},
+            marks=pytest.mark.slow,
+        ),
         {"crepa_encoder_resize": "square", "crepa_encoder_image_size": 28, "crepa_spatial_align": "teacher"},
     ],
     ids=["backbone", "mean of frames", "student resampled"],

@@ -81,6 +81,7 @@ def test_a_run_that_a_signal_stopped_goes_on(
         assert rows == train(settings.model_copy(update={**longer, "output": tmp_path / "whole"}), config, TinyClips())
 
 
+@pytest.mark.slow
 def test_a_demo_that_a_signal_stopped_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mp4", moving_square(33))
