@@ -54,28 +54,20 @@ class Cost:
 
 
 _recording: list[Launch] | None = None
-_counting = True
 
 
 @contextmanager
-def recorded(*, count_bytes: bool = True) -> Iterator[list[Launch]]:
-    """Inside, launches are listed and not carried out, operators aside; results hold whatever their memory held.
-
-    Without ``count_bytes`` they are said to move nothing, and what the host does is what a step has it do.
-    """
-    global _recording, _counting
-    outer = _recording, _counting
-    found: list[Launch] = []
-    _recording, _counting = found, count_bytes
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, launches are listed and not carried out, operators aside; results hold whatever their memory held."""
+    global _recording
+    outer, _recording = _recording, []
     try:
-        yield found
+        yield _recording
     finally:
-        _recording, _counting = outer
+        _recording = outer
 
 
 def _bytes(parts: tuple[torch.Tensor | int, ...]) -> int:
-    if not _counting:
-        return 0
     return sum(part if isinstance(part, int) else part.numel() * part.element_size() for part in parts)
 
 
