@@ -23,6 +23,7 @@ SHARED_MEMORY = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
     "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
+_INSTRUCTION = r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S"
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
     torch.int64: "*i64", torch.uint8: "*u8",
@@ -186,8 +187,22 @@ def _nvidia_facts(built: Any) -> dict[str, Any]:
         "registers": used("REG"), "stack": used("STACK"), "matrix": count(r"\b(?:HGMMA|HMMA|UTCHMMA)\b"),
         "wgmma": count(r"\bHGMMA\b"), "wide_loads": count(r"\b(?:LDG|LDGSTS)\.[\w.]*128") + count(r"\bUTMALDG\b"),
         "narrow_loads": count(r"\bLDG\.[\w.]*U16"), "barriers": count(r"\bBAR\.SYNC\b"),
-        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S"),
+        "instructions": count(_INSTRUCTION), "in_loop": _in_loop(sass),
     }  # fmt: skip
+
+
+def _in_loop(sass: str) -> int:
+    """Instructions of the longest loop: from the label that a jump goes back to, to the jump."""
+    labels: dict[str, int] = {}
+    longest = passed = 0
+    for line in sass.splitlines():
+        if found := re.match(r"(\.L_x_\d+):", line):
+            labels[found.group(1)] = passed
+        elif re.match(_INSTRUCTION, line):
+            passed += 1
+            if (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and jump.group(1) in labels:
+                longest = max(longest, passed - labels[jump.group(1)])
+    return longest
 
 
 def compile_and_print(request: Request) -> None:
