@@ -1,4 +1,5 @@
 // Operators on rows of projected tokens: similarity with the teacher's rows, its gradient, and normalized tokens.
+#include <algorithm>
 #include <optional>
 #include <type_traits>
 
@@ -139,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows(
                   " are not within a clip of ", weights.size(0));
   // Those that lead out of the clip from every frame are nobody's, and may be too large to add to one.
   const int64_t clip_frames = weights.size(0);
-  std::erase_if(offsets, [&](int64_t offset) { return offset <= -clip_frames || offset >= clip_frames; });
+  const auto leads_out = [&](int64_t offset) { return offset <= -clip_frames || offset >= clip_frames; };
+  offsets.erase(std::remove_if(offsets.begin(), offsets.end(), leads_out), offsets.end());
   check_reach(teacher, base, first, rows / tokens, weights.size(0), offsets);
   const auto empty = [&] { return torch::stable::new_empty(projected, {rows}, wide); };
   const Alignment result{empty(), empty(), empty(), empty()};

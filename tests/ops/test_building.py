@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -222,3 +223,16 @@ def test_the_cuda_half_is_for_what_nvcc_knows_and_brings_libtorch(
     needed = re.findall(r"NEEDED.*\[(.*)\]", header)
     assert "libtorch.so" in needed
     assert "libtorch_cuda.so" not in needed
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
+def test_the_sources_are_of_the_standard_that_older_torch_compiles(source: Path) -> None:
+    """torch 2.10 and 2.11 ask for C++17, this one for C++20."""
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [f"-I{folder}" for folder in (ROOT / "csrc", *include_paths(), sysconfig.get_paths()["include"])]
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-fsyntax-only", "-w", target, *folders, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
