@@ -36,6 +36,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 _WRITING = ".writing-"
+_EMA = "average"  # in the names of files, where earlier checkpoints have it
 _ANEW = "start anew in another output"
 _OLDER = f"remove it to go on from the one before it, or {_ANEW}"
 _ADVICE = "go on with what it had, or start anew in another output"
@@ -226,13 +227,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
-    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average; of the transformer the
+    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
     trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
     checkpoint that somebody else made runs none of their code.
 
     Args:
         state: what the run trains.
-        average: of its weights, or None.
+        ema: of its weights, or None.
         save_lora: writes the LoRA into a folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
@@ -243,7 +244,7 @@ class Checkpoints:
     def __init__(
         self,
         state: TrainState,
-        average: EMAModel | None,
+        ema: EMAModel | None,
         *,
         save_lora: Callable[[Path], object] | None,
         output: Path,
@@ -251,7 +252,7 @@ class Checkpoints:
         identity: Mapping[str, Any],
         model: str,
     ) -> None:
-        self._state, self._average = state, average
+        self._state, self._ema = state, ema
         self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
@@ -279,8 +280,8 @@ class Checkpoints:
             file = folder / f"{name}.safetensors"
             state = read_state(file)
             _put_back(file, partial(_give, name, part, state))
-        if self._average is not None:
-            self._average.to(self._state.accelerator.device)
+        if self._ema is not None:
+            self._ema.to(self._state.accelerator.device)
         file = folder / self._random_file
         numbers = read_state(file)
         _put_back(file, lambda: set_random_state(numbers, self._state.accelerator.device))
@@ -292,7 +293,7 @@ class Checkpoints:
             "scheduler": self._state.scheduler,
             "scaler": self._state.accelerator.scaler,
             "crepa": self._state.crepa,
-            "average": self._average,
+            _EMA: self._ema,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -376,10 +377,10 @@ def _put_back(file: Path, work: Callable[[], object]) -> None:
 
 
 def _give(name: str, part: Any, state: dict[str, Any]) -> None:
-    # Neither the optimiser nor the average looks at shapes: they would fail in their next step.
+    # Neither the optimiser nor the EMA looks at shapes: they would fail in their next step.
     if name == "optimizer":
         state = _numbered(state, part)
-    elif name == "average":
+    elif name == _EMA:
         old, new = ([each.shape for each in shadows] for shadows in (state["shadow_params"], part.shadow_params))
         if old != new:
             raise ValueError("its weights have other shapes")

@@ -30,7 +30,7 @@ from .reporting.plan import make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
 from .reporting.trackers import MetricsTracker
-from .state import TrainState, make_average, make_state, trained_parameters
+from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
 from .terminal import plain
@@ -150,11 +150,11 @@ def train_on(
     set_seed(settings.seed)
     state = make_state(accelerator, family, settings, config)
     transformer = accelerator.unwrap_model(state.transformer)
-    average = make_average(transformer, settings.ema_decay)
+    ema = make_ema(transformer, settings.ema_decay)
     full = settings.training == "full"
     checkpoints = Checkpoints(
         state,
-        average,
+        ema,
         save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
         output=settings.output,
         kept=settings.checkpoints_kept,
@@ -170,11 +170,11 @@ def train_on(
         console.print("there is no checkpoint yet: starting at step 0", highlight=False)
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    trained = TrainingRun(family, settings, clips, state, average, checkpoints)
+    trained = TrainingRun(family, settings, clips, state, ema, checkpoints)
     stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        export.export(family, transformer, state.crepa, average, full=full, folder=folder)
+        export.export(family, transformer, state.crepa, ema, full=full, folder=folder)
         where = export.where(folder, full=full, expert=settings.expert)
         console.print(plain(where), highlight=False, markup=False, soft_wrap=True)
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
@@ -199,7 +199,7 @@ class TrainingRun:
     settings: RunSettings
     clips: CachedClips
     state: TrainState
-    average: EMAModel | None
+    ema: EMAModel | None
     checkpoints: Checkpoints
 
     def __post_init__(self) -> None:
@@ -280,8 +280,8 @@ class TrainingRun:
             if (matrix := logs.pop("similarity_matrix", None)) is not None:
                 self._show_matrix(step, matrix)
             values.add(logs)
-        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.step(trained_parameters(self.transformer).values())
+        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.step(trained_parameters(self.transformer).values())
         return values
 
     def _show_matrix(self, step: int, matrix: Tensor) -> None:
@@ -293,7 +293,7 @@ class TrainingRun:
     def _validate(self, done: int) -> None:
         if self.accelerator.is_main_process:
             sampling = self._sampling()
-            with export.averaged(self.transformer, self.average):
+            with export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, self.settings.output / "validation" / f"step-{done:08d}", f"prompt-{number}")

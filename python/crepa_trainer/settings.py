@@ -124,7 +124,7 @@ class RunSettings(BaseModel):
     )
     compile_blocks: bool = Field(False, description="torch.compile each block; must be true or false")
     ema_decay: float | None = Field(
-        None, ge=0, lt=1, description="of an average of the trained weights, none when null; must be in [0, 1)"
+        None, ge=0, lt=1, description="of the trained weights' moving average, none when null; must be in [0, 1)"
     )
     seed: Integer = Field(0, ge=0, description="of weights, noise and order of clips; must be an integer >= 0")
     cache: Folder | None = Field(None, description="folder of encoded clips and captions, output/cache when null")
