@@ -32,7 +32,6 @@ from crepa_kernels.clock import CaptureError, Step, first_line
 
 AGAIN = 75  # exit status
 ENDED = "the process ended while it was measured"
-PEERS = ("compiled bf16", "eager fp32")
 CALLS: dict[str, Callable[[Workload], Step]] = {
     "triton": lambda work: work.triton(),
     "triton recompute": lambda work: work.triton(recompute=True),

@@ -18,6 +18,7 @@ from tiny import CHANNELS, clip_pixels
 from tiny_hub_folders import QWEN_DIM
 
 from crepa_kernels import image_to_video_mask
+from crepa_kernels.models.layouts import raster_layout
 
 STEPS = 4
 # Of the pipelines' calls only, or of how the answer is returned.
@@ -166,7 +167,7 @@ def test_sizes_from_the_configs_are_those_of_the_transformer(case: HubCase, fami
     transformer = family.load_transformer(torch.float32)
     assert family.blocks == len(family.row.blocks(transformer))
     assert family.hidden_size == family.row.hidden_size(transformer.config)
-    layout = family.row.layout(transformer, family.latent_shape(case.size)[1:])
+    layout = raster_layout(transformer.config, family.latent_shape(case.size)[1:])
     assert family.token_grid(case.size) == (layout.frames, *layout.grid)
 
 
