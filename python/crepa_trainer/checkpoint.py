@@ -117,11 +117,10 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
     else:
         folder = _named(settings.resume, complete)
     found = read_checkpoint(folder)
-    keys = sorted({*identity, *found.identity})
     differing = [
-        f"{key} = {json.dumps(identity.get(key))} (checkpoint: {json.dumps(found.identity.get(key))})"
-        for key in keys
-        if key in identity and identity.get(key) != found.identity.get(key)
+        f"{key} = {json.dumps(value)} (checkpoint: {json.dumps(found.identity.get(key))})"
+        for key, value in sorted(identity.items())
+        if value != found.identity.get(key)
     ]
     if differing:
         raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}; {_ADVICE}")
@@ -173,18 +172,12 @@ def check_videos(checkpoint: Checkpoint, found: FoundClips) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed to their place, oldest first."""
-    found = (path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
+    return sorted(path for path in _of_steps(folder) if (path / STATE_FILE).exists())
+
+
+def _of_steps(folder: Path) -> list[Path]:
     # A copy that somebody keeps under a name of its own is theirs.
-    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
-
-
-def _partial(folder: Path) -> list[Path]:
-    """Folders in a checkpoint's place that are none, as a kill leaves one that was being removed."""
-    return [
-        path
-        for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdecimal() and not (path / STATE_FILE).exists()
-    ]
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -316,7 +309,9 @@ class Checkpoints:
 
     def _clear(self, temporary: Path) -> None:
         if self._state.accelerator.is_main_process:
-            for leftover in (*self._folder.glob(f"{_WRITING}*"), *_partial(self._folder)):
+            # A kill may also leave a folder in a checkpoint's place that is none.
+            partial_ones = [path for path in _of_steps(self._folder) if not (path / STATE_FILE).exists()]
+            for leftover in (*self._folder.glob(f"{_WRITING}*"), *partial_ones):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
@@ -356,11 +351,8 @@ class Checkpoints:
             saved = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-        wrong = sorted(
-            name
-            for name in {*saved, *trained}
-            if name not in saved or name not in trained or saved[name].shape != trained[name].shape
-        )
+        shapes = [{name: each.shape for name, each in tensors.items()} for tensors in (saved, trained)]
+        wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         if wrong:
             raise ValueError(f"{file} is of another model, first at {wrong[0]}")
         with torch.no_grad():

@@ -33,7 +33,7 @@ from .reporting.trackers import MetricsTracker
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
-from .terminal import plain
+from .terminal import say
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def train_on(
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
-        console.print(plain(f"going on from {checkpoint.folder}"), highlight=False, markup=False, soft_wrap=True)
+        say(console, f"going on from {checkpoint.folder}")
         checkpoints.load(checkpoint)
     elif settings.resume is not None:
-        console.print("there is no checkpoint yet: starting at step 0", highlight=False)
+        say(console, "there is no checkpoint yet: starting at step 0")
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints)
@@ -175,8 +175,7 @@ def train_on(
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
         export.export(family, transformer, state.crepa, ema, full=full, folder=folder)
-        where = export.where(folder, full=full, expert=settings.expert)
-        console.print(plain(where), highlight=False, markup=False, soft_wrap=True)
+        say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
