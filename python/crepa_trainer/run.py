@@ -65,7 +65,7 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> Trainin
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     check_folders(settings)
     first = os.environ.get("RANK", "0") == "0"
     with one_run_in(settings.output) if first else nullcontext():
@@ -89,7 +89,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     check_folders(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
@@ -104,7 +104,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
 
     ValueError where the launcher's environment says something else, as `check_launcher`.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     accelerator = Accelerator(
         # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
         cpu=training_device() == "cpu",
@@ -122,12 +122,6 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
     return accelerator
-
-
-def _check_launcher(settings: RunSettings) -> None:
-    check_launcher(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps
-    )
 
 
 def train_on(

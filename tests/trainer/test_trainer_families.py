@@ -42,8 +42,7 @@ def test_sizes_from_the_configs_are_those_of_the_models(family: TrainingFamily) 
     latents = family.encode_latents(vae, clip_pixels(batch=2))
     assert latents.shape == (2, *family.latent_shape(bucket))
     layout = raster_layout(transformer.config, latents.shape[2:])
-    assert family.token_grid(bucket) == (layout.frames, *layout.grid)
-    assert family.tokens_per_frame(bucket) == layout.grid[0] * layout.grid[1]
+    assert family.layout(bucket) == layout
     assert family.hidden_size == family_of(transformer).hidden_size(transformer.config)
     assert family.blocks == len(transformer.blocks)
     assert not any(p.requires_grad for p in (*vae.parameters(), *transformer.parameters()))

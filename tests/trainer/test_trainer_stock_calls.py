@@ -168,7 +168,7 @@ def test_sizes_from_the_configs_are_those_of_the_transformer(case: HubCase, fami
     assert family.blocks == len(family.row.blocks(transformer))
     assert family.hidden_size == family.row.hidden_size(transformer.config)
     layout = raster_layout(transformer.config, family.latent_shape(case.size)[1:])
-    assert family.token_grid(case.size) == (layout.frames, *layout.grid)
+    assert family.layout(case.size) == layout
 
 
 def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFamily, stock: Any) -> None:

@@ -95,16 +95,6 @@ class ModelSizes:
         """How a clip's tokens lie in the transformer, from configs alone."""
         return raster_layout(self.config("transformer"), self.latent_shape(bucket)[1:])
 
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
-        layout = self.layout(bucket)
-        return layout.frames, *layout.grid
-
-    def tokens_per_frame(self, bucket: ClipSize) -> int:
-        """Tokens of one token frame."""
-        _, height, width = self.token_grid(bucket)
-        return height * width
-
     @property
     def hidden_size(self) -> int:
         """Width D of a block's output."""
