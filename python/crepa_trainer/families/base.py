@@ -43,6 +43,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
         lora_targets: attention projections that get a LoRA when the settings name none.
+        known: every family by its name.
 
     Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
@@ -56,10 +57,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
     encodes_first_frame: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
+    known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
-        TrainingFamily._known[cls.name] = cls
+        TrainingFamily.known[cls.name] = cls
 
     def __init__(
         self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]], expert: str | None = None
@@ -83,9 +84,9 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
         index = read_config(model)
         transformer = index.get("transformer") or [None, None]
-        found = {each.transformer_class: each for each in cls._known.values()}.get(transformer[1])
+        found = {each.transformer_class: each for each in cls.known.values()}.get(transformer[1])
         if found is None:
-            known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls._known.values())
+            known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls.known.values())
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
