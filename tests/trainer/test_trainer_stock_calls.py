@@ -119,7 +119,8 @@ def test_a_call_is_the_stock_pipelines_at_every_noise_level(
         # The pipeline mixes a thousandth of the image into the noise that it is given.
         share = torch.tensor([0.999])
         noise = noise * share + batch["image_latents"] * (1 - share)
-    calls = Calls(clean, noise, getattr(stock.scheduler, "alphas_cumprod", None))
+    velocity = stock.scheduler.config.get("prediction_type") == "v_prediction"
+    calls = Calls(clean, noise, stock.scheduler.alphas_cumprod if velocity else None)
     for part in ("transformer", "transformer_2"):
         if getattr(stock, part, None) is not None:
             calls.watch(getattr(stock, part))
@@ -183,7 +184,7 @@ def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFam
             text, pooled, mask = stock.encode_prompt(Image.new("RGB", (48, 32), 0), prompt)
             expected = {"text": text[0], "text_pooled": pooled[0], "text_mask": mask[0]}
         else:
-            options = {"max_sequence_length": 512} if family.name == "wan" else {}
+            options = {"max_sequence_length": family.text_limits["tokenizer"]}
             if family.name == "wan":
                 # The image-to-video pipeline's own is a copy of it, which cannot do without ftfy.
                 stock = WanPipeline(stock.tokenizer, stock.text_encoder, vae=None, scheduler=None)
