@@ -18,7 +18,6 @@ import torch
 from benches.measure import interleaved_medians, keep_heap_warm, kept_bytes, peak_bytes
 from benches.peers import eager_transposed
 from benches.shapes import RESAMPLED, SAME_GRID, TARGETS, Shape
-from crepa_kernels import CrepaProjector, crepa_loss
 
 CALLS = ["transposed", "reference", "compiled", "torch"]
 
@@ -33,38 +32,13 @@ class Case:
     def __init__(self, shape: Shape):
         self.shape = shape
         torch.compiler.reset()  # each shape is compiled for itself
-        torch.manual_seed(0)
-        dtype = getattr(torch, shape.dtype)
-        students = shape.student_grid[0] * shape.student_grid[1]
-        teachers = shape.teacher_grid[0] * shape.teacher_grid[1]
-        self.hidden_states = torch.randn(1, shape.cpu_frames, students, shape.hidden_size).to(dtype).requires_grad_()
-        self.teacher_features = torch.randn(1, shape.cpu_frames, teachers, shape.feature_size).to(dtype)
-        self.projector = CrepaProjector(shape.hidden_size, shape.feature_size)
+        self.hidden_states, self.teacher_features, self.projector = inputs = shape.inputs(shape.cpu_frames)
         self.losses: dict[str, Callable[[], torch.Tensor]] = {
-            "transposed": self._transposed,
-            "reference": lambda: self._backend("reference"),
-            "compiled": torch.compile(lambda: self._backend("reference"), fullgraph=True),
-            "torch": lambda: self._backend("torch"),
+            "transposed": lambda: eager_transposed(*inputs, shape.student_grid, shape.teacher_grid),
+            "reference": lambda: shape.loss(*inputs, "reference"),
+            "compiled": torch.compile(lambda: shape.loss(*inputs, "reference"), fullgraph=True),
+            "torch": lambda: shape.loss(*inputs, "torch"),
         }
-
-    def _backend(self, backend: str) -> torch.Tensor:
-        shape = self.shape
-        return crepa_loss(
-            self.hidden_states,
-            self.teacher_features,
-            self.projector,
-            student_grid=shape.student_grid,
-            teacher_grid=shape.teacher_grid,
-            spatial_align=shape.spatial_align,
-            antialias=shape.antialias,
-            backend=backend,
-        ).loss
-
-    def _transposed(self) -> torch.Tensor:
-        shape = self.shape
-        return eager_transposed(
-            self.hidden_states, self.teacher_features, self.projector, shape.student_grid, shape.teacher_grid
-        )
 
     def step(self, name: str) -> Callable[[], None]:
         """Forward + backward; the gradients are dropped at the end, so that each call makes all that it holds."""

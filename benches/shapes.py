@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from crepa_kernels.grid import Grid, SpatialAlign
+import torch
+
+from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.grid import Grid, SpatialAlign, num_tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,26 @@ class Shape:
         filter_name = "" if self.antialias else "-plain"
         grids = "x".join(map(str, self.student_grid)) + "-to-" + "x".join(map(str, self.teacher_grid))
         return f"{self.name}-{grids}-E{self.feature_size}{filter_name}-{self.dtype}"
+
+    def inputs(
+        self, frames: int, device: str | torch.device = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, CrepaProjector]:
+        """Hidden states that want a gradient, teacher features and a projector, from seed 0."""
+        torch.manual_seed(0)
+        students, teachers = (1, frames, num_tokens(self.student_grid)), (1, frames, num_tokens(self.teacher_grid))
+        given: dict[str, Any] = {"device": device, "dtype": getattr(torch, self.dtype)}
+        h = torch.randn(*students, self.hidden_size, **given).requires_grad_()
+        y = torch.randn(*teachers, self.feature_size, **given)
+        return h, y, CrepaProjector(self.hidden_size, self.feature_size).to(device)
+
+    def loss(
+        self, h: torch.Tensor, y: torch.Tensor, projector: CrepaProjector, backend: str, **options: Any
+    ) -> torch.Tensor:
+        """``crepa_loss`` of the shape."""
+        return crepa_loss(
+            h, y, projector, student_grid=self.student_grid, teacher_grid=self.teacher_grid,
+            spatial_align=self.spatial_align, antialias=self.antialias, backend=backend, **options,
+        ).loss  # fmt: skip
 
 
 # The two calls for which a CPU target is stated, in both types that CPUs multiply.

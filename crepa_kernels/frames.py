@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-FrameRule = Literal["last", "center", "mean"]
 RULES = ("last", "center", "mean")
 
 

@@ -23,19 +23,6 @@ from crepa_kernels import supported_families
 from crepa_kernels.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
-# The family of each model that a command names.
-MODELS = {
-    "Lightricks/LTX-Video": "ltxvideo",
-    "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": "sanavideo",
-    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
-    "hunyuanvideo-community/HunyuanVideo-I2V": "hunyuan_video",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan",
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan",
-    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": "kandinsky5_video",
-    "THUDM/CogVideoX-5b": "cogvideox",
-    "THUDM/CogVideoX-5b-I2V": "cogvideox",
-}
 # What differs from diffusers' default config in each row of the table of memory, and D.
 COGVIDEOX_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 WAN_5B = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
@@ -63,14 +50,6 @@ ROWS: list[tuple[str, dict[str, Any], int]] = [
     ("cogvideox", COGVIDEOX_5B, 3072),
     ("cogvideox", COGVIDEOX_5B | {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 512}, 3072),
 ]
-TRAINERS = {
-    "ltxvideo": families.LtxVideoFamily,
-    "sanavideo": families.SanaVideoFamily,
-    "hunyuan_video": families.HunyuanVideoFamily,
-    "wan": families.WanFamily,
-    "kandinsky5_video": families.Kandinsky5Family,
-    "cogvideox": families.CogVideoXFamily,
-}
 # E and the parameters of DINOv2 giant.
 GIANT, GIANT_PARAMETERS = 1536, 1_136_480_768
 
@@ -95,11 +74,14 @@ def test_each_familys_commands_are_understood(started: list[Any]) -> None:
     for words in commands("docs/families.md"):
         assert main(words) == 0, words
     recommended = {row.name: row.block_index for row in FAMILIES}
-    assert [settings.model for settings, _ in started] == list(MODELS)
-    assert set(MODELS.values()) == set(supported_families())
-    for settings, config in started:
+    # Each is under its family's name.
+    _, *parts = re.split(r"^# (\w+)\n", (ROOT / "docs/families.md").read_text(), flags=re.MULTILINE)
+    under = zip(parts[::2], parts[1::2], strict=True)
+    of_commands = [name for name, part in under for _ in re.findall(r"^crepa-train run ", part, re.MULTILINE)]
+    assert set(of_commands) == set(supported_families())
+    for family, (settings, config) in zip(of_commands, started, strict=True):
         assert config.crepa_enabled
-        assert config.crepa_block_index == recommended[MODELS[settings.model]]
+        assert config.crepa_block_index == recommended[family]
         assert (settings.task == "image2video") == ("I2V" in settings.model)
         assert (settings.expert is not None) == ("A14B" in settings.model)
 
@@ -140,7 +122,7 @@ def three_digits(value: int) -> str:
 def test_the_documented_parameters_are_those_of_the_models() -> None:
     """Every transformer built without memory, and its LoRA as the trainer adds it."""
     for (title, every, trained, *_), (family, overrides, hidden_size) in zip(memory_table(), ROWS, strict=True):
-        row: Any = TRAINERS[family]
+        row: Any = families.TrainingFamily.known[family]
         with init_empty_weights():
             transformer = getattr(diffusers, row.transformer_class)(**overrides)
             counted = sum(each.numel() for each in transformer.parameters())

@@ -32,7 +32,6 @@ from crepa_kernels.clock import CaptureError, Step, first_line
 
 AGAIN = 75  # exit status
 ENDED = "the process ended while it was measured"
-PEERS = ("compiled bf16", "eager fp32")
 CALLS: dict[str, Callable[[Workload], Step]] = {
     "triton": lambda work: work.triton(),
     "triton recompute": lambda work: work.triton(recompute=True),
@@ -214,22 +213,26 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", type=pair, metavar="DxE", help="of the gate; with --gate")
     parser.add_argument("--types", nargs="+", choices=list(TYPES), help="of the gate; with --gate")
     parser.add_argument("--shapes", nargs="+", metavar="PART", help="of the table: those whose name contains a PART")
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing more after so long")
+    parsed = parsed_with_common(parser, arguments, seconds=540)
+    if not parsed.gate and (parsed.cases or parsed.widths or parsed.types):
+        parser.error("--cases, --widths and --types choose a part of the gate: no speed is reported after a part")
+    return parsed
+
+
+def parsed_with_common(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, seconds: float
+) -> argparse.Namespace:
+    """With the options of every command that measures; a dry run's results among the measured ones are refused."""
+    parser.add_argument("--seconds", type=float, default=seconds, help="begin nothing more after so long")
     parser.add_argument("--out", type=Path, default=MEASURED, help="folder of the results")
     parser.add_argument("--again", action="store_true", help="after exit status 75: leave out what failed")
     parser.add_argument("--dry", action="store_true", help="without a GPU: tiny shapes, nothing launched or measured")
     parsed = parser.parse_args(arguments)
-    if not parsed.gate and (parsed.cases or parsed.widths or parsed.types):
-        parser.error("--cases, --widths and --types choose a part of the gate: no speed is reported after a part")
-    refuse_dry_results(parser, parsed)
-    return parsed
-
-
-def refuse_dry_results(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     try:
         result_path(parsed.out, "gpu", "", parsed.dry)
     except ValueError as error:
         parser.error(str(error))
+    return parsed
 
 
 def gate(gpu: Gpu, parsed: argparse.Namespace, head: dict[str, Any]) -> bool:

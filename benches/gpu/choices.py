@@ -16,14 +16,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benches.gpu.__main__ import AGAIN, ENDED, device, refuse_dry_results
+from benches.gpu.__main__ import AGAIN, ENDED, device, parsed_with_common
 from benches.gpu.measure import Gpu, machine
-from benches.gpu.results import MEASURED, read_back, result_path, write
+from benches.gpu.results import read_back, result_path, write
 from crepa_kernels.clock import Times, first_line
 from crepa_kernels.shapes import SHAPE_CLASSES, ShapeClass
 from crepa_kernels.tune import candidates, compare, steps_of
@@ -89,12 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [shape.name for shape in SHAPE_CLASSES]
     parser.add_argument("--shapes", nargs="+", default=MAIN, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--fields", nargs="+", metavar="NAME", help="only these fields of a choice")
-    parser.add_argument("--seconds", type=float, default=400, help="begin nothing more after so long")
-    parser.add_argument("--out", type=Path, default=MEASURED, help="folder of the results")
-    parser.add_argument("--again", action="store_true", help="after exit status 75: leave out what failed")
-    parser.add_argument("--dry", action="store_true", help="without a GPU: tiny shapes, nothing launched or measured")
-    parsed = parser.parse_args(arguments)
-    refuse_dry_results(parser, parsed)
+    parsed = parsed_with_common(parser, arguments, seconds=400)
     begun = time.monotonic()
     if (gpu := device(parsed.dry)) is None:
         return 1

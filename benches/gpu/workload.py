@@ -11,9 +11,8 @@ import torch
 from benches.gpu.measure import Gpu
 from benches.peers import eager_neighbours
 from benches.shapes import Shape
-from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.clock import Step
-from crepa_kernels.grid import num_tokens, plan_alignment
+from crepa_kernels.grid import plan_alignment
 
 
 @dataclass(frozen=True)
@@ -45,22 +44,7 @@ class Workload:
         self.shape, self.gpu = shape, gpu
         self.dtype = getattr(torch, shape.dtype)
         self.plan = plan_alignment(shape.spatial_align, shape.student_grid, shape.teacher_grid, shape.antialias)
-        torch.manual_seed(0)
-        self.h = self._normal(num_tokens(shape.student_grid), shape.hidden_size).requires_grad_()
-        self.y = self._normal(num_tokens(shape.teacher_grid), shape.feature_size)
-        self.projector = CrepaProjector(shape.hidden_size, shape.feature_size).to(gpu.device)
-
-    def _normal(self, tokens: int, width: int) -> torch.Tensor:
-        return torch.randn(1, self.shape.frames, tokens, width, device=self.gpu.device, dtype=self.dtype)
-
-    def loss(
-        self, backend: str, h: torch.Tensor | None = None, y: torch.Tensor | None = None, **options: Any
-    ) -> torch.Tensor:
-        return crepa_loss(
-            self.h if h is None else h, self.y if y is None else y, self.projector,
-            student_grid=self.shape.student_grid, teacher_grid=self.shape.teacher_grid,
-            spatial_align=self.shape.spatial_align, antialias=self.shape.antialias, backend=backend, **options,
-        ).loss  # fmt: skip
+        self.h, self.y, self.projector = shape.inputs(shape.frames, gpu.device)
 
     def step(self, loss: Callable[[], torch.Tensor], h: torch.Tensor | None = None) -> Step:
         """Forward + backward, its gradients dropped."""
@@ -68,11 +52,11 @@ class Workload:
         return lambda: torch.autograd.grad(loss(), inputs)
 
     def triton(self, **options: Any) -> Step:
-        return self.step(lambda: self.loss("triton", **options))
+        return self.step(lambda: self.shape.loss(self.h, self.y, self.projector, "triton", **options))
 
     def eager_fp32(self) -> Step:
         h, y = self.h.detach().float().requires_grad_(), self.y.float()
-        return self.step(lambda: self.loss("reference", h, y), h)
+        return self.step(lambda: self.shape.loss(h, y, self.projector, "reference"), h)
 
     def compiled(self) -> Step:
         shape = self.shape

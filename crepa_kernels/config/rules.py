@@ -44,6 +44,7 @@ _PRESET_BASE = {
     "crepa_scheduler": "constant",
     "crepa_encoder_resize": "grid",
 }
+# By name; `CrepaConfig.preset` adds the family's block index.
 PRESETS: dict[str, dict[str, Any]] = {
     "i2v": {**_PRESET_BASE},
     "t2v": {
@@ -96,6 +97,17 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return by_stem[found[0]] if found else None
 
 
+def unknown_preset(name: Any) -> str:
+    match = nearest(str(name), PRESETS)
+    return f"must be one of {', '.join(PRESETS)}" + (f"; did you mean {match!r}?" if match else "")
+
+
+def refused_keys(error: Any, fields: Mapping[str, Any]) -> list[str]:
+    """Keys whose values a pydantic `ValidationError` refuses, in the order of the model's `fields`."""
+    refused = {str(details["loc"][0]) for details in error.errors(include_url=False, include_context=False)}
+    return sorted(refused, key=list(fields).index)
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
     match = nearest(key, known)
     return f"unknown key; did you mean {match}?" if match else "unknown key"
@@ -108,11 +120,6 @@ def recommended_block_index(family: str) -> int:
     except (KeyError, TypeError):
         names = ", ".join(RECOMMENDED_BLOCK_INDEX)
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
-
-
-def presets() -> dict[str, dict[str, Any]]:
-    """The named presets and their values; `CrepaConfig.preset` adds the family's block index."""
-    return {name: dict(values) for name, values in PRESETS.items()}
 
 
 def neighbour_weight_sum(distance: int, tau: float, cumulative: bool) -> float:

@@ -20,23 +20,12 @@ from .rules import (
     canonical,
     describe,
     joint_problems,
-    nearest,
-    neighbour_weight_sum,
-    presets,
     recommended_block_index,
+    refused_keys,
     unknown_key,
+    unknown_preset,
 )
 from .sources import add_options, merge, read_json, unknown_options
-
-__all__ = [
-    "DINOV2_HUB_IDS",
-    "ConfigError",
-    "CrepaConfig",
-    "neighbour_weight_sum",
-    "presets",
-    "read_json",
-    "recommended_block_index",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -172,16 +161,14 @@ class CrepaConfig(BaseModel):
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields
         values, written, problems = canonical(data, fields)
-        refused: set[str] = set()
+        refused: list[str] = []
         try:
             super().__init__(**values)
         except ValidationError as error:
-            refused = {str(details["loc"][0]) for details in error.errors(include_url=False, include_context=False)}
-            for key in sorted(refused, key=list(fields).index):
-                rule = fields[key].description or ""
-                problems.append(describe(written.get(key, key), values[key], rule))
+            refused = refused_keys(error, fields)
+            problems += [describe(written.get(key, key), values[key], fields[key].description or "") for key in refused]
             super().__init__(**{key: value for key, value in values.items() if key not in refused})
-        problems += [problem for keys, problem in joint_problems(self.to_dict()) if not keys & refused]
+        problems += [problem for keys, problem in joint_problems(self.to_dict()) if not keys.intersection(refused)]
         if problems:
             raise ConfigError(problems)
 
@@ -216,11 +203,9 @@ class CrepaConfig(BaseModel):
 
     @classmethod
     def preset(cls, name: str, *, family: str = "wan", **overrides: Any) -> CrepaConfig:
-        """One of `presets()`, enabled, at the family's recommended block, with `overrides` on top."""
+        """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top."""
         if name not in PRESETS:
-            match = nearest(str(name), PRESETS)
-            hint = f"; did you mean {match!r}?" if match else ""
-            raise ConfigError([f"unknown preset {name!r}, must be one of {', '.join(PRESETS)}{hint}"])
+            raise ConfigError([f"unknown preset {name!r}, {unknown_preset(name)}"])
         stray = [key for key in overrides if not key.startswith(PREFIX)]
         if stray:
             known = cls.model_fields

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import layouts
-from .layouts import LayoutRule, TokenLayout
+from .layouts import LayoutRule
+
+
+def _heads_times_size(config: Any) -> int:
+    return int(config.num_attention_heads * config.attention_head_dim)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What CREPA must know of a transformer class.
+    """What CREPA must know of a transformer class; what most families have is the default.
 
     Attributes:
         name: the family's name in tables and messages.
@@ -42,14 +47,14 @@ class Family:
     vaes: tuple[str, ...]
     block_lists: tuple[str, ...]
     block_classes: tuple[str, ...]
-    after_blocks: tuple[str, ...]
-    block_index: int
-    hidden_size: Callable[[Any], int]
-    arguments: tuple[str, ...]
-    token_layout: LayoutRule
-    video_tokens: Callable[[Any], torch.Tensor]
-    temporal_factors: tuple[int, ...]
     first_frame_is_clean: Callable[[Any], bool]
+    after_blocks: tuple[str, ...] = ("norm_out", "proj_out", "scale_shift_table")
+    block_index: int = 8
+    hidden_size: Callable[[Any], int] = _heads_times_size
+    arguments: tuple[str, ...] = ("hidden_states",)
+    token_layout: LayoutRule = layouts.channels_second
+    video_tokens: Callable[[Any], torch.Tensor] = layouts.whole_output
+    temporal_factors: tuple[int, ...] = (4,)
     any_pixel_frames: bool = False
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
@@ -74,18 +79,6 @@ class Family:
         """Names of the parameters of the diffusers class's forward, whatever wraps or overrides it here."""
         stock: Any = next(base for base in type(transformer).__mro__ if base.__name__ == self.transformer)
         return tuple(inspect.signature(stock.forward).parameters)[1:]
-
-    def layout(self, transformer: nn.Module, latent_shape: Sequence[int]) -> TokenLayout:
-        """The token layout of a forward whose latents are (frames, height, width), in raster order."""
-        return layouts.raster_layout(transformer.config, latent_shape)
-
-
-def _heads_times_size(config: Any) -> int:
-    return int(config.num_attention_heads * config.attention_head_dim)
-
-
-def _model_dim(config: Any) -> int:
-    return int(config.model_dim)
 
 
 def _no_extra_channels(config: Any) -> bool:
@@ -113,13 +106,6 @@ FAMILIES = (
         vaes=("AutoencoderKLWan",),
         block_lists=("blocks",),
         block_classes=("WanTransformerBlock",),
-        after_blocks=("norm_out", "proj_out", "scale_shift_table"),
-        block_index=8,
-        hidden_size=_heads_times_size,
-        arguments=("hidden_states",),
-        token_layout=layouts.channels_second,
-        video_tokens=layouts.whole_output,
-        temporal_factors=(4,),
         first_frame_is_clean=_no_extra_channels,
     ),
     Family(
@@ -128,12 +114,8 @@ FAMILIES = (
         vaes=("AutoencoderKLLTXVideo",),
         block_lists=("transformer_blocks",),
         block_classes=("LTXVideoTransformerBlock",),
-        after_blocks=("norm_out", "proj_out", "scale_shift_table"),
-        block_index=8,
-        hidden_size=_heads_times_size,
         arguments=("num_frames", "height", "width"),
         token_layout=layouts.packed,
-        video_tokens=layouts.whole_output,
         temporal_factors=(8,),
         first_frame_is_clean=_always,
     ),
@@ -143,12 +125,7 @@ FAMILIES = (
         vaes=("AutoencoderKLWan", "AutoencoderKLLTX2Video"),
         block_lists=("transformer_blocks",),
         block_classes=("SanaVideoTransformerBlock",),
-        after_blocks=("norm_out", "proj_out", "scale_shift_table"),
         block_index=10,
-        hidden_size=_heads_times_size,
-        arguments=("hidden_states",),
-        token_layout=layouts.channels_second,
-        video_tokens=layouts.whole_output,
         temporal_factors=(4, 8),
         first_frame_is_clean=_always,
     ),
@@ -159,12 +136,9 @@ FAMILIES = (
         block_lists=("visual_transformer_blocks",),
         block_classes=("Kandinsky5TransformerDecoderBlock",),
         after_blocks=("out_layer",),
-        block_index=8,
-        hidden_size=_model_dim,
+        hidden_size=attrgetter("model_dim"),
         arguments=("hidden_states", "sparse_params"),
         token_layout=layouts.channels_last,
-        video_tokens=layouts.whole_output,
-        temporal_factors=(4,),
         # Its extra channels say which frame is clean and hold no image.
         first_frame_is_clean=_always,
     ),
@@ -175,12 +149,8 @@ FAMILIES = (
         block_lists=("transformer_blocks",),
         block_classes=("CogVideoXBlock",),
         after_blocks=("norm_final", "norm_out", "proj_out"),
-        block_index=8,
-        hidden_size=_heads_times_size,
-        arguments=("hidden_states",),
         token_layout=layouts.channels_third,
         video_tokens=layouts.first_of_pair,
-        temporal_factors=(4,),
         first_frame_is_clean=_never,
         any_pixel_frames=True,
     ),
@@ -197,11 +167,7 @@ FAMILIES = (
         ),
         after_blocks=("norm_out", "proj_out"),
         block_index=10,
-        hidden_size=_heads_times_size,
-        arguments=("hidden_states",),
-        token_layout=layouts.channels_second,
         video_tokens=layouts.first_of_pair,
-        temporal_factors=(4,),
         first_frame_is_clean=_replaces_tokens,
     ),
 )

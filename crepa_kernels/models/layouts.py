@@ -15,7 +15,7 @@ from ..grid import Grid
 Arguments = Mapping[str, Any]
 
 # Side of the squares in which Kandinsky's sparse attention takes a frame's tokens.
-_SPARSE_TILE = 8
+SPARSE_TILE = 8
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def channels_last(config: Any, arguments: Arguments) -> TokenLayout:
     """Of latents (B, T, H, W, C), whose tokens come by tiles where sparse attention is asked for."""
     layout = raster_layout(config, _sizes(arguments, "BTHWC"))
     sparse = arguments["sparse_params"]
-    return replace(layout, tile=_SPARSE_TILE) if sparse is not None and sparse["to_fractal"] else layout
+    return replace(layout, tile=SPARSE_TILE) if sparse is not None and sparse["to_fractal"] else layout
 
 
 def packed(config: Any, arguments: Arguments) -> TokenLayout:

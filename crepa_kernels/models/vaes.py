@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..transfer import moved
-
-
-@dataclass(frozen=True)
-class Scale:
-    """From a VAE's own latents (B, C, T, h, w), fp32, to those that the transformer sees, and back."""
-
-    normalize: Callable[[Any, Tensor], Tensor]
-    denormalize: Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,13 +21,11 @@ class VideoVae:
         channels: C of its latents, from its config.
         compression: (pixel frames, pixels) of one latent frame after the first and of one latent's side, from its
             config.
-        scale: of its latents.
         to_video: ``(vae, its own latents in its type) -> video (B, 3, P, H, W)`` in [-1, 1].
     """
 
     channels: Callable[[Any], int]
     compression: Callable[[Any], tuple[int, int]]
-    scale: Scale
     to_video: Callable[[Any, Tensor], Tensor]
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
@@ -42,7 +33,8 @@ class VideoVae:
 
         The end is ``VideoProcessor.postprocess_video``.
         """
-        video = self.to_video(vae, self.scale.denormalize(vae, latents.float()).to(vae.dtype))
+        mean, std, scale = statistics(vae, latents.device)
+        video = self.to_video(vae, (latents.float() * std / scale + mean).to(vae.dtype))
         return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
@@ -59,62 +51,25 @@ def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tenso
 
 def normalized(vae: Any, latents: Tensor) -> Tensor:
     """Latents of the VAE (B, C, T, h, w) in fp32 as the transformer sees them."""
-    return VIDEO_VAES[type(vae).__name__].scale.normalize(vae, latents.float())
+    mean, std, scale = statistics(vae, latents.device)
+    return (latents.float() - mean) * scale / std
 
 
-def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (1, C or 1, 1, 1, 1), of what ``vae`` encodes clips to, on ``device``."""
-    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Of what ``vae`` encodes clips to: mean and standard deviation, (1, C or 1, 1, 1, 1), on ``device``, and the
+    factor between a standard deviation and what the transformer sees of it.
+    """
+    scale = float(getattr(vae.config, "scaling_factor", None) or 1.0)
     buffers = dict(vae.named_buffers(recurse=False))
     if "latents_mean" in buffers:
         mean, std = (buffers[f"latents_{name}"].to(device, torch.float32) for name in ("mean", "std"))
-        std = std / scale
     elif getattr(vae.config, "latents_mean", None) is not None:
+        # From pageable memory, so the host does not wait for the device.
         both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
-        mean, std = moved(both, device)
+        (mean, std), scale = moved(both, device), 1.0
     else:
-        mean, std = torch.zeros(1, device=device), torch.full((1,), 1.0 / scale, device=device)
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
-
-
-def _of_config(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    # From pageable memory, so the host does not wait for the device.
-    both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
-    mean, std = moved(both, like.device).view(2, 1, -1, 1, 1, 1)
-    return mean, std
-
-
-def _of_buffers(vae: Any) -> tuple[Tensor, Tensor, float]:
-    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
-    return mean, std, getattr(vae.config, "scaling_factor", 1.0)
-
-
-def _normalize_by_config(vae: Any, latents: Tensor) -> Tensor:
-    mean, std = _of_config(vae, latents)
-    return (latents - mean) / std
-
-
-def _denormalize_by_config(vae: Any, latents: Tensor) -> Tensor:
-    mean, std = _of_config(vae, latents)
-    return latents * std + mean
-
-
-def _normalize_by_buffers(vae: Any, latents: Tensor) -> Tensor:
-    mean, std, scale = _of_buffers(vae)
-    return (latents - mean) * scale / std
-
-
-def _denormalize_by_buffers(vae: Any, latents: Tensor) -> Tensor:
-    mean, std, scale = _of_buffers(vae)
-    return latents * std / scale + mean
-
-
-_BY_CONFIG = Scale(_normalize_by_config, _denormalize_by_config)
-_BY_BUFFERS = Scale(_normalize_by_buffers, _denormalize_by_buffers)
-_BY_SCALING_FACTOR = Scale(
-    lambda vae, latents: latents * float(vae.config.scaling_factor),
-    lambda vae, latents: latents / vae.config.scaling_factor,
-)
+        mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1), scale
 
 
 def _decoded(vae: Any, latents: Tensor) -> Tensor:
@@ -135,22 +90,6 @@ def _decoded_at_0(vae: Any, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(part, part.new_zeros(len(part)), return_dict=False)[0] for part in parts])
 
 
-def _z_dim(config: Any) -> int:
-    return int(config.z_dim)
-
-
-def _latent_channels(config: Any) -> int:
-    return int(config.latent_channels)
-
-
-def _scale_factors(config: Any) -> tuple[int, int]:
-    return config.scale_factor_temporal, config.scale_factor_spatial
-
-
-def _compression_ratios(config: Any) -> tuple[int, int]:
-    return config.temporal_compression_ratio, config.spatial_compression_ratio
-
-
 def _ltx(config: Any) -> tuple[int, int]:
     # As the model itself does where its config does not say.
     scaled = 2 ** sum(config.spatio_temporal_scaling)
@@ -164,11 +103,15 @@ def _cogvideox(config: Any) -> tuple[int, int]:
     return int(config.temporal_compression_ratio), int(2 ** (len(config.block_out_channels) - 1))
 
 
+_RATIOS = attrgetter("temporal_compression_ratio", "spatial_compression_ratio")
+_CHANNELS = attrgetter("latent_channels")
 # By class; which families decode with which is in the families' table.
 VIDEO_VAES = {
-    "AutoencoderKLWan": VideoVae(_z_dim, _scale_factors, _BY_CONFIG, _decoded),
-    "AutoencoderKLLTXVideo": VideoVae(_latent_channels, _ltx, _BY_BUFFERS, _decoded_at_0),
-    "AutoencoderKLLTX2Video": VideoVae(_latent_channels, _ltx, _BY_BUFFERS, _decoded),
-    "AutoencoderKLCogVideoX": VideoVae(_latent_channels, _cogvideox, _BY_SCALING_FACTOR, _decoded),
-    "AutoencoderKLHunyuanVideo": VideoVae(_latent_channels, _compression_ratios, _BY_SCALING_FACTOR, _decoded),
+    "AutoencoderKLWan": VideoVae(
+        attrgetter("z_dim"), attrgetter("scale_factor_temporal", "scale_factor_spatial"), _decoded
+    ),
+    "AutoencoderKLLTXVideo": VideoVae(_CHANNELS, _ltx, _decoded_at_0),
+    "AutoencoderKLLTX2Video": VideoVae(_CHANNELS, _ltx, _decoded),
+    "AutoencoderKLCogVideoX": VideoVae(_CHANNELS, _cogvideox, _decoded),
+    "AutoencoderKLHunyuanVideo": VideoVae(_CHANNELS, _RATIOS, _decoded),
 }

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config.schema import CrepaConfig
 from ..inputs import check_mask
-from ..loss import CrepaOutput
+from ..loss import CrepaOutput, crepa_loss, similarity_matrix
 from ..models.families import family_of
 from ..projector import CrepaProjector
 from ..reduction import counted_frames
@@ -20,7 +20,7 @@ from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
 from ..teachers.dinov2 import EncoderSource
 from ..teachers.latents import VaeSource
-from .aligning import aligned, matrix
+from .aligning import aligned
 from .attach import (
     TrainingWatch,
     attach_projector,
@@ -252,11 +252,13 @@ class CrepaRegularizer:
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
     ) -> CrepaOutput:
-        teacher, frame_mask, teacher_mask = self._teacher(student, inputs, frame_mask, teacher_mask)
-        projector = cast(CrepaProjector, self.projector)
-        output = aligned(self.config, projector, student, teacher, frame_mask, teacher_mask)
+        taught = self._teacher(student, inputs, frame_mask, teacher_mask)
+        output = aligned(crepa_loss, self.config, cast(CrepaProjector, self.projector), student, *taught)
+        teacher, *masks = taught
         self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
-        self._observe(step, output, frame_mask, teacher_mask)
+        if self.config.crepa_similarity_threshold is not None:
+            count = counted_frames(output.frame_similarity, *masks)
+            self._schedule.observe(step, getattr(output, self.config.crepa_similarity_metric) * count, count)
         return output
 
     def _teacher(
@@ -285,8 +287,8 @@ class CrepaRegularizer:
         """
         given["num_frames"] = as_counts(given.get("num_frames"))
         student = self._capture.states(self._block_index)
-        teacher, frame_mask, teacher_mask = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
-        return matrix(self.config, cast(CrepaProjector, self.projector), student, teacher, frame_mask, teacher_mask)
+        taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
+        return aligned(similarity_matrix, self.config, cast(CrepaProjector, self.projector), student, *taught)
 
     def check_optimizer(self, *optimizers: Any) -> None:
         """Asks at once what ``loss`` finds out in some steps: that the projector is in one of the optimizers.
@@ -307,15 +309,6 @@ class CrepaRegularizer:
                 check_reach(self.transformer, self._family, self._block_index, student.hidden_states)
                 self._looked_at_adapters = True
         return student
-
-    def _observe(
-        self, step: int, output: CrepaOutput, frame_mask: torch.Tensor | None, teacher_mask: torch.Tensor | None
-    ) -> None:
-        if self.config.crepa_similarity_threshold is None:
-            return
-        metric = getattr(output, self.config.crepa_similarity_metric)
-        count = counted_frames(output.frame_similarity, frame_mask, teacher_mask)
-        self._schedule.observe(step, metric * count, count)
 
     def release(self) -> None:
         """Lets go of the captured hidden states, which otherwise stay until the next forward."""

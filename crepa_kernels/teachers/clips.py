@@ -83,14 +83,9 @@ class ClipLengths:
         tokens = [-(-(layout.front_padding + count) // layout.patch) for count in latents]
         return cls(tuple(pixels), tuple(latents), tuple(tokens), layout, whole)
 
-    @property
-    def padded(self) -> bool:
-        """Whether some clip is shorter than the batch."""
-        return min(self.tokens) < self.layout.frames
-
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """(B, T) bool, the student frames that are in each clip; None where all are."""
-        if not self.padded:
+        if min(self.tokens) == self.layout.frames:
             return None
         ends = moved(torch.tensor(self.tokens), device)
         return torch.arange(self.layout.frames, device=device) < ends[:, None]

@@ -113,7 +113,8 @@ class LatentDecoder:
             here = moved(latents.detach(), place)
             pixels = rule.decode(vae, here)
             if not self._monitor.done:
-                self._monitor.watch(here, *statistics(vae, place), pixels)
+                mean, std, scale = statistics(vae, place)
+                self._monitor.watch(here, mean, std / scale, pixels)
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 

@@ -36,6 +36,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 _WRITING = ".writing-"
+_EMA = "average"  # in the names of files, where earlier checkpoints have it
 _ANEW = "start anew in another output"
 _OLDER = f"remove it to go on from the one before it, or {_ANEW}"
 _ADVICE = "go on with what it had, or start anew in another output"
@@ -116,11 +117,10 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
     else:
         folder = _named(settings.resume, complete)
     found = read_checkpoint(folder)
-    keys = sorted({*identity, *found.identity})
     differing = [
-        f"{key} = {json.dumps(identity.get(key))} (checkpoint: {json.dumps(found.identity.get(key))})"
-        for key in keys
-        if key in identity and identity.get(key) != found.identity.get(key)
+        f"{key} = {json.dumps(value)} (checkpoint: {json.dumps(found.identity.get(key))})"
+        for key, value in sorted(identity.items())
+        if value != found.identity.get(key)
     ]
     if differing:
         raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}; {_ADVICE}")
@@ -172,18 +172,12 @@ def check_videos(checkpoint: Checkpoint, found: FoundClips) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that were renamed to their place, oldest first."""
-    found = (path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
+    return sorted(path for path in _of_steps(folder) if (path / STATE_FILE).exists())
+
+
+def _of_steps(folder: Path) -> list[Path]:
     # A copy that somebody keeps under a name of its own is theirs.
-    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
-
-
-def _partial(folder: Path) -> list[Path]:
-    """Folders in a checkpoint's place that are none, as a kill leaves one that was being removed."""
-    return [
-        path
-        for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdecimal() and not (path / STATE_FILE).exists()
-    ]
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -226,13 +220,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
-    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the average; of the transformer the
+    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
     trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
     checkpoint that somebody else made runs none of their code.
 
     Args:
         state: what the run trains.
-        average: of its weights, or None.
+        ema: of its weights, or None.
         save_lora: writes the LoRA into a folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
@@ -243,7 +237,7 @@ class Checkpoints:
     def __init__(
         self,
         state: TrainState,
-        average: EMAModel | None,
+        ema: EMAModel | None,
         *,
         save_lora: Callable[[Path], object] | None,
         output: Path,
@@ -251,7 +245,7 @@ class Checkpoints:
         identity: Mapping[str, Any],
         model: str,
     ) -> None:
-        self._state, self._average = state, average
+        self._state, self._ema = state, ema
         self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
@@ -279,8 +273,8 @@ class Checkpoints:
             file = folder / f"{name}.safetensors"
             state = read_state(file)
             _put_back(file, partial(_give, name, part, state))
-        if self._average is not None:
-            self._average.to(self._state.accelerator.device)
+        if self._ema is not None:
+            self._ema.to(self._state.accelerator.device)
         file = folder / self._random_file
         numbers = read_state(file)
         _put_back(file, lambda: set_random_state(numbers, self._state.accelerator.device))
@@ -292,7 +286,7 @@ class Checkpoints:
             "scheduler": self._state.scheduler,
             "scaler": self._state.accelerator.scaler,
             "crepa": self._state.crepa,
-            "average": self._average,
+            _EMA: self._ema,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -315,7 +309,9 @@ class Checkpoints:
 
     def _clear(self, temporary: Path) -> None:
         if self._state.accelerator.is_main_process:
-            for leftover in (*self._folder.glob(f"{_WRITING}*"), *_partial(self._folder)):
+            # A kill may also leave a folder in a checkpoint's place that is none.
+            partial_ones = [path for path in _of_steps(self._folder) if not (path / STATE_FILE).exists()]
+            for leftover in (*self._folder.glob(f"{_WRITING}*"), *partial_ones):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
@@ -355,11 +351,8 @@ class Checkpoints:
             saved = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-        wrong = sorted(
-            name
-            for name in {*saved, *trained}
-            if name not in saved or name not in trained or saved[name].shape != trained[name].shape
-        )
+        shapes = [{name: each.shape for name, each in tensors.items()} for tensors in (saved, trained)]
+        wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         if wrong:
             raise ValueError(f"{file} is of another model, first at {wrong[0]}")
         with torch.no_grad():
@@ -376,10 +369,10 @@ def _put_back(file: Path, work: Callable[[], object]) -> None:
 
 
 def _give(name: str, part: Any, state: dict[str, Any]) -> None:
-    # Neither the optimiser nor the average looks at shapes: they would fail in their next step.
+    # Neither the optimiser nor the EMA looks at shapes: they would fail in their next step.
     if name == "optimizer":
         state = _numbered(state, part)
-    elif name == "average":
+    elif name == _EMA:
         old, new = ([each.shape for each in shadows] for shadows in (state["shadow_params"], part.shadow_params))
         if old != new:
             raise ValueError("its weights have other shapes")

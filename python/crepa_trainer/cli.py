@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .stopping import Stopped, stopped_by_signals
-from .terminal import PlainFormatter, plain
+from .terminal import PlainFormatter, plain, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +157,7 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[given.dtype]
     console = _console(given.debug)
     line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
-    console.print(plain(line), highlight=False, markup=False, soft_wrap=True)
+    say(console, line)
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -194,14 +195,8 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
     # Work this small gains little from more threads on an idle machine, and is up to ten times slower on a busy one.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    options = DemoOptions(
-        output=given.output,
-        data=given.data,
-        steps=given.steps,
-        seed=given.seed,
-        strict=given.strict,
-        batch_size=given.batch_size,
-    )
+    said = vars(given)
+    options = DemoOptions(**{each.name: said[each.name] for each in fields(DemoOptions) if each.name in said})
     try:
         run_demo(options, config, console)
     except Stopped as stopped:

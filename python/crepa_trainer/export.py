@@ -1,4 +1,4 @@
-"""The trained weights for others: a LoRA or a transformer of stock diffusers, the average's, CREPA's projector."""
+"""The trained weights for others: a LoRA or a transformer of stock diffusers, the EMA's, CREPA's projector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .families import TrainingFamily
 
 FOLDER = "trained"
-AVERAGE = "ema"
+EMA_FOLDER = "ema"
 EXPORTED = "exported"
 FORMS = ("diffusers", "peft")
 
@@ -31,12 +31,12 @@ def export(
     family: TrainingFamily,
     transformer: nn.Module,
     crepa: CrepaRegularizer | None,
-    average: EMAModel | None,
+    ema: EMAModel | None,
     *,
     full: bool,
     folder: Path,
 ) -> None:
-    """Writes the weights into `folder` and the average's into `folder/ema`; in one process.
+    """Writes the weights into `folder` and those of their exponential moving average into `folder/ema`; in one process.
 
     A LoRA is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, a whole transformer is for
     `from_pretrained(folder, subfolder="transformer")`, or "transformer_2" where that was trained. Beside them CREPA's
@@ -45,24 +45,24 @@ def export(
     _write(family, transformer, full, folder)
     if crepa is not None:
         crepa.save_pretrained(folder)
-    if average is not None:
-        with averaged(transformer, average):
-            _write(family, transformer, full, folder / AVERAGE)
+    if ema is not None:
+        with ema_weights(transformer, ema):
+            _write(family, transformer, full, folder / EMA_FOLDER)
 
 
 @contextmanager
-def averaged(transformer: nn.Module, average: EMAModel | None) -> Iterator[None]:
-    """The average in the place of the trained weights, which come back."""
-    if average is None:
+def ema_weights(transformer: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """The EMA in the place of the trained weights, which come back."""
+    if ema is None:
         yield
         return
     weights = list(trained_parameters(transformer).values())
-    average.store(weights)
-    average.copy_to(weights)
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield
     finally:
-        average.restore(weights)
+        ema.restore(weights)
 
 
 def where(folder: Path, *, full: bool, expert: str | None) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .settings import RunSettings
 
 _YES = {"1", "true", "t", "yes", "y", "on"}
 _SHARDING = {
@@ -30,7 +34,7 @@ def training_device() -> str:
     return device.type if device is not None and torch.accelerator.is_available() else "cpu"
 
 
-def check_launcher(*, mixed_precision: str, gradient_accumulation_steps: int) -> None:
+def check_launcher(settings: RunSettings) -> None:
     """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
     that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU.
     """
@@ -45,15 +49,15 @@ def check_launcher(*, mixed_precision: str, gradient_accumulation_steps: int) ->
         rule = 'use compile_blocks, and dynamo_backend "no" in accelerate\'s config'
         refused.append(f"ACCELERATE_DYNAMO_BACKEND = {backend}: {rule}")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-    if steps not in ("", str(gradient_accumulation_steps)):
-        rule = f"gradient_accumulation_steps is {gradient_accumulation_steps}; give one of them, or the same"
+    if steps not in ("", str(settings.gradient_accumulation_steps)):
+        rule = f"gradient_accumulation_steps is {settings.gradient_accumulation_steps}; give one of them, or the same"
         refused.append(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}: {rule}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     # The launcher sets "no" where nobody said anything.
-    if precision not in ("", "no", mixed_precision):
-        rule = f"mixed_precision is {mixed_precision}; give one of them, or the same"
+    if precision not in ("", "no", settings.mixed_precision):
+        rule = f"mixed_precision is {settings.mixed_precision}; give one of them, or the same"
         refused.append(f"ACCELERATE_MIXED_PRECISION = {precision}: {rule}")
     if refused:
         raise ValueError("; ".join(refused))
-    if mixed_precision == "fp16" and training_device() == "cpu":
+    if settings.mixed_precision == "fp16" and training_device() == "cpu":
         raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")

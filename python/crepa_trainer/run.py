@@ -30,10 +30,10 @@ from .reporting.plan import make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
 from .reporting.trackers import MetricsTracker
-from .state import TrainState, make_average, make_state, trained_parameters
+from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
-from .terminal import plain
+from .terminal import say
 from .validation import Sampling, sample_clips, save_clip
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> Trainin
         ValueError: for what the user can put right, before any weight is loaded where that is possible.
         OSError: a checkpoint that could not be written. FloatingPointError: training that diverged.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     check_folders(settings)
     first = os.environ.get("RANK", "0") == "0"
     with one_run_in(settings.output) if first else nullcontext():
@@ -89,7 +89,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     check_folders(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
@@ -104,7 +104,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
 
     ValueError where the launcher's environment says something else, as `check_launcher`.
     """
-    _check_launcher(settings)
+    check_launcher(settings)
     accelerator = Accelerator(
         # accelerate takes no notice of a launcher on a machine without a GPU unless it is told that it is to be so.
         cpu=training_device() == "cpu",
@@ -122,12 +122,6 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
     return accelerator
-
-
-def _check_launcher(settings: RunSettings) -> None:
-    check_launcher(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps
-    )
 
 
 def train_on(
@@ -150,11 +144,11 @@ def train_on(
     set_seed(settings.seed)
     state = make_state(accelerator, family, settings, config)
     transformer = accelerator.unwrap_model(state.transformer)
-    average = make_average(transformer, settings.ema_decay)
+    ema = make_ema(transformer, settings.ema_decay)
     full = settings.training == "full"
     checkpoints = Checkpoints(
         state,
-        average,
+        ema,
         save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
         output=settings.output,
         kept=settings.checkpoints_kept,
@@ -164,19 +158,18 @@ def train_on(
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
-        console.print(plain(f"going on from {checkpoint.folder}"), highlight=False, markup=False, soft_wrap=True)
+        say(console, f"going on from {checkpoint.folder}")
         checkpoints.load(checkpoint)
     elif settings.resume is not None:
-        console.print("there is no checkpoint yet: starting at step 0", highlight=False)
+        say(console, "there is no checkpoint yet: starting at step 0")
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    trained = TrainingRun(family, settings, clips, state, average, checkpoints)
+    trained = TrainingRun(family, settings, clips, state, ema, checkpoints)
     stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        export.export(family, transformer, state.crepa, average, full=full, folder=folder)
-        where = export.where(folder, full=full, expert=settings.expert)
-        console.print(plain(where), highlight=False, markup=False, soft_wrap=True)
+        export.export(family, transformer, state.crepa, ema, full=full, folder=folder)
+        say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
     accelerator.wait_for_everyone()
@@ -199,7 +192,7 @@ class TrainingRun:
     settings: RunSettings
     clips: CachedClips
     state: TrainState
-    average: EMAModel | None
+    ema: EMAModel | None
     checkpoints: Checkpoints
 
     def __post_init__(self) -> None:
@@ -280,8 +273,8 @@ class TrainingRun:
             if (matrix := logs.pop("similarity_matrix", None)) is not None:
                 self._show_matrix(step, matrix)
             values.add(logs)
-        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.step(trained_parameters(self.transformer).values())
+        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.step(trained_parameters(self.transformer).values())
         return values
 
     def _show_matrix(self, step: int, matrix: Tensor) -> None:
@@ -293,7 +286,7 @@ class TrainingRun:
     def _validate(self, done: int) -> None:
         if self.accelerator.is_main_process:
             sampling = self._sampling()
-            with export.averaged(self.transformer, self.average):
+            with export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, self.settings.output / "validation" / f"step-{done:08d}", f"prompt-{number}")

@@ -12,8 +12,17 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from crepa_kernels.config.rules import PREFIX, PRESETS, describe, nearest, recommended_block_index, unknown_key
-from crepa_kernels.config.schema import ConfigError, CrepaConfig, Integer
+from crepa_kernels.config import ConfigError, CrepaConfig
+from crepa_kernels.config.rules import (
+    PREFIX,
+    PRESETS,
+    describe,
+    recommended_block_index,
+    refused_keys,
+    unknown_key,
+    unknown_preset,
+)
+from crepa_kernels.config.schema import Integer
 from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
 
 logger = logging.getLogger(__name__)
@@ -124,7 +133,7 @@ class RunSettings(BaseModel):
     )
     compile_blocks: bool = Field(False, description="torch.compile each block; must be true or false")
     ema_decay: float | None = Field(
-        None, ge=0, lt=1, description="of an average of the trained weights, none when null; must be in [0, 1)"
+        None, ge=0, lt=1, description="of the trained weights' moving average, none when null; must be in [0, 1)"
     )
     seed: Integer = Field(0, ge=0, description="of weights, noise and order of clips; must be an integer >= 0")
     cache: Folder | None = Field(None, description="folder of encoded clips and captions, output/cache when null")
@@ -184,8 +193,7 @@ class RunSettings(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            refused = {str(details["loc"][0]) for details in error.errors(include_url=False, include_context=False)}
-            for key in sorted(refused, key=list(fields).index):
+            for key in refused_keys(error, fields):
                 rule = fields[key].description or ""
                 problems.append(describe(key, given[key], rule) if key in given else f"{key}: {rule}")
         else:
@@ -296,9 +304,7 @@ def _split(
     name = both.pop(PRESET, None)
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
     if name is not None and not preset:
-        match = nearest(str(name), PRESETS)
-        hint = f"; did you mean {match!r}?" if match else ""
-        problems.append(describe(PRESET, name, f"must be one of {', '.join(PRESETS)}{hint}"))
+        problems.append(describe(PRESET, name, unknown_preset(name)))
     crepa = [{key: value for key, value in each.items() if key.startswith(PREFIX)} for each in (from_file, over)]
     ours = {key: value for key, value in both.items() if not key.startswith(PREFIX)}
     merged = merge(merge(preset, crepa[0]), crepa[1])

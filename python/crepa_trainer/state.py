@@ -136,8 +136,8 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def make_average(transformer: nn.Module, decay: float | None) -> EMAModel | None:
-    """The moving average of the trained weights of an unwrapped transformer, as they are now."""
+def make_ema(transformer: nn.Module, decay: float | None) -> EMAModel | None:
+    """The exponential moving average of the trained weights of an unwrapped transformer, as they are now."""
     from diffusers.training_utils import EMAModel
 
     if decay is None:

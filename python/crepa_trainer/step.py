@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from crepa_kernels.regularizer.monitor import TEACHER
@@ -42,7 +43,8 @@ def training_step(
     Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
     """
     accelerator, crepa = state.accelerator, state.crepa
-    batch = batch.to(accelerator.device)
+    # From pinned memory the host does not wait for it.
+    batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type != "cpu")
     noisy = family.noisy(batch.clips, batch.noise, batch.time)
     with accelerator.accumulate(state.transformer):
         prediction = family.predict(state.transformer, noisy, batch.clips)

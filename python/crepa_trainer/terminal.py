@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Marks that show what follows in another order than it is written.
 _ORDER = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -19,6 +23,11 @@ def plain(text: str, keep: str = "") -> str:
         else letter
         for letter in text
     )
+
+
+def say(console: Console, line: str) -> None:
+    """One line, neither broken nor colored."""
+    console.print(plain(line), highlight=False, markup=False, soft_wrap=True)
 
 
 class PlainFormatter(logging.Formatter):

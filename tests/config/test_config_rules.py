@@ -10,8 +10,8 @@ import pytest
 from tiny_families import FAMILIES
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.config.rules import neighbour_weight_sum
-from crepa_kernels.config.schema import ConfigError, CrepaConfig, presets, recommended_block_index
+from crepa_kernels.config import ConfigError, CrepaConfig
+from crepa_kernels.config.rules import PRESETS, neighbour_weight_sum, recommended_block_index
 
 ON = {"crepa_enabled": True, "crepa_block_index": 8}
 BACKBONE = {**ON, "crepa_feature_source": "backbone"}
@@ -142,7 +142,7 @@ def test_preset_values() -> None:
         },
         "solid_background": {**shared, "crepa_cutoff_step": 2000},
     }
-    assert set(presets()) == set(expected)
+    assert set(PRESETS) == set(expected)
     for name, values in expected.items():
         assert CrepaConfig.preset(name) == CrepaConfig(**values)
 
@@ -167,11 +167,6 @@ def test_options_that_do_nothing_without_crepa_enabled_are_a_warning(caplog: pyt
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "CREPA is OFF: " in caplog.text
     assert "without which crepa_lambda, crepa_encoder does nothing" in caplog.text
-
-
-def test_presets_are_copies() -> None:
-    presets()["i2v"]["crepa_lambda"] = 9.0
-    assert CrepaConfig.preset("i2v").crepa_lambda == 0.5
 
 
 def test_a_preset_takes_overrides_and_the_block_of_its_family(caplog: pytest.LogCaptureFixture) -> None:

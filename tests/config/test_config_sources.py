@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from crepa_kernels.config.schema import ConfigError, CrepaConfig, read_json
+from crepa_kernels.config import ConfigError, CrepaConfig
+from crepa_kernels.config.sources import read_json
 
 
 def write(folder: Path, text: str | bytes) -> Path:

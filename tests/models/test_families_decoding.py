@@ -13,6 +13,7 @@ from tiny import CHANNELS
 from tiny_families import FAMILIES, crepa_on, tiny_vaes
 
 from crepa_kernels.models.families import family_of
+from crepa_kernels.models.layouts import raster_layout
 from crepa_kernels.teachers.latents import LatentDecoder
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def found_pixels(name: str, source: Any, latents: torch.Tensor) -> torch.Tensor:
     transformer = FAMILIES[name].make()
     family = family_of(transformer)
     decoder = LatentDecoder(source, family)
-    return decoder.decode(latents, family.layout(transformer, tuple(latents.shape[2:])), CPU)
+    return decoder.decode(latents, raster_layout(transformer.config, tuple(latents.shape[2:])), CPU)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +83,7 @@ def test_latents_are_decoded_as_the_familys_pipeline_does_it(case: str, tmp_path
 def test_latents_padded_at_the_front_are_decoded_without_their_padding(frames: int) -> None:
     transformer, vae = FAMILIES["cogvideox 1.5"].make(), tiny_vaes("cogvideox")
     family, latents = family_of(transformer), clean_latents(1, frames)
-    layout = family.layout(transformer, (4, 4, 6))  # of the forward, whose latents were padded to 4
+    layout = raster_layout(transformer.config, (4, 4, 6))  # of the forward, whose latents were padded to 4
     pixels = 9 if frames == 3 else 16
     padded = torch.cat([latents[:, :, :1]] * (4 - frames) + [latents], dim=2)
     expected = pipeline_pixels("cogvideox 1.5", vae, padded, (4 * frames - 3, 32, 48))
@@ -148,7 +149,7 @@ def test_freeing_the_encoder_leaves_each_familys_decoding_as_it_was(name: str) -
     vae, latents = tiny_vaes(name), clean_latents(1, 2)
     transformer = FAMILIES[name].make()
     family = family_of(transformer)
-    layout = family.layout(transformer, (2, 4, 6))
+    layout = raster_layout(transformer.config, (2, 4, 6))
     before = sum(parameter.nbytes for parameter in vae.parameters())
     expected = LatentDecoder(vae, family).decode(latents, layout, CPU)
     assert torch.equal(LatentDecoder(vae, family, drop_encoder=True).decode(latents, layout, CPU), expected)

@@ -18,15 +18,6 @@ from crepa_kernels.models.families import family_of
 from crepa_kernels.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 BLOCK = 1
-# The path of what turns a patch of latents into a token, and whether its weights list channels before places.
-EMBEDDINGS = {
-    "wan": ("patch_embedding", True),
-    "ltxvideo": ("proj_in", True),
-    "sanavideo": ("patch_embedding", True),
-    "kandinsky5_video": ("visual_embeddings.in_layer", False),
-    "cogvideox": ("patch_embed.proj", True),
-    "hunyuan_video": ("x_embedder.proj", True),
-}
 # Of 4 x 6 tokens at least, so that corners are apart; without position embeddings, which would be part of a token.
 SIZED: dict[str, TinyFamily] = {
     **{name: replace(tiny, latents=(tiny.latents[0], 8, 12)) for name, tiny in FAMILIES.items()},
@@ -50,8 +41,8 @@ def seeing_student(tiny: TinyFamily) -> Any:
     for block in family_of(transformer).blocks(transformer):
         for parameter in block.parameters():
             parameter.zero_()  # every branch of a block then adds 0
-    path, channels_first = EMBEDDINGS[tiny.name]
-    embedding = transformer.get_submodule(path)
+    embedding = transformer.get_submodule(tiny.embedding)
+    channels_first = embedding.weight.dim() > 2  # of a convolution; a Linear's weights list places first
     places = embedding.weight[0].numel() // CHANNELS
     means = patterns(CHANNELS)[:, :, None].expand(-1, -1, places) / places  # [D, C, places]
     means = means if channels_first else means.transpose(1, 2)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from crepa_trainer.data.sampler import MicroBatch, MicroBatches
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.run import TrainingRun, make_accelerator
-from crepa_trainer.state import make_average, make_state
+from crepa_trainer.state import make_ema, make_state
 from crepa_trainer.step import flow_matching_loss
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
@@ -325,10 +325,10 @@ def training_run(models: Path, output: Path, name: str) -> tuple[TrainingRun, _N
     settings = tiny_settings(models, output, max_train_steps=STEPS, checkpoint_every=4, workers=0, **changes)
     family, accelerator, checkpoints = TrainingFamily.of(settings.model), make_accelerator(settings), _NoCheckpoints()
     state = make_state(accelerator, family, settings, tiny_config(models, **crepa))
-    average = make_average(accelerator.unwrap_model(state.transformer), settings.ema_decay)
+    ema = make_ema(accelerator.unwrap_model(state.transformer), settings.ema_decay)
     clips: Any = TinyClips(pixels=pixels)
     saving: Any = checkpoints
-    return TrainingRun(family, settings, clips, state, average, saving), checkpoints
+    return TrainingRun(family, settings, clips, state, ema, saving), checkpoints
 
 
 @pytest.fixture

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXImageToVideoPipeline,
-    CogVideoXPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoPipeline,
-    Kandinsky5I2VPipeline,
-    Kandinsky5T2VPipeline,
-    LTXImageToVideoPipeline,
-    LTXPipeline,
-    SanaImageToVideoPipeline,
-    SanaVideoPipeline,
-    WanImageToVideoPipeline,
-    WanPipeline,
-)
+from crepa_trainer.families import TrainingFamily
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import TEXT_DIM
 from tiny_families import TEXT_TOKENS
-
-PIPELINES: Mapping[str, tuple[Any, Any]] = {
-    "wan": (WanPipeline, WanImageToVideoPipeline),
-    "ltxvideo": (LTXPipeline, LTXImageToVideoPipeline),
-    "sanavideo": (SanaVideoPipeline, SanaImageToVideoPipeline),
-    "kandinsky5_video": (Kandinsky5T2VPipeline, Kandinsky5I2VPipeline),
-    "cogvideox": (CogVideoXPipeline, CogVideoXImageToVideoPipeline),
-    "hunyuan_video": (HunyuanVideoPipeline, HunyuanVideoImageToVideoPipeline),
-}
 
 
 def pipeline_of(name: str, transformer: Any, vae: Any, *, image: bool = False, **settings: Any) -> Any:
@@ -43,7 +20,8 @@ def pipeline_of(name: str, transformer: Any, vae: Any, *, image: bool = False, *
         parts |= {"tokenizer_2": None, "text_encoder_2": None}
     if name == "hunyuan_video" and image:
         parts["image_processor"] = None
-    made = PIPELINES[name][image](**parts, transformer=transformer, vae=vae, scheduler=scheduler, **settings)
+    kind = getattr(diffusers, TrainingFamily.known[name].pipelines["image2video" if image else "text2video"])
+    made = kind(**parts, transformer=transformer, vae=vae, scheduler=scheduler, **settings)
     made.set_progress_bar_config(disable=True)
     return made
 

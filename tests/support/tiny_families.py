@@ -25,6 +25,7 @@ from diffusers import (
 from tiny import CHANNELS, TEXT_DIM, WAN, clip_pixels, reloaded, tiny_dinov2, tiny_vae
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.models import families
 
 WIDTH = 32  # of the hidden states
 TEXT_TOKENS = 5
@@ -147,6 +148,7 @@ class TinyFamily:
         config: its tiny settings.
         call: ``(latents (B, C, T, H, W), generator, model) -> keyword arguments`` of the transformer's forward.
         blocks: paths of the blocks in the model, in the order in which they run.
+        embedding: the path of what turns a patch of latents into a token.
         query: the end of the path of the attention's query projection in a block.
         patch: (frames, height, width) of a token in latents.
         latents: (T, H, W) that ``inputs`` uses.
@@ -157,6 +159,7 @@ class TinyFamily:
     config: Mapping[str, Any]
     call: Callable[..., dict[str, Any]]
     blocks: tuple[str, ...]
+    embedding: str = "patch_embedding"
     query: str = "attn1.to_q"
     patch: tuple[int, int, int] = (1, 2, 2)
     latents: tuple[int, int, int] = (3, 4, 6)
@@ -202,7 +205,7 @@ _HUNYUAN_BLOCKS = (*_listed("transformer_blocks", 2), *_listed("single_transform
 
 FAMILIES = {
     "wan": TinyFamily("wan", WanTransformer3DModel, WAN, _plain, _listed("blocks", 3)),
-    "ltxvideo": TinyFamily("ltxvideo", LTXVideoTransformer3DModel, LTX, _ltx, _BLOCKS, patch=(1, 1, 1)),
+    "ltxvideo": TinyFamily("ltxvideo", LTXVideoTransformer3DModel, LTX, _ltx, _BLOCKS, "proj_in", patch=(1, 1, 1)),
     "sanavideo": TinyFamily("sanavideo", SanaVideoTransformer3DModel, SANA, _plain, _BLOCKS),
     "kandinsky5_video": TinyFamily(
         "kandinsky5_video",
@@ -210,21 +213,31 @@ FAMILIES = {
         KANDINSKY,
         _kandinsky,
         _listed("visual_transformer_blocks", 3),
+        "visual_embeddings.in_layer",
         "self_attention.to_query",
     ),
-    "cogvideox": TinyFamily("cogvideox", CogVideoXTransformer3DModel, COGVIDEOX, _cogvideox, _BLOCKS),
+    "cogvideox": TinyFamily(
+        "cogvideox", CogVideoXTransformer3DModel, COGVIDEOX, _cogvideox, _BLOCKS, "patch_embed.proj"
+    ),
     "cogvideox 1.5": TinyFamily(
         "cogvideox",
         CogVideoXTransformer3DModel,
         COGVIDEOX,
         _cogvideox,
         _BLOCKS,
+        "patch_embed.proj",
         patch=(2, 2, 2),
         latents=(6, 4, 6),
         overrides={"patch_size_t": 2, "use_rotary_positional_embeddings": True},
     ),
     "hunyuan_video": TinyFamily(
-        "hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN, _hunyuan, _HUNYUAN_BLOCKS, "attn.to_q"
+        "hunyuan_video",
+        HunyuanVideoTransformer3DModel,
+        HUNYUAN,
+        _hunyuan,
+        _HUNYUAN_BLOCKS,
+        "x_embedder.proj",
+        "attn.to_q",
     ),
     "hunyuan_video token_replace": TinyFamily(
         "hunyuan_video",
@@ -232,6 +245,7 @@ FAMILIES = {
         HUNYUAN,
         _hunyuan,
         _HUNYUAN_BLOCKS,
+        "x_embedder.proj",
         "attn.to_q",
         overrides={"image_condition_type": "token_replace"},
     ),
@@ -243,6 +257,7 @@ SPARSE_KANDINSKY = TinyFamily(
     KANDINSKY,
     _kandinsky,
     _listed("visual_transformer_blocks", 3),
+    "visual_embeddings.in_layer",
     "self_attention.to_query",
     latents=(2, 16, 32),
     overrides=SPARSE,
@@ -268,16 +283,16 @@ LTX2_VAE = {
 
 
 def tiny_vaes(name: str, **overrides: Any) -> Any:
-    """A family's VAE with 4 latent channels, in eval mode: ``name`` of the family, or "ltx2"."""
-    if name in ("wan", "sanavideo"):
+    """A family's usual VAE with 4 latent channels, in eval mode: ``name`` of the family, or "ltx2"."""
+    usual = {row.name: row.vaes[0] for row in families.FAMILIES} | {"ltx2": "AutoencoderKLLTX2Video"}
+    if usual[name] == "AutoencoderKLWan":
         return tiny_vae(**overrides)
     model, config = {
-        "ltxvideo": (AutoencoderKLLTXVideo, LTX_VAE),
-        "ltx2": (AutoencoderKLLTX2Video, LTX2_VAE),
-        "cogvideox": (AutoencoderKLCogVideoX, _SMALL),
-        "hunyuan_video": (AutoencoderKLHunyuanVideo, _SMALL),
-        "kandinsky5_video": (AutoencoderKLHunyuanVideo, _SMALL),
-    }[name]
+        "AutoencoderKLLTXVideo": (AutoencoderKLLTXVideo, LTX_VAE),
+        "AutoencoderKLLTX2Video": (AutoencoderKLLTX2Video, LTX2_VAE),
+        "AutoencoderKLCogVideoX": (AutoencoderKLCogVideoX, _SMALL),
+        "AutoencoderKLHunyuanVideo": (AutoencoderKLHunyuanVideo, _SMALL),
+    }[usual[name]]
     return reloaded(partial(_with_statistics, model, {**config, **overrides}), 1, None, f"{name} vae {overrides}")
 
 

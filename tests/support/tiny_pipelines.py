@@ -8,15 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
-    LTXPipeline,
-    SanaVideoPipeline,
-    WanPipeline,
-)
+from crepa_trainer.families import TrainingFamily
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny import TEXT_DIM, tiny_vae, tiny_wan
 from tiny_families import FAMILIES, tiny_vaes
 from tokenizers import Tokenizer
@@ -97,6 +92,20 @@ def _built(build: Callable[[], Any], seed: int = 5) -> Any:
         return build().eval()
 
 
+def save_tiny_pipeline(folder: Path, name: str, **parts: Any) -> Path:
+    """A family's whole text-to-video pipeline; what is not given is as most families have it."""
+    usual = {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": tiny_umt5(),
+        "transformer": FAMILIES[name].make(),
+        "vae": tiny_vaes(name),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    kind = getattr(diffusers, TrainingFamily.known[name].pipelines["text2video"])
+    kind(**{**usual, **parts}).save_pretrained(folder)
+    return folder
+
+
 def save_tiny_ltx_pipeline(folder: Path, **vae: Any) -> Path:
     """32 pixels a token, 8 frames a latent; the scheduler moves its levels with the clip's length, as the hub's."""
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -107,14 +116,10 @@ def save_tiny_ltx_pipeline(folder: Path, **vae: Any) -> Path:
         max_image_seq_len=32,
         shift_terminal=0.1,
     )
-    LTXPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=_built(lambda: T5EncoderModel(T5Config(vocab_size=VOCABULARY, **UMT5))),
-        transformer=FAMILIES["ltxvideo"].make(),
-        vae=tiny_vaes("ltxvideo", **vae),
-        scheduler=scheduler,
-    ).save_pretrained(folder)
-    return folder
+    t5 = _built(lambda: T5EncoderModel(T5Config(vocab_size=VOCABULARY, **UMT5)))
+    return save_tiny_pipeline(
+        folder, "ltxvideo", text_encoder=t5, vae=tiny_vaes("ltxvideo", **vae), scheduler=scheduler
+    )
 
 
 def save_tiny_sana_pipeline(folder: Path, vae: str = "sanavideo") -> Path:
@@ -124,14 +129,8 @@ def save_tiny_sana_pipeline(folder: Path, vae: str = "sanavideo") -> Path:
     scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=8.0, final_sigmas_type="zero"
     )
-    SanaVideoPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=_built(lambda: Gemma2Model(gemma)),
-        transformer=FAMILIES["sanavideo"].make(),
-        vae=tiny_vaes(vae),
-        scheduler=scheduler,
-    ).save_pretrained(folder)
-    return folder
+    encoder = _built(lambda: Gemma2Model(gemma))
+    return save_tiny_pipeline(folder, "sanavideo", text_encoder=encoder, vae=tiny_vaes(vae), scheduler=scheduler)
 
 
 def save_tiny_hunyuan_pipeline(folder: Path, **transformer: Any) -> Path:
@@ -139,16 +138,15 @@ def save_tiny_hunyuan_pipeline(folder: Path, **transformer: Any) -> Path:
     sizes = {"hidden_size": TEXT_DIM, "intermediate_size": 16, "num_attention_heads": 2}
     llama = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=3, num_key_value_heads=1, **sizes)
     clip = CLIPTextConfig(vocab_size=VOCABULARY, num_hidden_layers=2, eos_token_id=1, pad_token_id=0, **sizes)
-    HunyuanVideoPipeline(
-        tokenizer=tiny_tokenizer(),
+    return save_tiny_pipeline(
+        folder,
+        "hunyuan_video",
         text_encoder=_built(lambda: LlamaModel(llama)),
         tokenizer_2=tiny_tokenizer(),
         text_encoder_2=_built(lambda: CLIPTextModel(clip)),
         transformer=FAMILIES["hunyuan_video"].make(**{"guidance_embeds": True, **transformer}),
-        vae=tiny_vaes("hunyuan_video"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 TINY_PIPELINES = {

@@ -20,7 +20,8 @@ from crepa_trainer.data.clips import read_clips, read_frames
 from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.names import teacher_frames
 from crepa_trainer.data.video import DataError, VideoError, probe_video
-from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.settings import RunSettings
 from rich.console import Console
 from tiny import tiny_dinov2, tiny_wan

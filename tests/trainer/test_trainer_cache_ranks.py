@@ -17,7 +17,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from crepa_trainer.data.cache import prepare_cache
-from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily, WanFamily
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.hunyuan_video import HunyuanVideoFamily
+from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES

@@ -209,7 +209,7 @@ def _other_crepa(checkpoint: Path, models: Path) -> str:
     return "crepa.safetensors"
 
 
-def _other_average(checkpoint: Path, models: Path) -> str:
+def _other_ema(checkpoint: Path, models: Path) -> str:
     state = read_state(checkpoint / "average.safetensors")
     write_state(checkpoint / "average.safetensors", {**state, "shadow_params": state["shadow_params"][:-1]})
     return "average.safetensors"
@@ -224,7 +224,7 @@ def _other_weights(checkpoint: Path, models: Path) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    [_other_optimizer, _other_groups, _other_random_state, _other_crepa, _other_average, _other_weights],
+    [_other_optimizer, _other_groups, _other_random_state, _other_crepa, _other_ema, _other_weights],
 )
 def test_a_part_of_another_run_is_an_error_that_names_its_file(models: Path, checkpoint: Path, change: Any) -> None:
     name = change(checkpoint, models)

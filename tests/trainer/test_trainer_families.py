@@ -16,6 +16,7 @@ from tiny import CHANNELS, clip_pixels
 from tiny_pipelines import save_tiny_wan_pipeline
 
 from crepa_kernels.models.families import family_of
+from crepa_kernels.models.layouts import raster_layout
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ def test_sizes_from_the_configs_are_those_of_the_models(family: TrainingFamily) 
     vae, transformer = family.load_vae(torch.float32), family.load_transformer(torch.float32)
     latents = family.encode_latents(vae, clip_pixels(batch=2))
     assert latents.shape == (2, *family.latent_shape(bucket))
-    layout = family_of(transformer).layout(transformer, latents.shape[2:])
-    assert family.token_grid(bucket) == (layout.frames, *layout.grid)
-    assert family.tokens_per_frame(bucket) == layout.grid[0] * layout.grid[1]
+    layout = raster_layout(transformer.config, latents.shape[2:])
+    assert family.layout(bucket) == layout
     assert family.hidden_size == family_of(transformer).hidden_size(transformer.config)
     assert family.blocks == len(transformer.blocks)
     assert not any(p.requires_grad for p in (*vae.parameters(), *transformer.parameters()))

@@ -20,6 +20,7 @@ from tiny_pipelines import TINY_PIPELINES
 
 from crepa_kernels import image_to_video_mask
 from crepa_kernels.models.families import family_of
+from crepa_kernels.models.layouts import raster_layout
 
 NAMES = tuple(TINY_PIPELINES)
 CASES = [(name, task) for name, tiny in TINY_PIPELINES.items() for task in tiny.tasks]
@@ -76,7 +77,7 @@ def test_sizes_from_the_configs_are_those_of_the_models(folders: dict[str, Path]
     latents = family.encode_latents(vae, pixels_of(name))
     assert latents.shape == (1, *family.latent_shape(size))
     row = family_of(transformer)
-    assert family.layout(size) == row.layout(transformer, latents.shape[2:])
+    assert family.layout(size) == raster_layout(transformer.config, latents.shape[2:])
     assert family.hidden_size == row.hidden_size(transformer.config)
     assert family.blocks == len(row.blocks(transformer))
     assert not any(p.requires_grad for p in (*vae.parameters(), *transformer.parameters()))

@@ -15,7 +15,8 @@ from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.files import file_name
 from crepa_trainer.data.names import FORMAT, CacheNames
-from crepa_trainer.families import HunyuanVideoFamily, TrainingFamily
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.hunyuan_video import HunyuanVideoFamily
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES
 from rich.console import Console

@@ -13,7 +13,8 @@ import torch
 from corner_videos import corners, write
 from crepa_trainer.cli import main
 from crepa_trainer.data.dataset import find_clips
-from crepa_trainer.families import TrainingFamily, WanFamily
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.reporting import plan as plan_module
 from crepa_trainer.reporting.plan import Plan, kept_bytes, make_plan, projector_bytes
 from crepa_trainer.reporting.table import print_plan

@@ -94,13 +94,11 @@ def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(
     assert all(torch.equal(loaded[name], saved[f"transformer.{name}"]) for name in loaded)
 
 
-def test_the_average_and_the_projector_lie_beside_the_lora(
-    models: Path, lora: tuple[Path, list[dict[str, float]]]
-) -> None:
+def test_the_ema_and_the_projector_lie_beside_the_lora(models: Path, lora: tuple[Path, list[dict[str, float]]]) -> None:
     trained = lora[0] / "trained"
-    last, average = (load_file(f / "pytorch_lora_weights.safetensors") for f in (trained, trained / "ema"))
-    assert last.keys() == average.keys()
-    assert any(not torch.equal(last[name], average[name]) for name in last)
+    last, ema = (load_file(f / "pytorch_lora_weights.safetensors") for f in (trained, trained / "ema"))
+    assert last.keys() == ema.keys()
+    assert any(not torch.equal(last[name], ema[name]) for name in last)
     transformer = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer")
     crepa = CrepaRegularizer.from_pretrained(trained, transformer)
     assert crepa.projector is not None

@@ -18,6 +18,7 @@ from tiny import CHANNELS, clip_pixels
 from tiny_hub_folders import QWEN_DIM
 
 from crepa_kernels import image_to_video_mask
+from crepa_kernels.models.layouts import raster_layout
 
 STEPS = 4
 # Of the pipelines' calls only, or of how the answer is returned.
@@ -118,7 +119,8 @@ def test_a_call_is_the_stock_pipelines_at_every_noise_level(
         # The pipeline mixes a thousandth of the image into the noise that it is given.
         share = torch.tensor([0.999])
         noise = noise * share + batch["image_latents"] * (1 - share)
-    calls = Calls(clean, noise, getattr(stock.scheduler, "alphas_cumprod", None))
+    velocity = stock.scheduler.config.get("prediction_type") == "v_prediction"
+    calls = Calls(clean, noise, stock.scheduler.alphas_cumprod if velocity else None)
     for part in ("transformer", "transformer_2"):
         if getattr(stock, part, None) is not None:
             calls.watch(getattr(stock, part))
@@ -166,8 +168,8 @@ def test_sizes_from_the_configs_are_those_of_the_transformer(case: HubCase, fami
     transformer = family.load_transformer(torch.float32)
     assert family.blocks == len(family.row.blocks(transformer))
     assert family.hidden_size == family.row.hidden_size(transformer.config)
-    layout = family.row.layout(transformer, family.latent_shape(case.size)[1:])
-    assert family.token_grid(case.size) == (layout.frames, *layout.grid)
+    layout = raster_layout(transformer.config, family.latent_shape(case.size)[1:])
+    assert family.layout(case.size) == layout
 
 
 def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFamily, stock: Any) -> None:
@@ -182,7 +184,7 @@ def test_text_is_the_stock_pipelines_embedding_of_one_prompt(family: TrainingFam
             text, pooled, mask = stock.encode_prompt(Image.new("RGB", (48, 32), 0), prompt)
             expected = {"text": text[0], "text_pooled": pooled[0], "text_mask": mask[0]}
         else:
-            options = {"max_sequence_length": 512} if family.name == "wan" else {}
+            options = {"max_sequence_length": family.text_limits["tokenizer"]}
             if family.name == "wan":
                 # The image-to-video pipeline's own is a copy of it, which cannot do without ftfy.
                 stock = WanPipeline(stock.tokenizer, stock.text_encoder, vae=None, scheduler=None)

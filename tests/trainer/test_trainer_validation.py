@@ -50,7 +50,7 @@ def test_losses_and_random_state_are_those_of_a_run_without_validation(models: P
     ]
 
 
-def test_a_clip_is_the_stock_pipelines_with_the_exported_average(models: Path, tmp_path: Path) -> None:
+def test_a_clip_is_the_stock_pipelines_with_the_exported_ema(models: Path, tmp_path: Path) -> None:
     settings = tiny_settings(models, tmp_path / "run", **VALIDATION, ema_decay=0.5, validation_seed=7)
     train(settings, tiny_config(models), TinyClips(1, 0))
     pipeline = WanPipeline.from_pretrained(models / "wan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,7 +131,7 @@ def prepare_cache(
     state = PartialState()
     if state.is_main_process:
         remove_abandoned(settings.cache_folder)
-    filler = _Filler(state, config, family, device, console, names)
+    filler = _Filler(state, console, names)
     files = {key: names.files(key) for key in found.keys}
     skipped, lengths = filler.encode_videos(files)
     if lengths:
@@ -204,10 +205,7 @@ def _is_missing(path: Path) -> bool:
 class _Encoders:
     """The VAE and the teacher, loaded when first asked for."""
 
-    config: CrepaConfig
-    family: TrainingFamily
-    device: torch.device
-    tiling: bool
+    names: CacheNames
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
@@ -216,36 +214,31 @@ class _Encoders:
         return self.loaded[name]
 
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
-        vae = self._once("vae", lambda: self.family.load_vae(torch.float32, self.tiling).to(self.device))
-        images = self._once("image encoder", self._image_encoder)
-        return self.family.encode_clip(vae, pixels, images)
+        family, device, tiling = self.names.family, self.names.device, self.names.settings.vae_tiling
+        vae = self._once("vae", lambda: family.load_vae(torch.float32, tiling).to(device))
+        images = self._once("image encoder", family.load_image_encoder)
+        return family.encode_clip(vae, pixels, None if images is None else images.to(device))
 
-    def _image_encoder(self) -> Any:
-        loaded = self.family.load_image_encoder()
-        return None if loaded is None else loaded.to(self.device)
-
-    def features(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
-        config = self.config
+    def teacher_side(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
+        config, family = self.names.config, self.names.family
+        if self.names.settings.cache_teacher == "frames":
+            return {"pixels": pixels[teacher_frames(config, family, bucket)]}
         teacher = self._once("teacher", lambda: DinoV2Teacher.from_config(config))
-        lengths = ClipLengths.of(None, 1, len(pixels), self.family.layout(bucket))
-        features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.device)
+        lengths = ClipLengths.of(None, 1, len(pixels), family.layout(bucket))
+        features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.names.device)
         return {"features": features[0], "feature_grid": torch.tensor(grid)}
 
 
+@dataclass
 class _Filler:
     """Encodes this process's share of what is missing, in step with the others."""
 
-    def __init__(
-        self,
-        state: PartialState,
-        config: CrepaConfig,
-        family: TrainingFamily,
-        device: torch.device,
-        console: Console,
-        names: CacheNames,
-    ) -> None:
-        self.state, self.config, self.family, self.device = state, config, family, device
-        self.console, self.names = console, names
+    state: PartialState
+    console: Console
+    names: CacheNames
+
+    def __post_init__(self) -> None:
+        self.family, self.device = self.names.family, self.names.device
 
     def encode_texts(self, texts: Sequence[_Text]) -> None:
         """Makes those that are missing, of clips whose latents are there.
@@ -296,7 +289,7 @@ class _Filler:
             videos.setdefault(key.video, []).append(key)
         world = self.state.num_processes
         settings, found = self.names.settings, self.names.found
-        encoders = _Encoders(self.config, self.family, self.device, settings.vae_tiling)
+        encoders = _Encoders(self.names)
         skipped: dict[str, str] = {}
         lengths: dict[str, int] = {}
         for share in self._in_step("videos", _chunks(list(videos), world)):
@@ -326,21 +319,16 @@ class _Filler:
         starts, fps = list(keys), self.names.settings.fps
         for start, pixels in read_clips(path, bucket.height, bucket.width, starts, bucket.frames, fps):
             files = clips[keys[start]]
-            if files.latents in missing:
-                tensors = encoders.latents(pixels)
+            made = {files.latents: ("VAE", encoders.latents)}
+            if files.teacher is not None:
+                made[files.teacher] = ("teacher", partial(encoders.teacher_side, bucket=bucket))
+            for file, (what, encode) in made.items():
+                if file not in missing:
+                    continue
+                tensors = encode(pixels)
                 if not _finite(tensors):
-                    raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
-                write_tensors(files.latents, tensors)
-            if files.teacher is not None and files.teacher in missing:
-                tensors = self._teacher_side(encoders, pixels, bucket)
-                if not _finite(tensors):
-                    raise VideoError(f"the teacher makes NaN or infinity of the clip at frame {start}")
-                write_tensors(files.teacher, tensors)
-
-    def _teacher_side(self, encoders: _Encoders, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
-        if self.names.settings.cache_teacher == "features":
-            return encoders.features(pixels, bucket)
-        return {"pixels": pixels[teacher_frames(self.config, self.family, bucket)]}
+                    raise VideoError(f"the {what} makes NaN or infinity of the clip at frame {start}")
+                write_tensors(file, tensors)
 
     def _in_step(self, what: str, rounds: list[list[T]]) -> Iterator[list[T]]:
         """Each round, waited for by all: a barrier at the end alone would run into the time limit of one."""

@@ -23,7 +23,6 @@ _MATRICES = {  # Kr, Kb
     10: (0.2627, 0.0593),
 }
 _UNTAGGED, _BT601, _BT2020 = 2, 5, 9
-_RGB_MATRIX = 0
 _LIMITED, _FULL = 1, 2
 _PQ, _HLG = 16, 18
 HDR = {_PQ: "PQ", _HLG: "HLG"}

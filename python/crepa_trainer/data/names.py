@@ -54,20 +54,19 @@ def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) 
     return frames if again == list(range(len(frames))) else list(range(bucket.frames))
 
 
+@dataclass
 class CacheNames:
     """Names of a run's files: each from all that its content depends on."""
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        config: CrepaConfig,
-        family: TrainingFamily,
-        device: torch.device,
-        found: FoundClips,
-    ) -> None:
-        self.settings, self.config, self.family, self.device, self.found = settings, config, family, device, found
-        self.folder = settings.cache_folder
-        self.encoder_teaches = teacher_is_encoder(config)
+    settings: RunSettings
+    config: CrepaConfig
+    family: TrainingFamily
+    device: torch.device
+    found: FoundClips
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.cache_folder
 
     def files(self, key: ClipKey) -> ClipFiles:
         bucket = key.bucket
@@ -79,7 +78,7 @@ class CacheNames:
         }
         latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
         teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
-        return ClipFiles(latents, teacher if self.encoder_teaches else None, self.text(key.caption, key))
+        return ClipFiles(latents, teacher if teacher_is_encoder(self.config) else None, self.text(key.caption, key))
 
     def text(self, prompt: str, key: ClipKey | None = None) -> Path:
         """The file of a prompt's embedding for a clip; the same for all clips where their first frames are not read.
@@ -124,7 +123,7 @@ class CacheNames:
         return [*model_identity(DINOV2_HUB_IDS.get(name, name)), str(encoder_type(self.device))]
 
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
-        if not self.encoder_teaches:
+        if not teacher_is_encoder(self.config):
             return {}
         config, layout = self.config, self.family.layout(bucket)
         if self.settings.cache_teacher == "frames":

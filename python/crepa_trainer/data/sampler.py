@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from crepa_kernels.transfer import moved
-
 from ..stopping import leave_signals_to_the_trainer
 
 # Of an item, the teacher's side.
@@ -139,14 +137,6 @@ class MicroBatch(NamedTuple):
     teacher: dict[str, Any]
     noise: Tensor
     time: Tensor
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """On a device; from pinned memory the host does not wait for it."""
-        clips = {name: moved(tensor, device) for name, tensor in self.clips.items()}
-        teacher = {
-            name: moved(value, device) if isinstance(value, Tensor) else value for name, value in self.teacher.items()
-        }
-        return MicroBatch(clips, teacher, moved(self.noise, device), moved(self.time, device))
 
 
 class MicroBatches(Dataset[MicroBatch | Exception]):

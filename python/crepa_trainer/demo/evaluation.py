@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..data.cache import CachedClips
     from ..families import TrainingFamily
     from ..state import TrainState
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,17 @@ class Features:
     student_grid: Grid
     teacher_grid: Grid
     projector: nn.Module
+
+    def aligned(self, call: Callable[..., Result], config: CrepaConfig, teacher: Tensor) -> Result:
+        """`crepa_loss` or `similarity_matrix` of the clips with these teacher features."""
+        return call(
+            self.hidden_states,
+            teacher,
+            self.projector,
+            student_grid=self.student_grid,
+            teacher_grid=self.teacher_grid,
+            **config.loss_options(),
+        )
 
 
 class Evaluator:
@@ -135,26 +148,11 @@ class Evaluator:
 
     @torch.no_grad()
     def _similarity(self, features: Features, teacher: Tensor) -> float:
-        output = crepa_loss(
-            features.hidden_states,
-            teacher,
-            features.projector,
-            student_grid=features.student_grid,
-            teacher_grid=features.teacher_grid,
-            **self.config.loss_options(),
-        )
-        return float(output.similarity)
+        return float(features.aligned(crepa_loss, self.config, teacher).similarity)
 
     def matrix(self, features: Features) -> Tensor:
         """s[b, f, k] of every student frame with every teacher frame, (n, T, T)."""
-        return similarity_matrix(
-            features.hidden_states,
-            features.teacher,
-            features.projector,
-            student_grid=features.student_grid,
-            teacher_grid=features.teacher_grid,
-            spatial_align=self.config.spatial_align,
-        )
+        return features.aligned(similarity_matrix, self.config, features.teacher)
 
     @torch.no_grad()
     def on_common_grid(self, features: Features) -> tuple[Tensor, Tensor]:

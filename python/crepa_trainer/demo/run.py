@@ -36,6 +36,7 @@ from ..run import TrainingRun, run
 from ..settings import RunSettings
 from ..state import TrainState, make_state
 from ..step import training_step
+from ..terminal import say
 from .evaluation import Alignment, Evaluator, Features
 from .models import save_demo_models
 from .summary import ENDS, Summary, ends, print_summary
@@ -133,7 +134,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
     summary = _summary(options, len(videos), trained, rows, before, after, seconds)
     summary.save(options.output / "summary.json")
     print_summary(console, summary, options.noise_level)
-    console.print(f"Everything is in {options.output}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Everything is in {options.output}")
     return summary
 
 

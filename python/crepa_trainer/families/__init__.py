@@ -1,24 +1,16 @@
-"""What the trainer must know of each model family: its pipeline's parts, encodings, and the transformer's call."""
+"""What the trainer must know of each model family: its pipeline's parts, encodings, and the transformer's call.
+
+Every module here that holds a `TrainingFamily` is found: a family needs no other place to be told of.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from .base import Text, TrainingFamily
-from .cogvideox import CogVideoXFamily
-from .hunyuan_video import HunyuanVideoFamily
-from .kandinsky5 import Kandinsky5Family
-from .ltxvideo import LtxVideoFamily
-from .sanavideo import SanaVideoFamily
 from .sizes import ClipSize
 from .text_limits import CutText
-from .wan import WanFamily
 
-__all__ = [
-    "ClipSize",
-    "CogVideoXFamily",
-    "CutText",
-    "HunyuanVideoFamily",
-    "Kandinsky5Family",
-    "LtxVideoFamily",
-    "SanaVideoFamily",
-    "Text",
-    "TrainingFamily",
-    "WanFamily",
-]
+__all__ = ["ClipSize", "CutText", "Text", "TrainingFamily"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -17,7 +17,7 @@ from crepa_kernels.models.layouts import raster_layout
 from crepa_kernels.models.vaes import VIDEO_VAES, encode
 
 from .folder import constructor_defaults, has_part, missing_shards, read_config
-from .noise import NoisyLatents, add_noise, scheduler_shift, shifted, with_clean_first_frame
+from .noise import NoisyLatents, add_noise, scheduler_shift, shifted, with_clean_first_frame, with_given_first_frame
 from .sizes import ClipSize, ModelSizes
 from .text_limits import TextLimits
 
@@ -37,8 +37,13 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     Class attributes, beside those of `ModelSizes`:
         transformer_class: the diffusers class that tells the family.
         pipelines: the diffusers pipeline of each task that the family has.
-        parts, text_parts: parts that a pipeline's folder must have, and those of them that only encode text.
+        text_parts: parts of its folder that only encode text.
+        text_keys: what is kept of the first values of the pipeline's `encode_prompt`, in their order, by the names in a
+            text, with the argument of the pipeline's call that takes each.
+        encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
+            others of than of the frame with those after it.
         lora_targets: attention projections that get a LoRA when the settings name none.
+        known: every family by its name.
 
     Attributes:
         model: folder or hub id. `task`: "text2video" or "image2video".
@@ -49,11 +54,13 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     transformer_class: ClassVar[str]
     pipelines: ClassVar[Mapping[str, str]]
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
+    encodes_first_frame: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    _known: ClassVar[dict[str, type[TrainingFamily]]] = {}
+    known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
-        TrainingFamily._known[cls.name] = cls
+        TrainingFamily.known[cls.name] = cls
 
     def __init__(
         self, model: str, task: str, configs: Mapping[str, Mapping[str, Any]], expert: str | None = None
@@ -77,9 +84,9 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
         index = read_config(model)
         transformer = index.get("transformer") or [None, None]
-        found = {each.transformer_class: each for each in cls._known.values()}.get(transformer[1])
+        found = {each.transformer_class: each for each in cls.known.values()}.get(transformer[1])
         if found is None:
-            known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls._known.values())
+            known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls.known.values())
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
             raise ValueError(f"family = {family}, but {model} has a {found.transformer_class} ({found.name})")
@@ -162,13 +169,21 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         # Also for image to video: some of its pipelines' copies of encode_prompt cannot do without ftfy.
         return self._bare_pipeline("text2video", parts)
 
-    @abstractmethod
-    def encode_text(self, parts: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
+    @torch.no_grad()
+    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         """The pipeline's own embedding of each prompt, in the encoder's type, on its device.
 
         A text is one or more tensors without a batch axis, e.g. `text` (L, d), `text_mask` (L,) bool; their names are
         the family's, and none of those that `CachedClips` gives. In a batch a shorter one is filled with zeros.
         """
+        limit = self.text_limits["tokenizer"]
+        encoded = parts.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit)
+        return self._texts(encoded)
+
+    def _texts(self, encoded: Sequence[Tensor]) -> list[Text]:
+        """Of what the pipeline's `encode_prompt` returns for one or several prompts."""
+        columns = zip(*encoded[: len(self.text_keys)], strict=True)
+        return [{name: tensor.clone() for name, tensor in zip(self.text_keys, each, strict=True)} for each in columns]
 
     @torch.no_grad()
     def encode_latents(self, vae: torch.nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -209,12 +224,15 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
 
     def encode_clip(self, vae: torch.nn.Module, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """What training needs of one clip's pixels (P, 3, H, W) uint8: fp32 `latents` (C, T, h, w), and beside them
-        what else the family asks for, such as those of the first frame alone. With `text_image_parts` there is also
+        what else the family asks for: with `encodes_first_frame` `image_latents` (C, 1, h, w), with `text_image_parts`
         `first_frame` (3, H, W) uint8.
 
         image_encoder: of `load_image_encoder`.
         """
-        return {"latents": self.encode_latents(vae, pixels[None])[0].float()}
+        encoded = {"latents": self.encode_latents(vae, pixels[None])[0].float()}
+        if self.encodes_first_frame and self.task == "image2video":
+            encoded["image_latents"] = self.encode_latents(vae, pixels[None, :1])[0]
+        return encoded
 
     def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""
@@ -231,13 +249,16 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """Clean `latents` (B, C, T, h, w) at noise level `time` (B,) in [0, 1], and what is to be predicted there.
 
         In image to video with a clean first frame, that frame is as it was, at time 0 and not predicted, and the
-        timesteps are those of each token, (B, tokens).
+        timesteps are those of each token, (B, tokens). Where `image_latents` are given it is these, and the timestep
+        is the other frames': such transformers take the first frame's tokens at 0 by themselves.
         """
         latents = batch["latents"]
         noisy = add_noise(latents, noise, time)
         config = self.config("transformer")
         if self.task == "text2video" or not self.row.first_frame_is_clean(config):
             return noisy
+        if self.encodes_first_frame:
+            return with_given_first_frame(noisy, batch["image_latents"])
         return with_clean_first_frame(noisy, latents, raster_layout(config, latents.shape[2:]))
 
     @abstractmethod
@@ -270,9 +291,12 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """Arguments of the pipeline's constructor that are not its parts."""
         return {}
 
-    @abstractmethod
     def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
         """A prompt's embedding and that of the empty one as arguments of the pipeline's call."""
+        both = {"": text} if negative is None else {"": text, "negative_": negative}
+        return {
+            f"{prefix}{key}": each[name][None] for prefix, each in both.items() for name, key in self.text_keys.items()
+        }
 
     def size_arguments(self, size: ClipSize) -> dict[str, Any]:
         """A clip's size as arguments of the pipeline's call."""

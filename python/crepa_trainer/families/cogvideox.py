@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Text, TrainingFamily
+from .base import TrainingFamily
 from .noise import NoisyLatents
 from .sizes import ClipSize
 
@@ -24,6 +24,7 @@ class CogVideoXFamily(TrainingFamily):
     """v-prediction at the integer timesteps of the pipeline's scheduler; an image comes in channels of its own."""
 
     name = "cogvideox"
+    encodes_first_frame = True
     transformer_class = "CogVideoXTransformer3DModel"
     pipelines: ClassVar = {"text2video": "CogVideoXPipeline", "image2video": "CogVideoXImageToVideoPipeline"}
 
@@ -41,59 +42,34 @@ class CogVideoXFamily(TrainingFamily):
             raise ValueError(f"{self.model}: prediction_type = {predicted} of the scheduler: must be v_prediction")
 
     def check_bucket(self, bucket: ClipSize) -> None:
-        config = self.configs["transformer"]
-        multiple = self._spatial * config["patch_size"]
-        if min(bucket.height, bucket.width) < multiple or bucket.height % multiple or bucket.width % multiple:
-            raise ValueError(
-                f"resolution {bucket.height}x{bucket.width}: height and width must be multiples of {multiple} "
-                "(VAE and patches)"
-            )
-        if bucket.frames < 1 or (bucket.frames - 1) % FRAME_MULTIPLE:
-            raise ValueError(
-                f"frame count {bucket.frames}: the VAE makes 1 + {FRAME_MULTIPLE}n frames "
-                f"(1, {1 + FRAME_MULTIPLE}, ...)"
-            )
-        learned = tuple(config[f"sample_{name}"] for name in ("frames", "height", "width"))
-        size = (bucket.frames, bucket.height // self._spatial, bucket.width // self._spatial)
-        if config["use_learned_positional_embeddings"] and size != learned:
-            frames, height, width = learned[0], learned[1] * self._spatial, learned[2] * self._spatial
+        self._check_sides(bucket)
+        self._check_frames(bucket, FRAME_MULTIPLE)
+        config, pixels = self.configs["transformer"], self.compression[1]
+        frames = config["sample_frames"]
+        height, width = (config[f"sample_{side}"] * pixels for side in ("height", "width"))
+        fits = (bucket.frames, bucket.height, bucket.width) == (frames, height, width)
+        if config["use_learned_positional_embeddings"] and not fits:
             raise ValueError(
                 f"{bucket.height}x{bucket.width} with {bucket.frames} frames: {self.model} has learned positions for "
                 f"{height}x{width} with {frames} frames alone"
             )
 
     @property
-    def _spatial(self) -> int:
-        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
-
-    @property
     def text_limits(self) -> Mapping[str, int]:
         # Without a mask: the transformer was trained on as many tokens, however short the text is.
         return {"tokenizer": int(self.configs["transformer"]["max_text_seq_length"])}
 
-    @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        embeddings, _ = parts.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_limits["tokenizer"],
-        )
-        return [{"text": embedding.clone()} for embedding in embeddings]
-
-    @torch.no_grad()
     def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         """`latents` (C, T, h, w), padded at the front to a multiple of the temporal patch by copies of the first frame;
-        for image to video `image_latents` (C, 1, h, w) of the first pixel frame alone, as the pipeline scales them.
+        `image_latents` are as the pipeline scales them.
         """
-        latents = super().encode_clip(vae, pixels)["latents"]
+        encoded = super().encode_clip(vae, pixels)
+        latents = encoded["latents"]
         missing = -latents.shape[1] % (self.configs["transformer"]["patch_size_t"] or 1)
-        encoded = {"latents": torch.cat([*[latents[:, :1]] * missing, latents], dim=1)}
-        if self.task == "image2video":
-            image = self.encode_latents(vae, pixels[None, :1])[0]
+        encoded["latents"] = torch.cat([*[latents[:, :1]] * missing, latents], dim=1)
+        if "image_latents" in encoded and vae.config.invert_scale_latents:
             # Some models were trained on an image that is scaled the other way round.
-            encoded["image_latents"] = (
-                image / vae.config.scaling_factor**2 if vae.config.invert_scale_latents else image
-            )
+            encoded["image_latents"] /= vae.config.scaling_factor**2
         return encoded
 
     @cached_property
@@ -134,15 +110,12 @@ class CogVideoXFamily(TrainingFamily):
         """Rotary embeddings of latents (B, T, C, h, w), by the pipeline's own rule."""
         from diffusers import CogVideoXPipeline
 
-        config = SimpleNamespace(**self.configs["transformer"])
+        config = self.config("transformer")
         if not config.use_rotary_positional_embeddings:
             return None
-        known = SimpleNamespace(vae_scale_factor_spatial=self._spatial, transformer=SimpleNamespace(config=config))
-        height, width = (size * self._spatial for size in shape[3:])
+        pixels = self.compression[1]
+        known = SimpleNamespace(vae_scale_factor_spatial=pixels, transformer=SimpleNamespace(config=config))
+        height, width = (size * pixels for size in shape[3:])
         rule: Any = CogVideoXPipeline._prepare_rotary_positional_embeddings
         cosines, sines = rule(known, height, width, shape[1], device)
         return cosines, sines
-
-    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        without = None if negative is None else negative["text"][None]
-        return {"prompt_embeds": text["text"][None], "negative_prompt_embeds": without}

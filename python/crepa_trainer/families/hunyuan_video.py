@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Text, TrainingFamily, picture
 from .folder import has_part
-from .noise import NoisyLatents, add_noise, with_given_first_frame
+from .noise import NoisyLatents
 from .text_limits import CLIP_TOKENS, tokens
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class HunyuanVideoFamily(TrainingFamily):
     transformer_class = "HunyuanVideoTransformer3DModel"
     text_parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     text_limits: ClassVar = {"tokenizer": 256, "tokenizer_2": CLIP_TOKENS}  # 256: the pipelines' default
+    text_keys: ClassVar = {
+        "text": "prompt_embeds",
+        "text_pooled": "pooled_prompt_embeds",
+        "text_mask": "prompt_attention_mask",
+    }
+    encodes_first_frame = True
     depth = ("num_layers", "num_single_layers")
     pixel_multiple = 16
     pipelines: ClassVar = {"text2video": "HunyuanVideoPipeline", "image2video": "HunyuanVideoImageToVideoPipeline"}
@@ -99,9 +105,9 @@ class HunyuanVideoFamily(TrainingFamily):
         which the pipeline encodes with a black image and without the options of its other prompts.
         """
         if self.task == "text2video":
-            return _texts(parts.encode_prompt(list(prompts), **self._limit))
+            return self._texts(parts.encode_prompt(list(prompts), **self._limit))
         black = picture(torch.zeros(3, 16, 16, dtype=torch.uint8))
-        return [_texts(parts.encode_prompt(black, [prompt], **self._limit))[0] for prompt in prompts]
+        return [self._texts(parts.encode_prompt(black, [prompt], **self._limit))[0] for prompt in prompts]
 
     @property
     def _limit(self) -> dict[str, int]:
@@ -123,23 +129,12 @@ class HunyuanVideoFamily(TrainingFamily):
         """As `encode_text`; for image to video `text` begins with what the text encoder makes of the first frame."""
         if self.task == "text2video":
             return super().encode_text_of_clip(parts, prompt, first_frame)
-        return _texts(parts.encode_prompt(picture(first_frame), [prompt], **self._limit, **self.text_image_options))[0]
+        encoded = parts.encode_prompt(picture(first_frame), [prompt], **self._limit, **self.text_image_options)
+        return self._texts(encoded)[0]
 
     def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
-        """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,
-        which this VAE makes others of than of the frame with those after it, and `first_frame` (3, H, W) uint8 itself.
-        """
         encoded = super().encode_clip(vae, pixels)
-        if self.task == "image2video":
-            encoded |= {"image_latents": self.encode_latents(vae, pixels[None, :1])[0], "first_frame": pixels[0]}
-        return encoded
-
-    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
-        noisy = add_noise(batch["latents"], noise, time)
-        if self._condition != "token_replace":
-            return noisy
-        # The transformer itself takes the first frame's tokens at timestep 0.
-        return with_given_first_frame(noisy, batch["image_latents"])
+        return encoded if self.task == "text2video" else {**encoded, "first_frame": pixels[0]}
 
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
         states, guidance = noisy.latents, None
@@ -161,10 +156,6 @@ class HunyuanVideoFamily(TrainingFamily):
         )[0]
         return prediction
 
-    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        arguments = _arguments(text, "")
-        return arguments if negative is None else {**arguments, **_arguments(negative, "negative_")}
-
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         # A model that is not distilled ignores the embedded scale.
         key = "guidance_scale" if self.config("transformer").guidance_embeds else "true_cfg_scale"
@@ -176,19 +167,3 @@ class HunyuanVideoFamily(TrainingFamily):
 
     def image_argument(self, image: Tensor) -> Any:
         return picture((image * 255).round().byte())
-
-
-def _texts(encoded: tuple[Tensor, Tensor, Tensor]) -> list[Text]:
-    """Of what the pipelines' `encode_prompt` returns."""
-    return [
-        {"text": text.clone(), "text_pooled": pooled.clone(), "text_mask": mask.clone()}
-        for text, pooled, mask in zip(*encoded, strict=True)
-    ]
-
-
-def _arguments(text: Text, prefix: str) -> dict[str, Any]:
-    return {
-        f"{prefix}prompt_embeds": text["text"][None],
-        f"{prefix}pooled_prompt_embeds": text["text_pooled"][None],
-        f"{prefix}prompt_attention_mask": text["text_mask"][None],
-    }

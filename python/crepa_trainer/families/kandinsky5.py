@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from crepa_kernels.models.layouts import SPARSE_TILE
+
 from .base import Text, TrainingFamily
-from .noise import NoisyLatents, add_noise, with_given_first_frame
+from .noise import NoisyLatents
 from .sizes import ClipSize
 from .text_limits import CLIP_TOKENS, tokens
 
-PIXEL_MULTIPLE = 16  # which the pipelines ask of height and width
-SPARSE_TOKENS = 8  # side of the squares of tokens that sparse attention takes
 # The image-to-video pipeline moves the statistics of its first latent frames to those of the ones after them.
 REPAIRED_FRAMES = 4
 
@@ -28,7 +28,10 @@ class Kandinsky5Family(TrainingFamily):
     pipelines: ClassVar = {"text2video": "Kandinsky5T2VPipeline", "image2video": "Kandinsky5I2VPipeline"}
     text_parts: ClassVar = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     text_limits: ClassVar = {"tokenizer": 512, "tokenizer_2": CLIP_TOKENS}  # 512: the pipelines' default
+    text_keys: ClassVar = {"text": "prompt_embeds_qwen", "pooled": "prompt_embeds_clip"}
+    encodes_first_frame = True
     depth: ClassVar = ("num_visual_blocks",)
+    pixel_multiple = 16
     # The whole names, as feed-forwards and the model itself have an out_layer too.
     lora_targets: ClassVar = (
         "to_query",
@@ -47,8 +50,8 @@ class Kandinsky5Family(TrainingFamily):
             )
 
     @property
-    def _sparse(self) -> bool:
-        return bool(self.configs["transformer"]["attention_type"] == "nabla")
+    def token_square(self) -> int:
+        return SPARSE_TILE if self.configs["transformer"]["attention_type"] == "nabla" else 1
 
     def check_run(self, batch_size: int, device_type: str) -> None:
         if batch_size > 1:
@@ -56,44 +59,26 @@ class Kandinsky5Family(TrainingFamily):
                 f"batch_size = {batch_size}: {self.name} has no mask for texts of different lengths, so a "
                 "forward takes one clip: set batch_size to 1 and gradient_accumulation_steps to as many"
             )
-        if self._sparse and device_type == "cpu":
+        if self.token_square > 1 and device_type == "cpu":
             raise ValueError(
                 f"{self.model} attends sparsely (attention_type = nabla), which has no backward on a CPU: train it on "
                 "a GPU"
             )
 
     def check_bucket(self, bucket: ClipSize) -> None:
-        multiple = self._spatial * self.configs["transformer"]["patch_size"][1] * (SPARSE_TOKENS if self._sparse else 1)
-        multiple = max(multiple, PIXEL_MULTIPLE)
-        if min(bucket.height, bucket.width) < multiple or bucket.height % multiple or bucket.width % multiple:
-            why = "VAE, patches and squares of sparse attention" if self._sparse else "VAE and patches"
-            raise ValueError(
-                f"resolution {bucket.height}x{bucket.width}: height and width must be multiples of {multiple} ({why})"
-            )
-        factor = self._temporal
-        if bucket.frames < 1 or (bucket.frames - 1) % factor:
-            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
-        least = 1 + factor * REPAIRED_FRAMES
+        super().check_bucket(bucket)
+        least = 1 + self.compression[0] * REPAIRED_FRAMES
         if self.task == "image2video" and bucket.frames < least:
             raise ValueError(
                 f"frame count {bucket.frames}: the image-to-video pipeline makes clips of {least} frames or more"
             )
-
-    @property
-    def _spatial(self) -> int:
-        return int(self.configs["vae"]["spatial_compression_ratio"])
-
-    @property
-    def _temporal(self) -> int:
-        return int(self.configs["vae"]["temporal_compression_ratio"])
 
     @torch.no_grad()
     def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
         """`text` (L, d) of Qwen, L as long as the prompt is, and `pooled` (d,) of CLIP."""
         # One by one: a shorter prompt beside a longer one would be filled up with tokens that are attended to.
         limit = self.text_limits["tokenizer"]
-        encoded = [parts.encode_prompt([prompt], max_sequence_length=limit) for prompt in prompts]
-        return [{"text": text[0].clone(), "pooled": pooled[0].clone()} for text, pooled, _ in encoded]
+        return [self._texts(parts.encode_prompt([prompt], max_sequence_length=limit))[0] for prompt in prompts]
 
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
         if part != "tokenizer":
@@ -104,25 +89,9 @@ class Kandinsky5Family(TrainingFamily):
         instructed = pipeline.prompt_template.format(prompt)
         return tokens(tokenizer, instructed) - pipeline.prompt_template_encode_start_idx
 
-    def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
-        """`latents` (C, T, h, w); for image to video also `image_latents` (C, 1, h, w) of the first pixel frame alone,
-        which this VAE makes others of than of the frame with those after it.
-        """
-        encoded = super().encode_clip(vae, pixels)
-        if self.task == "image2video":
-            encoded["image_latents"] = self.encode_latents(vae, pixels[None, :1])[0]
-        return encoded
-
-    def noisy(self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> NoisyLatents:
-        latents = batch["latents"].float()
-        noisy = add_noise(latents, noise, time)
-        if self.task == "text2video":
-            return noisy
-        return with_given_first_frame(noisy, batch["image_latents"])
-
     def predict(self, transformer: torch.nn.Module, noisy: NoisyLatents, batch: Mapping[str, Tensor]) -> Tensor:
         states = noisy.latents.permute(0, 2, 3, 4, 1)  # (B, T, h, w, C)
-        device = states.device
+        device, pixels = states.device, self.compression[1]
         if self.configs["transformer"]["visual_cond"]:
             mask = states.new_zeros(*states.shape[:-1], 1)
             if self.task == "image2video":
@@ -137,7 +106,7 @@ class Kandinsky5Family(TrainingFamily):
             timestep=noisy.timestep,
             visual_rope_pos=[torch.arange(n, device=device) for n in (frames, height // tall, width // wide)],
             text_rope_pos=torch.arange(batch["text"].shape[1], device=device),
-            scale_factor=self._scale_factor(height * self._spatial, width * self._spatial),
+            scale_factor=self._scale_factor(height * pixels, width * pixels),
             sparse_params=self._sparse_parameters(states),
             return_dict=False,
         )
@@ -155,19 +124,15 @@ class Kandinsky5Family(TrainingFamily):
         """By the pipeline's own rule; None for dense attention."""
         from diffusers import Kandinsky5T2VPipeline
 
-        config = SimpleNamespace(**self.configs["transformer"])
-        known = SimpleNamespace(
-            transformer=SimpleNamespace(config=config), fast_sta_nabla=Kandinsky5T2VPipeline.fast_sta_nabla
-        )
+        transformer = SimpleNamespace(config=self.config("transformer"))
+        known = SimpleNamespace(transformer=transformer, fast_sta_nabla=Kandinsky5T2VPipeline.fast_sta_nabla)
         rule: Any = Kandinsky5T2VPipeline.get_sparse_params
         parameters: dict[str, Any] | None = rule(known, states, states.device)
         return parameters
 
     def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        arguments = {}
+        arguments = super().text_arguments(text, negative)
         for prefix, each in (("", text), ("negative_", negative)):
             if each is not None:
-                arguments[f"{prefix}prompt_embeds_qwen"] = each["text"][None]
-                arguments[f"{prefix}prompt_embeds_clip"] = each["pooled"][None]
                 arguments[f"{prefix}prompt_cu_seqlens"] = torch.tensor([0, len(each["text"])], dtype=torch.int32)
         return arguments

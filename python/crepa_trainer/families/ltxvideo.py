@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Text, TrainingFamily
+from .base import TrainingFamily
 from .noise import NoisyLatents, shifted
 
 FRAME_RATE = 25  # frames a second that LTXPipeline takes where it is not told
@@ -21,15 +21,9 @@ class LtxVideoFamily(TrainingFamily):
     name = "ltxvideo"
     transformer_class = "LTXVideoTransformer3DModel"
     pixel_multiple = 32
+    text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
     text_limits: ClassVar = {"tokenizer": 128}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "LTXPipeline", "image2video": "LTXImageToVideoPipeline"}
-
-    @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        texts, masks, _, _ = parts.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_limits["tokenizer"]
-        )
-        return [{"text": text.clone(), "text_mask": mask.clone()} for text, mask in zip(texts, masks, strict=True)]
 
     def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """As the base class; a scheduler with dynamic shifting moves the levels of longer clips further."""
@@ -62,10 +56,3 @@ class LtxVideoFamily(TrainingFamily):
         )[0]
         prediction: Tensor = LTXPipeline._unpack_latents(packed, frames, height, width, *patches)
         return prediction
-
-    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        arguments = {"prompt_embeds": text["text"][None], "prompt_attention_mask": text["text_mask"][None]}
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative["text"][None]
-            arguments["negative_prompt_attention_mask"] = negative["text_mask"][None]
-        return arguments

@@ -21,6 +21,7 @@ class SanaVideoFamily(TrainingFamily):
     name = "sanavideo"
     transformer_class = "SanaVideoTransformer3DModel"
     pixel_multiple = 32
+    text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
     text_limits: ClassVar = {"tokenizer": 300}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "SanaVideoPipeline", "image2video": "SanaImageToVideoPipeline"}
 
@@ -29,13 +30,13 @@ class SanaVideoFamily(TrainingFamily):
         """As the pipeline's call: under its instruction for the text encoder, but the empty prompt alone."""
         texts: list[Text] = []
         for prompt in prompts:
-            text, mask, _, _ = parts.encode_prompt(
+            encoded = parts.encode_prompt(
                 [prompt],
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.text_limits["tokenizer"],
                 complex_human_instruction=_instruction() if prompt else None,
             )
-            texts.append({"text": text[0].clone(), "text_mask": mask[0].clone()})
+            texts += self._texts(encoded)
         return texts
 
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
@@ -61,12 +62,8 @@ class SanaVideoFamily(TrainingFamily):
         return prediction[:, : noisy.latents.shape[1]]
 
     def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        arguments = {"prompt_embeds": text["text"][None], "prompt_attention_mask": text["text_mask"][None]}
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative["text"][None]
-            arguments["negative_prompt_attention_mask"] = negative["text_mask"][None]
         # Its default is "", which it refuses beside embeddings.
-        return {**arguments, "negative_prompt": None}
+        return {**super().text_arguments(text, negative), "negative_prompt": None}
 
     def size_arguments(self, size: ClipSize) -> dict[str, Any]:
         sizes = super().size_arguments(size)

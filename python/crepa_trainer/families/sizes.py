@@ -50,27 +50,40 @@ class ModelSizes:
         return SimpleNamespace(**self.configs[part])
 
     @property
+    def token_square(self) -> int:
+        """Side of the squares in which sparse attention takes a frame's tokens; 1 where it is dense."""
+        return 1
+
+    @property
     def compression(self) -> tuple[int, int]:
         """(pixel frames, pixels) of one latent frame and of one latent's side."""
         return VIDEO_VAES[str(self.vae_class)].compression(self.config("vae"))
 
     def check_bucket(self, bucket: ClipSize) -> None:
         """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""
-        (factor, pixels), (patch, *sides) = self.compression, patch_size(self.config("transformer"))
-        height, width = (lcm(pixels * side, self.pixel_multiple) for side in sides)
-        if bucket.height % height or bucket.width % width or bucket.height < height or bucket.width < width:
-            raise ValueError(
-                f"resolution {bucket.height}x{bucket.width}: height must be a multiple of {height}, "
-                f"width of {width} (VAE and patches)"
-            )
-        if bucket.frames < 1 or (bucket.frames - 1) % factor:
-            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
-        frames = self.latent_shape(bucket)[1]
+        self._check_sides(bucket)
+        self._check_frames(bucket, self.compression[0])
+        patch, frames = patch_size(self.config("transformer"))[0], self.latent_shape(bucket)[1]
         if frames % patch:
             raise ValueError(
                 f"frame count {bucket.frames}: {frames} latent frames are not a multiple of the transformer's "
                 f"temporal patch {patch}"
             )
+
+    def _check_sides(self, bucket: ClipSize) -> None:
+        _, *patch = patch_size(self.config("transformer"))
+        pixels = self.compression[1] * self.token_square
+        height, width = (lcm(pixels * side, self.pixel_multiple) for side in patch)
+        if bucket.height % height or bucket.width % width or bucket.height < height or bucket.width < width:
+            why = "VAE and patches" if self.token_square == 1 else "VAE, patches and squares of sparse attention"
+            raise ValueError(
+                f"resolution {bucket.height}x{bucket.width}: height must be a multiple of {height}, "
+                f"width of {width} ({why})"
+            )
+
+    def _check_frames(self, bucket: ClipSize, factor: int) -> None:
+        if bucket.frames < 1 or (bucket.frames - 1) % factor:
+            raise ValueError(f"frame count {bucket.frames}: the VAE makes 1 + {factor}n frames (1, {1 + factor}, ...)")
 
     def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a clip's latents, from configs alone."""
@@ -81,16 +94,6 @@ class ModelSizes:
     def layout(self, bucket: ClipSize) -> TokenLayout:
         """How a clip's tokens lie in the transformer, from configs alone."""
         return raster_layout(self.config("transformer"), self.latent_shape(bucket)[1:])
-
-    def token_grid(self, bucket: ClipSize) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip's tokens in the transformer, from configs alone."""
-        layout = self.layout(bucket)
-        return layout.frames, *layout.grid
-
-    def tokens_per_frame(self, bucket: ClipSize) -> int:
-        """Tokens of one token frame."""
-        _, height, width = self.token_grid(bucket)
-        return height * width
 
     @property
     def hidden_size(self) -> int:

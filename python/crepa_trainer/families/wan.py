@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crepa_kernels.models.vaes import normalized
 
-from .base import Text, TrainingFamily, picture
+from .base import TrainingFamily, picture
 from .folder import has_part
 from .noise import NoisyLatents, scheduler_shift, shifted
 from .text_limits import tokens
@@ -37,7 +37,7 @@ class WanFamily(TrainingFamily):
         super()._check_task()
         index, transformer, made = self.configs["pipeline"], self.configs["transformer"], self.configs["vae"]["z_dim"]
         given = transformer["in_channels"]
-        beside = made + self._scale("scale_factor_temporal", 4)  # the image's latents and a mask of its frames
+        beside = made + self.compression[0]  # the image's latents and a mask of its frames
         if given not in (made, made + beside):
             raise ValueError(
                 f"{self.model}: the transformer takes {given} channels and the VAE makes {made}: supported are {made} "
@@ -77,29 +77,13 @@ class WanFamily(TrainingFamily):
     def image_parts(self) -> tuple[str, ...]:
         return () if self.configs["transformer"]["image_dim"] is None else ("image_encoder", "image_processor")
 
-    def _scale(self, key: str, default: int) -> int:
-        return int(self.configs["vae"].get(key, default))
-
-    @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        embeddings, _ = parts.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_limits["tokenizer"]
-        )
-        return [{"text": embedding.clone()} for embedding in embeddings]
-
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         return tokens(tokenizer, prompt_clean(prompt))
 
     def load_image_encoder(self) -> DiffusionPipeline | None:
-        if not self.image_parts:
-            return None
-        from diffusers import WanImageToVideoPipeline
-
-        return WanImageToVideoPipeline(
-            tokenizer=None, text_encoder=None, vae=None, scheduler=None, **self._image_models()
-        )
+        return self._bare_pipeline("image2video", self._image_models()) if self.image_parts else None
 
     def _image_models(self) -> dict[str, Any]:
         from transformers import CLIPImageProcessor, CLIPVisionModel
@@ -121,7 +105,7 @@ class WanFamily(TrainingFamily):
         video = pixels[None].to(vae.device).to(vae.dtype).transpose(1, 2) / 127.5 - 1  # (1, 3, P, H, W)
         video[:, :, 1:] = 0
         image = normalized(vae, vae.encode(video).latent_dist.mode())[0]
-        mask = image.new_zeros(self._scale("scale_factor_temporal", 4), *image.shape[1:])
+        mask = image.new_zeros(self.compression[0], *image.shape[1:])
         mask[:, 0] = 1
         encoded["condition"] = torch.cat([mask, image])
         if image_encoder is not None:
@@ -172,7 +156,3 @@ class WanFamily(TrainingFamily):
     def image_argument(self, image: Tensor) -> Any:
         # The image encoder's processor takes numbers from 0 to 255.
         return picture((image * 255).round().byte()) if self.image_parts else super().image_argument(image)
-
-    def text_arguments(self, text: Text, negative: Text | None) -> dict[str, Any]:
-        without = None if negative is None else negative["text"][None]
-        return {"prompt_embeds": text["text"][None], "negative_prompt_embeds": without}
