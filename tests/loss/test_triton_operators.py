@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss
 from crepa_kernels.backends.triton import operator, self_check
+from crepa_kernels.backends.triton.call import CHANGES, TENSORS, TYPES, Arguments, Call
 from crepa_kernels.backends.triton.operator import (
     frame_alignment_backward_op,
     frame_alignment_op,
@@ -78,6 +79,24 @@ def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, o
     needs = [True, *(detached[i] is not None for i in (2, 3)), True, detached[5] is not None]
     grad = torch.ones((), device=device)
     torch.library.opcheck(frame_alignment_backward_op, (grad, kept, needs, *detached))
+
+
+def test_a_call_reads_by_name_what_the_operators_take(operator_calls: list[Any]) -> None:
+    """One table has the order: flags and sizes go through the schema as a list each."""
+    case = replace(WAYS[2], required=("h", "bias"), tau=2.5)
+    triton_results(case, case.tensors(torch.bfloat16))
+    (arguments,) = operator_calls
+    names = [argument.name for argument in frame_alignment_op._schema.arguments]
+    assert names == [*Arguments._fields[:TENSORS], "flags", "sizes", "eps", "tau"]
+    assert names == [argument.name for argument in frame_alignment_backward_op._schema.arguments[3:]]
+    call = Call.unpacked(arguments)
+    assert all(one is other for one, other in zip(call[:TENSORS], arguments, strict=False))
+    assert (call.keep, call.keep_aligned, call.recompute, call.by_frames) == (True, False, False, True)
+    assert (CHANGES[call.change], TYPES[call.compute]) == ("resample", torch.bfloat16)
+    assert (call.frames, call.start, call.distance, call.tau) == (4, 0, 2, 2.5)
+    assert call.geometry == (case.student_grid, case.teacher_grid, case.antialias)
+    assert (call.student_per_frame, call.per_frame, call.rows, call.all_rows) == (24, 6, 24, 48)
+    assert call.packed() == arguments
 
 
 @on_each_device

@@ -82,13 +82,10 @@ def choice_for(request: Request) -> Any:
 
 def launches_of(request: Request) -> list[Any]:
     """Every launch and vendor product of forward and backward, from tensors without memory."""
-    from crepa_kernels.backends.triton.frames import Clip
+    from crepa_kernels.backends.triton.call import CHANGES, TYPES, Call
     from crepa_kernels.backends.triton.launch import recorded
-    from crepa_kernels.backends.triton.pipeline import Call, Needs, backward, forward
-    from crepa_kernels.backends.triton.student import Spatial
+    from crepa_kernels.backends.triton.pipeline import Needs, backward, forward
     from crepa_kernels.backends.triton.tiles import forced
-    from crepa_kernels.inputs import ProjectorWeights
-    from crepa_kernels.neighbours import Neighbours
 
     dtype = getattr(torch, request.dtype)
     frames, tokens, width, features = request.frames, request.tokens, request.hidden_size, request.feature_size
@@ -96,23 +93,39 @@ def launches_of(request: Request) -> list[Any]:
     def new(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    weights = ProjectorWeights(new(width), new(width), new(features, width), new(features), 1e-5)
-    neighbours = Neighbours(request.distance, 1.0, request.cumulative)
     students = tokens if request.change == "keep" else request.students or 2 * tokens
     mask = new(1, frames, kind=torch.bool) if request.masked else None
     call = Call(
         tokens=new(1, frames * students, width, kind=dtype),
         teacher=new(1, frames, tokens, features, kind=dtype),
-        projector=weights,
+        gamma=new(width),
+        beta=new(width),
+        weight=new(features, width),
+        bias=new(features),
         frame_index=new(1, frames, kind=torch.int64) if request.masked else None,
         frame_mask=mask,
         teacher_mask=mask,
-        spatial=Spatial(request.change, (1, students), (1, tokens), True),
-        clip=Clip(1, frames, tokens, frames * tokens, 0, frames, neighbours, True),
-        compute=getattr(torch, request.compute or request.dtype),
+        keep=True,
+        keep_aligned=True,
+        recompute=request.recompute,
+        antialias=True,
+        cumulative=request.cumulative,
+        normalize_sum=False,
+        by_frames=True,
+        change=CHANGES.index(request.change),
+        compute=TYPES.index(getattr(torch, request.compute or request.dtype)),
+        frames=frames,
+        start=0,
+        distance=request.distance,
+        student_height=1,
+        student_width=students,
+        height=1,
+        width=tokens,
+        eps=1e-5,
+        tau=1.0,
     )
     with forced(choice_for(request)), recorded() as launches:
-        kept = forward(call, True, True, request.recompute)[3]
+        kept = forward(call)[3]
         backward(call, kept, new(), Needs(True, True, True, True, True))
     return launches
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from ...ops.compiling import constant_when_compiled
-from .operator import TYPES
+from .call import TYPES
 
 LEAST_CAPABILITY = (8, 0)
 _INTERPRETER = "TRITON_INTERPRET"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from .frames import Clip
+from .call import Call
 
 # Tokens at a time where something of width D or E is made for them only: enough to fill a GPU.
 CHUNK_TOKENS = 16384
 
 
-@dataclass(frozen=True)
-class RowChunk:
+class RowChunk(NamedTuple):
     """Rows [first_row, first_row + rows) of a call: frames [first_frame, last_frame) of ``clips`` clips.
 
     More than one clip only with all their rows.
@@ -29,27 +28,28 @@ class RowChunk:
         return self.first_row + self.rows
 
 
-def row_chunks(clip: Clip, limited: bool, joined: bool, per_frame: int) -> list[RowChunk]:
-    """Chunks of all rows of the call, in order.
+def row_chunks(call: Call, limited: bool) -> list[RowChunk]:
+    """Chunks of all rows of the call, in order; clips share one where their tokens are rows of one matrix.
 
-    Args:
-        clip: the call's sizes.
-        limited: ``CHUNK_TOKENS`` tokens at most (one frame at least); otherwise as many as possible.
-        joined: clips may share a chunk.
-        per_frame: the larger number of tokens a frame, before or after its student side is resampled.
+    ``limited``: ``CHUNK_TOKENS`` tokens at most (one frame at least); otherwise as many as possible.
     """
-    most = max(1, CHUNK_TOKENS // per_frame) if limited else clip.frames * clip.batch
-    if joined and most >= clip.frames * clip.batch:
-        return [RowChunk(0, clip.batch, 0, clip.frames, 0, clip.all_rows)]
-    first_frame = clip.start // clip.tokens
-    last_frame = -(-(clip.start + clip.rows) // clip.tokens)
+    most = call.frames * call.batch
+    if limited:
+        # Where the extension normalises and resamples at once, nothing is made of the student's own tokens.
+        per_frame = call.per_frame if call.fused else max(call.per_frame, call.student_per_frame)
+        most = max(1, CHUNK_TOKENS // per_frame)
+    if most >= call.frames * call.batch and call.joined:
+        return [RowChunk(0, call.batch, 0, call.frames, 0, call.all_rows)]
+    start, rows, per_frame = call.start, call.rows, call.per_frame
+    first_frame = start // per_frame
+    last_frame = -(-(start + rows) // per_frame)
     # As many chunks as needed, all about as large.
     most = -(-(last_frame - first_frame) // -(-(last_frame - first_frame) // most))
     chunks = []
-    for index in range(clip.batch):
+    for index in range(call.batch):
         for frame in range(first_frame, last_frame, most):
             stop = min(frame + most, last_frame)
-            first = max(frame * clip.tokens - clip.start, 0)
-            end = min(stop * clip.tokens - clip.start, clip.rows)
-            chunks.append(RowChunk(index, 1, frame, stop, index * clip.rows + first, end - first))
+            first = max(frame * per_frame - start, 0)
+            end = min(stop * per_frame - start, rows)
+            chunks.append(RowChunk(index, 1, frame, stop, index * rows + first, end - first))
     return chunks

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .launch import Cost, ceil_div, dot_type, launch, narrowed, product, split_width
 from .projector import fold_projector
-from .tiles import VENDOR, Choice, ProductTile
+from .tiles import VENDOR, ProductTile
 
 
 @triton.jit
@@ -106,20 +107,17 @@ def _layer_norm_term_kernel(
         tl.store(target + tail, narrowed(high, kind), mask=there)
 
 
-def scaled_weight(
-    gamma: torch.Tensor | None, weight: torch.Tensor, folded: torch.Tensor, scale: torch.Tensor, choice: Choice
-) -> torch.Tensor:
+def scaled_weight(call: Call, folded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The weight that ``token_gradient`` multiplies: ``folded`` (E, D), or for the vendor's product ``scale`` times it.
 
     ``addmm`` takes no factor from the device, and one read by the host would wait for it. The scaled weight is made
     from the projector's own and rounded once, so it is as exact as ``folded``.
     """
-    if choice.dx != VENDOR:
-        return folded
-    return fold_projector(gamma, None, weight, None, folded.dtype, centered=True, scale=scale).weight
+    return fold_projector(call, scale).weight if call.choice.dx == VENDOR else folded
 
 
 def token_gradient(
+    call: Call,
     grad: torch.Tensor,
     weight: torch.Tensor,
     tokens: torch.Tensor,
@@ -127,12 +125,11 @@ def token_gradient(
     slope: torch.Tensor,
     scale: torch.Tensor,
     out: torch.Tensor,
-    choice: Choice,
-    masked: bool,
 ) -> None:
     """``out = scale (grad W'' + slope (tokens - mean))``.
 
     Args:
+        call: its choice; with a mask, tokens and means of rows whose ``slope`` is 0 may hold anything, NaN included.
         grad: (rows, E) contiguous, r dp.
         weight: (E, D) contiguous, ``scaled_weight`` of W'', the folded weight with centred rows, in the type of
             ``grad``.
@@ -140,23 +137,22 @@ def token_gradient(
         mean: (rows,), with ``slope`` (rows,) what LayerNorm adds.
         scale: one number on the device.
         out: (rows, D) contiguous; in the type of ``grad`` where the product is the vendor's.
-        masked: tokens and means of rows whose ``slope`` is 0 may hold anything, NaN included.
     """
     rows, features = grad.shape
     width = weight.shape[1]
     shared: dict[str, Any] = {
         "tokens": tokens, "mean_in": mean, "slope_in": slope, "scale_in": scale, "out": out, "rows": rows,
-        "width": width, "row_stride": tokens.stride(0), "MASKED": masked,
+        "width": width, "row_stride": tokens.stride(0), "MASKED": call.mask is not None,
     }  # fmt: skip
-    if not isinstance(choice.dx, ProductTile):
-        row_tile, (low, high) = choice.tokens, split_width(width)
+    tile = call.choice.dx
+    if not isinstance(tile, ProductTile):
+        row_tile, (low, high) = call.choice.tokens, split_width(width)
         launch(
             "layer_norm_term", _layer_norm_term_kernel, (ceil_div(rows, row_tile.rows),), Cost((tokens,), (out,)),
             warps=row_tile.warps, **shared, ROWS=row_tile.rows, LO=low, HI=high,
         )  # fmt: skip
         product("dx", grad, weight, out=out, add=True)
         return
-    tile = choice.dx
     launch(
         "dx", _dx_kernel, (ceil_div(rows, tile.m) * ceil_div(width, tile.n),),
         Cost((grad, weight, tokens), (out,), 2 * rows * features * width), warps=tile.warps, stages=tile.stages,

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .chunks import RowChunk
-from .frames import FLOOR, Clip, inverse_norm
+from .frames import FLOOR, inverse_norm
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
-from .rows import COMBINED, RowInputs, neighbour_mode
+from .rows import RowInputs
 from .teacher import precision
 
 
@@ -114,9 +115,9 @@ def _frame_rows_kernel(
             tl.store(slope_out + row, tl.where(counted, slope, 0), mask=inside)
 
 
-def frame_grid(clip: Clip, chunk: RowChunk) -> tuple[int, int, int]:
+def frame_grid(call: Call, chunk: RowChunk) -> tuple[int, int, int]:
     """Programs of ``compare_frames``: by tokens, tiles of frames and clips."""
-    return clip.tokens, ceil_div(chunk.last_frame - chunk.first_frame, _block(chunk)), chunk.clips
+    return call.per_frame, ceil_div(chunk.last_frame - chunk.first_frame, _block(chunk)), chunk.clips
 
 
 def _block(chunk: RowChunk) -> int:
@@ -131,12 +132,13 @@ def compare_frames(
     slope: torch.Tensor | None = None,
     offset_parts: torch.Tensor | None = None,
 ) -> None:
-    """What ``compare_rows`` does, where ``frames_fit``.
+    """What ``compare_rows`` does, where ``Call.frames_fit``.
 
     Args:
         offset_parts: (programs of ``frame_grid``, E) fp32; None: no gradient is wanted.
     """
-    clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
+    call, _, tables, folded, statistics = inputs
+    teacher = call.teacher
     rows, features = projected.shape
     dummy = tables.weights
     # Two parts hold 16 bits, twice those of a bf16 product; three all 24. The interpreter has no 16-bit products.
@@ -147,24 +149,18 @@ def compare_frames(
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
     written += [12 * rows] if parts is not None else []
     launch(
-        "frame_rows", _frame_rows_kernel, frame_grid(clip, chunk), Cost(read, tuple(written)), warps=4,
+        "frame_rows", _frame_rows_kernel, frame_grid(call, chunk), Cost(read, tuple(written)), warps=4,
         projected=projected, shift=folded.shift, offset=folded.offset,
-        mean_in=dummy if inputs.statistics is None else inputs.statistics[0],
-        inverse_std_in=dummy if inputs.statistics is None else inputs.statistics[1], teacher=teacher,
+        mean_in=dummy if statistics is None else statistics[0],
+        inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher,
         teacher_frame=tables.teacher_frame, weights=tables.weights,
         shares=tables.shares, parts=dummy if parts is None else parts, slope_out=dummy if slope is None else slope,
         offset_parts=dummy if offset_parts is None else offset_parts, first_clip=chunk.first_clip,
         first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
-        clip_rows=clip.rows, start=clip.start, frames=clip.frames,
-        tokens=clip.tokens, features=features,
+        clip_rows=call.rows, start=call.start, frames=call.frames, tokens=call.per_frame, features=features,
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        share_scale=float(clip.batch * clip.frames), inverse_width=1.0 / folded.weight.shape[1],
-        FOLDED=inputs.statistics is not None, PARTS=parts is not None, GRADIENT=offset_parts is not None,
-        TERMS=terms, BLOCK_F=_block(chunk), BLOCK_K=16 if clip.frames <= 16 else 32, BLOCK_E=max(16, min(most, width)),
+        share_scale=float(call.batch * call.frames), inverse_width=1.0 / folded.weight.shape[1],
+        FOLDED=statistics is not None, PARTS=parts is not None, GRADIENT=offset_parts is not None,
+        TERMS=terms, BLOCK_F=_block(chunk), BLOCK_K=16 if call.frames <= 16 else 32, BLOCK_E=max(16, min(most, width)),
         PRECISION=precision(teacher.device),
     )  # fmt: skip
-
-
-def frames_fit(clip: Clip) -> bool:
-    """Whether neighbours are to be combined, and all frames of a token fit one tile."""
-    return neighbour_mode(clip) == COMBINED and clip.frames <= 32

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ...neighbours import Neighbours
 from ...ops.rows import NORM_FLOOR
+from .call import Call, mask_bytes
 from .launch import Cost, launch, power_of_2
 
 FLOOR = tl.constexpr(NORM_FLOOR)
@@ -20,35 +19,6 @@ FLOOR = tl.constexpr(NORM_FLOOR)
 def inverse_norm(squares):
     """1 / max(norm, 1e-12) of rows from their sums of squares; NaN where those overflow: the row would be zeros."""
     return tl.fma(squares, 0.0, tl.rsqrt(tl.maximum(squares, FLOOR * FLOOR)))
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Sizes and frame options of one call.
-
-    Attributes:
-        batch: B.
-        frames: T.
-        tokens: M, tokens a frame on the common grid.
-        rows: rows a clip, T x M or those of ``token_range``.
-        start: the clip's token that its first row is.
-        teacher_frames: S.
-        neighbours: offsets and their weights.
-        by_frames: divide by the clip's frames in the loss.
-    """
-
-    batch: int
-    frames: int
-    tokens: int
-    rows: int
-    start: int
-    teacher_frames: int
-    neighbours: Neighbours
-    by_frames: bool
-
-    @property
-    def all_rows(self) -> int:
-        return self.batch * self.rows
 
 
 class FrameTables(NamedTuple):
@@ -61,14 +31,12 @@ class FrameTables(NamedTuple):
             elsewhere and where k does not exist; NaN at k whose ``frame_index`` lies outside the teacher's frames.
         shares: (B, T, 4) fp32, what a frame's total counts in -loss, in ``similarity`` and in ``alignment_score``, and
             its own similarity in ``self_similarity``; 0 outside the loss.
-        mask: (B, T) uint8, frames in the loss; None: all.
     """
 
     teacher_frame: torch.Tensor
     distance: torch.Tensor
     weights: torch.Tensor
     shares: torch.Tensor
-    mask: torch.Tensor | None
 
 
 @triton.jit
@@ -136,39 +104,29 @@ def _tables_kernel(
         tl.store(distance_out + clip, reach)
 
 
-def mask_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A bool mask as the kernels read it, contiguous uint8."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def frame_tables(
-    clip: Clip,
-    frame_index: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    teacher_mask: torch.Tensor | None,
-    device: torch.device,
-) -> FrameTables:
-    """The tables of one call, from (B, T) index, frames in the loss (``mask_bytes``) and teacher frames that exist."""
+def frame_tables(call: Call) -> FrameTables:
+    """The tables of one call, from its index and masks."""
+    device, batch, frames = call.tokens.device, call.batch, call.frames
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    batch, frames, neighbours = clip.batch, clip.frames, clip.neighbours
-    exists = mask_bytes(teacher_mask)
-    index = None if frame_index is None else frame_index.contiguous()
+    index = None if call.frame_index is None else call.frame_index.contiguous()
+    exists = None if call.teacher_mask is None else mask_bytes(call.teacher_mask)
+    mask = call.mask
     tables = FrameTables(
         new(batch, frames, dtype=torch.int32), new(batch, dtype=torch.int32), new(batch, frames, frames),
-        new(batch, frames, 4), mask,
+        new(batch, frames, 4),
     )  # fmt: skip
     dummy = tables.distance
     launch(
-        "frame_tables", _tables_kernel, (batch * frames,), Cost((), tables[:4]), warps=1,
+        "frame_tables", _tables_kernel, (batch * frames,), Cost((), tables), warps=1,
         frame_index=dummy if index is None else index, frame_mask=dummy if mask is None else mask,
         teacher_mask=dummy if exists is None else exists, teacher_frame=tables.teacher_frame,
         distance_out=tables.distance, weights=tables.weights, shares=tables.shares, batch=batch, frames=frames,
-        teacher_frames=clip.teacher_frames, distance=min(neighbours.distance, frames - 1), tau=float(neighbours.tau),
+        teacher_frames=call.teacher_frames, distance=call.reach, tau=call.tau,
         HAS_INDEX=index is not None, MASKED=mask is not None, TEACHER_MASKED=exists is not None,
-        CUMULATIVE=neighbours.cumulative, NORMALIZE_SUM=neighbours.normalize_sum, BY_FRAMES=clip.by_frames,
+        CUMULATIVE=call.cumulative, NORMALIZE_SUM=call.normalize_sum, BY_FRAMES=call.by_frames,
         BLOCK=power_of_2(frames),
     )  # fmt: skip
     return tables
@@ -228,7 +186,7 @@ def _finish_kernel(own_in, total_in, shares, loss_out, metrics, count, BLOCK: tl
     tl.store(metrics + 2, tl.sum(score, axis=0))
 
 
-def finish(parts: torch.Tensor, clip: Clip, tables: FrameTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def finish(parts: torch.Tensor, call: Call, tables: FrameTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per-frame means of the tokens' cosines, then their sums over frames; the same order at every run.
 
     Args:
@@ -237,18 +195,19 @@ def finish(parts: torch.Tensor, clip: Clip, tables: FrameTables) -> tuple[torch.
     Returns:
         loss, a scalar; (3,): similarity, self_similarity, alignment_score; frame_similarity (B, T).
     """
-    pairs, count = clip.batch * clip.frames, parts.shape[1]
-    own = parts.new_empty((clip.batch, clip.frames))
+    batch, frames, count, mask = call.batch, call.frames, parts.shape[1], call.mask
+    own = parts.new_empty((batch, frames))
     total = torch.empty_like(own)
     launch(
-        "frame_means", _frame_means_kernel, (pairs,), Cost((parts,), (own, total)),
-        parts=parts, mask=own if tables.mask is None else tables.mask, own_out=own, total_out=total, rows=clip.rows,
-        start=clip.start, frames=clip.frames, tokens=clip.tokens, part_count=count, MASKED=tables.mask is not None,
+        "frame_means", _frame_means_kernel, (batch * frames,), Cost((parts,), (own, total)),
+        parts=parts, mask=own if mask is None else mask, own_out=own, total_out=total, rows=call.rows,
+        start=call.start, frames=frames, tokens=call.per_frame, part_count=count, MASKED=mask is not None,
         BLOCK=256, PARTS=power_of_2(count),
     )  # fmt: skip
     loss, metrics = parts.new_empty(()), parts.new_empty(3)
     launch(
         "finish", _finish_kernel, (1,), Cost((own, total, tables.shares), (loss, metrics)),
-        own_in=own, total_in=total, shares=tables.shares, loss_out=loss, metrics=metrics, count=pairs, BLOCK=256,
+        own_in=own, total_in=total, shares=tables.shares, loss_out=loss, metrics=metrics, count=batch * frames,
+        BLOCK=256,
     )  # fmt: skip
     return loss, metrics, own

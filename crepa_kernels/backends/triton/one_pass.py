@@ -9,8 +9,7 @@ import triton.language as tl
 from .chunks import RowChunk
 from .dx import tile_of
 from .launch import Cost, ceil_div, dot_type, launch
-from .rows import RowInputs, locate_rows, neighbour_mode
-from .tiles import ProductTile
+from .rows import RowInputs, locate_rows
 
 
 @triton.jit
@@ -129,37 +128,35 @@ def project_and_compare(
     norms: torch.Tensor,
     chunk: RowChunk,
     inputs: RowInputs,
-    tile: ProductTile,
     parts: torch.Tensor,
-    tf32: bool,
 ) -> None:
     """p.p, p.z and p.y of each row of ``tokens`` (rows, D), by column tiles, into ``parts``.
 
     Args:
         tokens: raw where ``inputs.statistics`` is given, otherwise normalised.
         norms: (B, S, M) fp32, inverse norms of the teacher's rows.
-        parts: (rows of the call, ceil(E / tile.n), 3) fp32, the sums of this chunk's rows are written.
-        tf32: fp32 operands are rounded to 10 bits.
+        parts: (rows of the call, ceil(E / the tile's n), 3) fp32, the sums of this chunk's rows are written.
     """
-    clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
+    call, combined, tables, folded, statistics = inputs
+    teacher, tile = call.teacher, call.choice.one_pass
     rows, width = tokens.shape
     features = folded.weight.shape[0]
     dummy = tables.weights
     teacher_bytes = rows * features * teacher.element_size()
-    read = (tokens, folded.weight, teacher_bytes) + (() if inputs.combined is None else (inputs.combined,))
+    read = (tokens, folded.weight, teacher_bytes) + (() if combined is None else (combined,))
     launch(
         "one_pass", _one_pass_kernel, (ceil_div(rows, tile.m) * ceil_div(features, tile.n),),
         Cost(read, (12 * rows * parts.shape[1],), 2 * rows * features * width),
         warps=tile.warps, stages=tile.stages, tokens=tokens, weight=folded.weight, shift=folded.shift,
-        offset=folded.offset, mean_in=dummy if inputs.statistics is None else inputs.statistics[0],
-        inverse_std_in=dummy if inputs.statistics is None else inputs.statistics[1], teacher=teacher, norms=norms,
-        combined=dummy if inputs.combined is None else inputs.combined, teacher_frame=tables.teacher_frame,
+        offset=folded.offset, mean_in=dummy if statistics is None else statistics[0],
+        inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher, norms=norms,
+        combined=dummy if combined is None else combined, teacher_frame=tables.teacher_frame,
         distance=tables.distance, weights=tables.weights, parts=parts, rows=rows, first_row=chunk.first_row,
-        clip_rows=clip.rows, start=clip.start, frames=clip.frames, teacher_frames=clip.teacher_frames,
-        per_frame=clip.tokens, features=features, width=width, row_stride=tokens.stride(0),
+        clip_rows=call.rows, start=call.start, frames=call.frames, teacher_frames=call.teacher_frames,
+        per_frame=call.per_frame, features=features, width=width, row_stride=tokens.stride(0),
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        part_count=parts.shape[1], DOT=dot_type(tokens.dtype), FOLDED=inputs.statistics is not None,
-        MODE=neighbour_mode(clip), EVEN_K=width % tile.k == 0, EVEN_N=features % tile.n == 0, SPLIT=tile.split,
-        GROUP=8, PRECISION="tf32" if tf32 and torch.version.hip is None else "ieee",
+        part_count=parts.shape[1], DOT=dot_type(tokens.dtype), FOLDED=statistics is not None,
+        MODE=call.neighbour_mode, EVEN_K=width % tile.k == 0, EVEN_N=features % tile.n == 0, SPLIT=tile.split,
+        GROUP=8, PRECISION="tf32" if call.tf32 and torch.version.hip is None else "ieee",
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
     )  # fmt: skip

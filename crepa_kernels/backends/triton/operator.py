@@ -6,85 +6,20 @@ Triton is imported when one of them runs; the operators are there without it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...inputs import LossInputs, ProjectorWeights, frames_at
-from ...neighbours import Neighbours
+from ...inputs import LossInputs, frames_at
 from ...ops.register import define, keeps_type
 from ...output import CrepaOutput
+from .call import CHANGES, SCHEMA, TENSORS, TYPES, Arguments, Call
 
-if TYPE_CHECKING:
-    from .pipeline import Call
-
-CHANGES = ("keep", "resample", "pool")
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Options(NamedTuple):
-    """What the operators take beside tensors, in this order: the flags, the sizes, and two numbers.
-
-    Flags and sizes are a list each: torch.library goes through a schema once for every argument it has, in each call.
-
-    Attributes:
-        keep: some gradient is wanted.
-        keep_aligned: gamma's or the weight's is, so that aligned rows may be kept.
-        recompute: nothing of size tokens x E is kept.
-        antialias: of the resampling.
-        cumulative, normalize_sum, distance, tau: ``Neighbours``.
-        by_frames: divide by the clip's frames in the loss.
-        change: index in ``CHANGES``, what happens to the student's grid.
-        compute: index in ``TYPES``, the type that products are asked for in.
-        frames, start: T, and the clip's token that its first row is.
-        student_height, student_width, height, width: the student's grid and the common one.
-        eps: LayerNorm's.
-    """
-
-    keep: bool
-    keep_aligned: bool
-    recompute: bool
-    antialias: bool
-    cumulative: bool
-    normalize_sum: bool
-    by_frames: bool
-    change: int
-    compute: int
-    frames: int
-    start: int
-    distance: int
-    student_height: int
-    student_width: int
-    height: int
-    width: int
-    eps: float
-    tau: float
-
-    def packed(self) -> tuple[list[bool], list[int], float, float]:
-        return [*self[:7]], [*self[7:16]], self.eps, self.tau
-
-
-class Inputs(NamedTuple):
-    """The operators' tensors: (B, L, D), (B, S, M, E), the projector's weights, and (B, T) index and masks."""
-
-    tokens: Tensor
-    teacher: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    frame_index: Tensor | None
-    frame_mask: Tensor | None
-    teacher_mask: Tensor | None
-
-
-_INPUTS = ", ".join(f"Tensor{'' if name in ('tokens', 'teacher', 'weight') else '?'} {name}" for name in Inputs._fields)
-_SCHEMA = f"{_INPUTS}, bool[] flags, SymInt[] sizes, float eps, float tau"
-define("frame_alignment", f"({_SCHEMA}) -> ({', '.join(['Tensor'] * 10)})")
+define("frame_alignment", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 10)})")
 define(
     "frame_alignment_backward",
-    f"(Tensor grad_loss, Tensor[] kept, bool[] needs, {_SCHEMA}) -> ({', '.join(['Tensor'] * 5)})",
+    f"(Tensor grad_loss, Tensor[] kept, bool[] needs, {SCHEMA}) -> ({', '.join(['Tensor'] * 5)})",
 )
 for _name in ("frame_alignment", "frame_alignment_backward"):
     keeps_type(_name)
@@ -102,23 +37,22 @@ def crepa_triton(inputs: LossInputs) -> CrepaOutput:
 def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
     """What ``frame_alignment`` takes, of a call."""
     h, (gamma, beta, weight, bias, eps), plan = inputs.hidden_states, inputs.projector, inputs.plan
-    teacher, frame_index = _teacher(inputs)
-    tokens = h if inputs.token_range is not None else h.flatten(1, 2)
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     keep_aligned = keep and (weight.requires_grad or (gamma is not None and gamma.requires_grad))
+    tokens = h if inputs.token_range is not None else h.flatten(1, 2)
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    teacher, frame_index = _teacher(inputs)
+    # Kernels read them one element after the other.
+    gamma, beta, bias = (None if tensor is None else tensor.contiguous() for tensor in (gamma, beta, bias))
     neighbours = inputs.neighbours
-    options = Options(
+    return Arguments(
+        tokens, teacher, gamma, beta, weight, bias, frame_index, inputs.frame_mask, inputs.teacher_mask,
         keep, keep_aligned, inputs.recompute, plan.antialias, neighbours.cumulative, neighbours.normalize_sum,
         inputs.normalize_by_frames, CHANGES.index(plan.student), TYPES.index(inputs.compute_dtype), inputs.frames,
         0 if inputs.token_range is None else inputs.token_range[0], neighbours.distance, *plan.student_grid,
         *plan.grid, eps, neighbours.tau,
-    )  # fmt: skip
-    return (
-        tokens, teacher, gamma, beta, weight, bias, frame_index, inputs.frame_mask, inputs.teacher_mask,
-        *options.packed(),
-    )  # fmt: skip
+    ).packed()  # fmt: skip
 
 
 def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
@@ -137,34 +71,6 @@ def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
     return (teacher if teacher.stride(-1) == 1 else teacher.contiguous()), index
 
 
-def _call(arguments: tuple[Any, ...]) -> tuple[Call, Options]:
-    """The call that the operators' arguments from ``tokens`` on describe."""
-    from .frames import Clip
-    from .pipeline import Call
-    from .student import Spatial
-
-    *tensors, flags, sizes, eps, tau = arguments
-    tokens, teacher, gamma, beta, weight, bias, frame_index, frame_mask, teacher_mask = tensors
-    # Kernels read them one element after the other.
-    gamma, beta, bias = (None if tensor is None else tensor.contiguous() for tensor in (gamma, beta, bias))
-    options = Options._make([*flags, *sizes, eps, tau])
-    change, grid = CHANGES[options.change], (options.height, options.width)
-    per_frame = grid[0] * grid[1]
-    rows = tokens.shape[1] if change == "keep" else options.frames * per_frame
-    # Under torch.compile with dynamic shapes an option may be a symbol, which int() makes a number.
-    neighbours = Neighbours(int(options.distance), float(tau), options.cumulative, options.normalize_sum)
-    clip = Clip(
-        tokens.shape[0], options.frames, per_frame, rows, options.start, teacher.shape[1], neighbours,
-        options.by_frames,
-    )  # fmt: skip
-    spatial = Spatial(change, (options.student_height, options.student_width), grid, options.antialias)
-    call = Call(
-        tokens, teacher, ProjectorWeights(gamma, beta, weight, bias, eps), frame_index, frame_mask,
-        teacher_mask, spatial, clip, TYPES[options.compute],
-    )  # fmt: skip
-    return call, options
-
-
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Entering PyTorch's own takes as long as a launch; it is left out where autocast is off already."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -175,32 +81,25 @@ def _align(*arguments: Any) -> tuple[Tensor, ...]:
     """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
     from .pipeline import forward
 
-    call, options = _call(arguments)
+    call = Call.unpacked(arguments)
     with torch.cuda.device_of(call.tokens), _without_autocast(call.tokens.device.type):
-        loss, metrics, frame_similarity, kept = forward(call, options.keep, options.keep_aligned, options.recompute)
+        loss, metrics, frame_similarity, kept = forward(call)
     return (loss, metrics, frame_similarity, *kept)
 
 
 @torch.library.register_fake("crepa_kernels::frame_alignment")
 def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    from .pipeline import call_choice, folds, statistics_count, stores_rows
-
-    call, options = _call(arguments)
-    keep = options.keep
-    raw, compute_dtype = folds(call, keep)
-    batch, length, width = call.tokens.shape
-    features = call.teacher.shape[3]
-    stored = stores_rows(call_choice(call, keep), keep, options.recompute)
-    rows = call.clip.all_rows if stored else 0
+    call = Call.unpacked(arguments)
+    width, features, dtype = call.hidden_size, call.feature_size, call.compute_dtype
+    rows = call.all_rows if call.stored else 0
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return call.tokens.new_empty(shape, dtype=dtype)
 
     return (
-        new(), new(3), new(batch, call.clip.frames), new(rows, features, dtype=compute_dtype),
-        new(statistics_count(raw, stored), batch * length),
-        new(features), new(features, width, dtype=compute_dtype), new(features), new(features),
-        new(rows if options.keep_aligned and call.spatial.keeps_aligned else 0, width, dtype=compute_dtype),
+        new(), new(3), new(call.batch, call.frames), new(rows, features, dtype=dtype),
+        new(call.statistics_count, call.student_rows), new(features), new(features, width, dtype=dtype),
+        new(features), new(features), new(rows if call.keeps_aligned else 0, width, dtype=dtype),
     )  # fmt: skip
 
 
@@ -209,7 +108,7 @@ def _align_backward(grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *a
     """Gradients of tokens, gamma, beta, weight and bias; an empty tensor in place of one that is not needed."""
     from .pipeline import Kept, Needs, backward
 
-    call, _ = _call(arguments)
+    call = Call.unpacked(arguments)
     with torch.cuda.device_of(call.tokens), _without_autocast(call.tokens.device.type):
         grads = backward(call, Kept(*kept), grad_loss, Needs(*needs))
     return tuple(call.tokens.new_empty(0) if grad is None else grad for grad in grads)
@@ -236,8 +135,8 @@ class _Alignment(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
-        ctx.save_for_backward(*inputs[:9], *output[3:])
-        ctx.options = inputs[9:]
+        ctx.save_for_backward(*inputs[:TENSORS], *output[3:])
+        ctx.options = inputs[TENSORS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         return output
@@ -249,7 +148,7 @@ class _Alignment(torch.autograd.Function):
         needs = [wanted[0], *wanted[2:6]]
         grads: list[Tensor | None] = [None] * 5
         if grad_loss is not None:
-            made = frame_alignment_backward_op(grad_loss, list(saved[9:]), needs, *saved[:9], *ctx.options)
+            made = frame_alignment_backward_op(grad_loss, list(saved[TENSORS:]), needs, *saved[:TENSORS], *ctx.options)
             grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
         return (grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .launch import Cost, ceil_div, launch, narrowed, operator, split_width
 
 
@@ -74,24 +75,17 @@ def _fold_kernel(
     tl.store(offset_out + row, offset)
 
 
-def fold_projector(
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    centered: bool,
-    scale: torch.Tensor | None = None,
-) -> FoldedProjector:
-    """Folds LayerNorm's affine part into Linear; ``centred`` for raw tokens: sum x = 0 lets the row means go.
+def fold_projector(call: Call, scale: torch.Tensor | None = None) -> FoldedProjector:
+    """Folds LayerNorm's affine part into Linear; for raw tokens, whose x sum to 0, the row means go.
 
-    ``scale``, one fp32 number on the device, multiplies the weight and its row sums.
+    ``scale``, one fp32 number on the device, multiplies the weight and its row sums; the offset is then left out.
     """
+    weight, gamma = call.weight.contiguous(), call.gamma
+    beta, bias = (call.beta, call.bias) if scale is None else (None, None)
     features, width = weight.shape
-    weight = weight.contiguous()
     low, high = split_width(width)
     folded = FoldedProjector(
-        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(weight.shape, dtype=call.compute_dtype),
         weight.new_empty(features, dtype=torch.float32),
         weight.new_empty(features, dtype=torch.float32),
     )
@@ -101,7 +95,7 @@ def fold_projector(
         bias=weight if bias is None else bias, scale_in=folded.shift if scale is None else scale,
         folded=folded.weight, shift_out=folded.shift, offset_out=folded.offset,
         width=width, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, HAS_BIAS=bias is not None,
-        CENTERED=centered, SCALED=scale is not None, LO=low, HI=high,
+        CENTERED=call.raw, SCALED=scale is not None, LO=low, HI=high,
     )  # fmt: skip
     return folded
 
@@ -189,28 +183,26 @@ _ROWS, _STEPS, _COLUMNS = 16, 4, 128
 
 
 def unfold_gradients(
+    call: Call,
     folded_grad: torch.Tensor,
     offset_grad: torch.Tensor,
     scale: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    weight: torch.Tensor,
-    centered: bool,
     need_weight: bool,
     need_affine: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dW, dgamma, dbeta from dW' and dc: ``dW = dW' diag(gamma) + dc beta'``, ``dgamma = sum_e W dW'``, ``W' dc``.
 
     Args:
-        folded_grad: (E, D) fp32; with ``centred`` its row means are still in it.
+        call: with the projector's weights.
+        folded_grad: (E, D) fp32; for raw tokens its row means are still in it.
         offset_grad: (E,) fp32.
         scale: one number on the device, on both.
 
     Returns:
         dW (E, D) in the weight's type, or empty; dgamma and dbeta (D,) in fp32, or empty.
     """
+    weight, gamma, beta, centered = call.weight.contiguous(), call.gamma, call.beta, call.raw
     features, width = weight.shape
-    weight = weight.contiguous()
     rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4
     if centered:
         rows, steps, (low, high), warps = 1, ceil_div(features, _PROGRAMS), split_width(width), 8

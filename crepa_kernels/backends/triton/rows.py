@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .chunks import RowChunk
-from .frames import FLOOR, Clip, FrameTables, inverse_norm
+from .frames import FLOOR, FrameTables, inverse_norm
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
 from .projector import FoldedProjector
 from .tiles import RowTile, multiprocessors
 
-OWN, PAIR, COMBINED = 0, 1, 2
-
 # The interpreter takes a minute for what tl.reduce does with a function of its own.
 _APART = tl.constexpr(INTERPRETED)
-
-
-def neighbour_mode(clip: Clip) -> int:
-    """How the neighbours' rows reach the kernels: not at all, as one row on either side, or combined beforehand."""
-    reach = min(clip.neighbours.distance, clip.frames - 1)
-    if reach == 0:
-        return OWN
-    return COMBINED if clip.neighbours.cumulative and reach > 1 else PAIR
 
 
 @triton.jit
@@ -221,22 +212,19 @@ def _row_kernel(
             tl.store(part + columns[piece], offset_grads[piece], mask=columns[piece] < features)
 
 
-@dataclass(frozen=True)
-class RowInputs:
+class RowInputs(NamedTuple):
     """What the rows of a chunk are compared with.
 
     Attributes:
-        teacher: (B, S, M, E), last axis contiguous.
-        combined: z of the chunk, (rows, E), where it is made: ``neighbour_mode`` is COMBINED.
-        clip: sizes and frame options.
+        call: sizes, options, and the teacher.
+        combined: z of the chunk, (rows, E), where it is made.
         tables: numbers per frame.
         folded: the projector's weights.
         statistics: mean and 1/std, (rows of the call,) each, where raw tokens were projected; None: normalised ones.
     """
 
-    teacher: torch.Tensor
+    call: Call
     combined: torch.Tensor | None
-    clip: Clip
     tables: FrameTables
     folded: FoldedProjector
     statistics: tuple[torch.Tensor, torch.Tensor] | None
@@ -251,7 +239,6 @@ def compare_rows(
     projected: torch.Tensor,
     chunk: RowChunk,
     inputs: RowInputs,
-    tile: RowTile,
     parts: torch.Tensor | None,
     slope: torch.Tensor | None = None,
     offset_parts: torch.Tensor | None = None,
@@ -265,27 +252,28 @@ def compare_rows(
         slope: (rows of the call,) fp32: ``r^2 <dp, c> / D``, LayerNorm's term, for raw tokens.
         offset_parts: (``row_programs``, E) fp32, parts of the sum of dp over the rows; None: no gradient is wanted.
     """
-    clip, tables, folded, teacher = inputs.clip, inputs.tables, inputs.folded, inputs.teacher
+    call, combined, tables, folded, statistics = inputs
+    teacher = call.teacher
     rows, features = projected.shape
+    tile, mask = call.choice.rows, call.mask
     columns = min(tile.columns, power_of_2(features))
     dummy = tables.weights
-    combined = () if inputs.combined is None else (inputs.combined,)
-    read = (projected, rows * features * teacher.element_size(), *combined)
+    read = (projected, rows * features * teacher.element_size(), *(() if combined is None else (combined,)))
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
     written += [12 * rows] if parts is not None else []
     launch(
         "rows", _row_kernel, (row_programs(rows, tile, projected.device),), Cost(read, tuple(written)),
         warps=tile.warps, projected=projected, shift=folded.shift, offset=folded.offset,
-        mean_in=dummy if inputs.statistics is None else inputs.statistics[0],
-        inverse_std_in=dummy if inputs.statistics is None else inputs.statistics[1], teacher=teacher,
-        combined=dummy if inputs.combined is None else inputs.combined, teacher_frame=tables.teacher_frame,
+        mean_in=dummy if statistics is None else statistics[0],
+        inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher,
+        combined=dummy if combined is None else combined, teacher_frame=tables.teacher_frame,
         distance=tables.distance, weights=tables.weights, shares=tables.shares,
         parts=dummy if parts is None else parts, slope_out=dummy if slope is None else slope,
         offset_parts=dummy if offset_parts is None else offset_parts, rows=rows, first_row=chunk.first_row,
-        clip_rows=clip.rows, start=clip.start, frames=clip.frames, tokens=clip.tokens, features=features,
+        clip_rows=call.rows, start=call.start, frames=call.frames, tokens=call.per_frame, features=features,
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        share_scale=float(clip.batch * clip.frames), inverse_width=1.0 / folded.weight.shape[1],
-        FOLDED=inputs.statistics is not None, MODE=neighbour_mode(clip), PARTS=parts is not None,
-        GRADIENT=offset_parts is not None, MASKED=tables.mask is not None, ROWS=tile.rows, COLUMNS=columns,
+        share_scale=float(call.batch * call.frames), inverse_width=1.0 / folded.weight.shape[1],
+        FOLDED=statistics is not None, MODE=call.neighbour_mode, PARTS=parts is not None,
+        GRADIENT=offset_parts is not None, MASKED=mask is not None, ROWS=tile.rows, COLUMNS=columns,
         PIECES=ceil_div(features, columns), WHOLE=features // columns,
     )  # fmt: skip

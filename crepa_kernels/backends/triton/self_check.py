@@ -32,7 +32,8 @@ from ...ops.compiling import constant_when_compiled
 from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
 from .availability import interpreting, why_not_triton_for
-from .operator import crepa_triton
+from .call import Call
+from .operator import crepa_triton, operator_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -257,9 +258,10 @@ def _aside(attempt: Callable[..., str | None], device: torch.device, *arguments:
 
 
 def _smallest_kernel(device: torch.device) -> None:
-    from .frames import Clip, frame_tables
+    from .frames import frame_tables
 
-    frame_tables(Clip(1, 2, 1, 2, 0, 2, Neighbours(), True), None, None, None, device)[1].tolist()
+    inputs = _slice(device, torch.float32, 1, 1, Way(), Sizes(1, 2, 1, 1))
+    frame_tables(Call.unpacked(operator_arguments(inputs))).distance.tolist()
 
 
 def _disagreement(

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .launch import Cost, ceil_div, launch, narrowed, split_width
-from .tiles import RowTile
-
-
-@dataclass(frozen=True)
-class TokenFrames:
-    """Which frame each row belongs to: row r of the call is token ``start + r % per_clip`` of clip ``r // per_clip``.
-
-    Attributes:
-        mask: (B, T) uint8, frames in the loss; None: all.
-        first: the first row of this launch among all rows of the call.
-        per_clip: rows a clip.
-        start: the clip's token that its first row is.
-        per_frame: tokens a frame.
-        frames: T.
-    """
-
-    mask: torch.Tensor | None
-    first: int
-    per_clip: int
-    start: int
-    per_frame: int
-    frames: int
 
 
 @triton.jit
 def in_loss(mask, row, inside, per_clip, start, per_frame, frames, MASKED: tl.constexpr):
-    """Whether each row exists and its frame is in the loss."""
+    """Whether each row exists and its frame is in the loss: row r is token ``start + r % per_clip`` of its clip."""
     if MASKED:
         frame = (row // per_clip) * frames + (row % per_clip + start) // per_frame
         inside = inside & (tl.load(mask + frame, mask=inside, other=0) != 0)
@@ -88,29 +67,37 @@ def _statistics_kernel(
             tl.store(normalized + row[:, None] * width + tail, narrowed(high, out), mask=there)
 
 
+def _frame_arguments(call: Call, first: int, dummy: torch.Tensor) -> dict[str, Any]:
+    """What ``in_loss`` takes, for rows from ``first`` on of the hidden states."""
+    mask = call.mask
+    return {
+        "mask": dummy if mask is None else mask, "first": first, "per_clip": call.tokens.shape[1], "start": call.start,
+        "per_frame": call.student_per_frame, "frames": call.frames, "MASKED": mask is not None,
+    }  # fmt: skip
+
+
 def token_statistics(
+    call: Call,
     tokens: torch.Tensor,
+    first: int,
     mean: torch.Tensor,
     inverse_std: torch.Tensor,
-    eps: float,
-    tile: RowTile,
-    where: TokenFrames,
     normalized: torch.Tensor | None = None,
 ) -> None:
     """mean and 1/std of each row of ``tokens`` (rows, D), and (h - mean)/std into ``normalised`` if given.
 
-    Normalised rows of frames outside the loss are 0, whatever the tokens hold.
+    The tokens are the call's rows from ``first`` on. Normalised rows of frames outside the loss are 0, whatever the
+    tokens hold.
     """
     rows, width = tokens.shape
-    low, high = split_width(width)
+    tile, (low, high) = call.choice.tokens, split_width(width)
     written = (mean, inverse_std) if normalized is None else (mean, inverse_std, normalized)
     launch(
         "statistics", _statistics_kernel, (ceil_div(rows, tile.rows),), Cost((tokens,), written),
         warps=tile.warps, tokens=tokens, mean_out=mean, inverse_std_out=inverse_std,
-        normalized=mean if normalized is None else normalized, mask=mean if where.mask is None else where.mask,
-        rows=rows, width=width, row_stride=tokens.stride(0), eps=eps, first=where.first, per_clip=where.per_clip,
-        start=where.start, per_frame=where.per_frame, frames=where.frames, MASKED=where.mask is not None,
-        NORMALIZE=normalized is not None, ROWS=tile.rows, LO=low, HI=high,
+        normalized=mean if normalized is None else normalized, rows=rows, width=width, row_stride=tokens.stride(0),
+        eps=call.eps, **_frame_arguments(call, first, mean), NORMALIZE=normalized is not None, ROWS=tile.rows,
+        LO=low, HI=high,
     )  # fmt: skip
 
 
@@ -154,33 +141,32 @@ def _layer_norm_backward_kernel(
 
 
 def layer_norm_backward(
+    call: Call,
     tokens: torch.Tensor,
+    first: int,
     grad: torch.Tensor,
     mean: torch.Tensor,
     inverse_std: torch.Tensor,
     scale: torch.Tensor,
     out: torch.Tensor,
-    tile: RowTile,
-    where: TokenFrames,
     repeat: int = 1,
 ) -> None:
     """``out = scale (dx - mean(dx) - x mean(dx x)) / std`` by rows, 0 for frames outside the loss.
 
     Args:
-        tokens: (rows, D).
+        call: its options.
+        tokens: (rows, D), the call's rows from ``first`` on.
         grad: (rows / repeat, D), dx; with ``repeat`` tokens averaged into one it is that one's, shared equally.
         mean: (rows,), with ``inverse_std`` (rows,) LayerNorm's statistics.
         scale: one number on the device.
         out: (rows, D) contiguous, in the type of the hidden states; may be ``grad``.
     """
     rows, width = tokens.shape
-    low, high = split_width(width)
+    tile, (low, high) = call.choice.tokens, split_width(width)
     launch(
         "layer_norm_backward", _layer_norm_backward_kernel, (ceil_div(rows, tile.rows),),
         Cost((tokens, grad), (out,)), warps=tile.warps,
         tokens=tokens, grad=grad, mean_in=mean, inverse_std_in=inverse_std, scale_in=scale, out=out,
-        mask=mean if where.mask is None else where.mask, rows=rows, width=width, row_stride=tokens.stride(0),
-        repeat=repeat, share=1.0 / repeat, first=where.first, per_clip=where.per_clip, start=where.start,
-        per_frame=where.per_frame, frames=where.frames, MASKED=where.mask is not None,
-        ROWS=tile.rows, LO=low, HI=high,
+        rows=rows, width=width, row_stride=tokens.stride(0), repeat=repeat, share=1.0 / repeat,
+        **_frame_arguments(call, first, mean), ROWS=tile.rows, LO=low, HI=high,
     )  # fmt: skip

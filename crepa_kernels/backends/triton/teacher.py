@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import Call
 from .chunks import RowChunk
-from .frames import FLOOR, Clip, FrameTables
+from .frames import FLOOR, FrameTables
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2, split_width
 
 
@@ -94,29 +95,22 @@ def _combine_kernel(
         tl.store(out, narrowed(total, combined.dtype.element_ty), mask=keep_out)
 
 
-def combine_neighbours(
-    teacher: torch.Tensor,
-    norms: torch.Tensor,
-    clip: Clip,
-    tables: FrameTables,
-    chunk: RowChunk,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """z[f] = sum over k of w[f, k] unit(y[k]), own frame included, for the rows of ``chunk``: (rows, E) in ``dtype``.
+def combine_neighbours(call: Call, norms: torch.Tensor, tables: FrameTables, chunk: RowChunk) -> torch.Tensor:
+    """z[f] = sum over k of w[f, k] unit(y[k]), own frame included, for the rows of ``chunk``: (rows, E).
 
-    ``norms`` (B, S, M): inverse norms of the teacher's rows.
+    It is in the products' type. ``norms`` (B, S, M): inverse norms of the teacher's rows.
     """
-    features = teacher.shape[3]
-    combined = teacher.new_empty((chunk.rows, features), dtype=dtype)
+    teacher, features = call.teacher, call.feature_size
+    combined = teacher.new_empty((chunk.rows, features), dtype=call.compute_dtype)
     chunk_frames = chunk.last_frame - chunk.first_frame
     block = 16 if chunk_frames <= 16 else 32
     launch(
-        "combine", _combine_kernel, (clip.tokens, ceil_div(chunk_frames, block), chunk.clips),
+        "combine", _combine_kernel, (call.per_frame, ceil_div(chunk_frames, block), chunk.clips),
         Cost((teacher,), (combined,)), teacher=teacher, norms=norms,
         teacher_frame=tables.teacher_frame, weights=tables.weights, combined=combined, first_clip=chunk.first_clip,
         first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
-        clip_rows=clip.rows, start=clip.start, frames=clip.frames, teacher_frames=clip.teacher_frames,
-        tokens=clip.tokens, features=features, reach=min(clip.neighbours.distance, clip.frames - 1),
+        clip_rows=call.rows, start=call.start, frames=call.frames, teacher_frames=call.teacher_frames,
+        tokens=call.per_frame, features=features, reach=call.reach,
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
         BLOCK_T=block, BLOCK_E=max(16, min(128, power_of_2(features))),
         PRECISION=precision(teacher.device),
