@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # Tests run side by side, up to 1.5 GB a process.
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
-# Byte code is compiled at first use instead: most of what is installed is never imported.
+# Byte code is compiled at first use instead: most of what is installed is never imported. It must be kept then:
+# every process of the tests imports torch and diffusers, 20 s each where they are compiled again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check --upgrade --target
 TRITON_TESTS := $(addprefix tests/loss/test_,triton.py triton_operators.py triton_products.py triton_resampled.py \

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from .ops.resample import check_type
 from .transfer import moved
 
 logger = logging.getLogger(__name__)
-_warned = False
 
 
 class ProjectorWeights(NamedTuple):
@@ -73,19 +73,23 @@ def product_type(hidden_states: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     if kind == "cuda":
-        _warn_of_slow_products()
+        _look_at_fp32_products()
     return hidden_states.dtype
 
 
 @constant_when_compiled
-def _warn_of_slow_products() -> None:
-    global _warned
-    if not _warned and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        _warned = True
-        logger.warning(
-            "the hidden states are fp32 and autocast is off: CREPA's products miss the tensor cores and take 10 to 20 "
-            "times as long. Train under torch.autocast in bf16, or call torch.set_float32_matmul_precision('high')"
-        )
+def _look_at_fp32_products() -> None:
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        warn_of_slow_products()
+
+
+@cache
+def warn_of_slow_products() -> None:
+    """Says once that fp32 products on a GPU are slow, and what to do."""
+    logger.warning(
+        "the hidden states are fp32 and autocast is off: CREPA's products miss the tensor cores and take 10 to 20 "
+        "times as long. Train under torch.autocast in bf16, or call torch.set_float32_matmul_precision('high')"
+    )
 
 
 def projector_weights(projector: nn.Module) -> ProjectorWeights:

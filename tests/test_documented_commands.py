@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from crepa_trainer import families
 from crepa_trainer.cli import main
 from crepa_trainer.reporting.plan import CrepaMemory, kept_bytes, projector_bytes
-from crepa_trainer.reporting.table import _bytes
+from crepa_trainer.reporting.table import readable_bytes
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.state import add_lora
 
@@ -145,7 +145,7 @@ def test_the_documented_memory_is_what_the_plan_predicts() -> None:
             teacher=GIANT_PARAMETERS * 2,
         )
         said = [memory.projector, memory.kept, memory.teacher, memory.total]
-        assert [projector, kept, teacher, total] == [_bytes(size) for size in said], name
+        assert [projector, kept, teacher, total] == [readable_bytes(size) for size in said], name
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

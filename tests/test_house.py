@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from floors import floor, requirements
-from house import MOST_ROOMS, against_the_walls, circle, imports, outside, rooms
+from house import MOST_ROOMS, ROOT, against_the_walls, circle, imports, outside, pinned, private_names, rooms
 from packaging.requirements import Requirement
 
 
@@ -26,6 +26,21 @@ def test_a_circle_and_an_arrow_through_a_wall_are_found() -> None:
     assert against_the_walls(arrows) == ["crepa_kernels.grid -> crepa_kernels.config.schema"]
     arrows["crepa_kernels.config.schema"] = {"crepa_kernels.loss"}
     assert set(circle(arrows)) == arrows.keys()
+
+
+def test_no_test_pins_what_a_package_keeps_to_itself() -> None:
+    private = private_names()
+    tests = ROOT.glob("tests/**/*.py")
+    assert {path.name: names for path in tests if (names := pinned(path.read_text(), private))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from crepa_kernels.some import _part", "some._part.x", 'patch("some.module._part")', 'patch(x, "_part")'],
+)
+def test_a_test_that_pins_a_part_is_found(source: str) -> None:
+    assert pinned(source, {"_part"}) == ["_part"]
+    assert pinned("self._part = _part", {"_part"}) == []
 
 
 def test_whatever_is_imported_is_required_by_name() -> None:

@@ -19,10 +19,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_NOT_ASKED = "there is no GPU, or CUDA is not initialized yet"
+FOLDER = Path(__file__).resolve().parents[1]  # where the halves are built
+NOT_ASKED = "there is no GPU, or CUDA is not initialized yet"
 _NO_KERNELS = "the extension has no kernels for this device"
-_missing: dict[str, str] = {}  # half -> why its kernels do not run
+missing: dict[str, str] = {}  # half -> why its kernels do not run
 # Processors with the GPU inside, whose machine code is of no other card and no other's is theirs.
 _INTEGRATED = (53, 62, 72, 87, 101)
 
@@ -64,14 +64,15 @@ def built_for(binary: Path) -> tuple[list[str], int]:
     return mark.group(1).decode().split("+"), int(mark.group(2))
 
 
-def _cards() -> list[Capability]:
+def usable_cards() -> list[Capability]:
     """The visible GPUs, less those that this torch itself cannot use."""
     found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     theirs = torch.cuda.get_arch_list()
     return sorted(card for card in found if any(runs_on(target, card) for target in theirs))
 
 
-def _driver() -> int:
+def driver_version() -> int:
+    """The newest CUDA that the GPU's driver knows, 13010 for 13.1."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
@@ -86,11 +87,11 @@ def register(half: str, *, ask_cards: bool = False) -> str | None:
         return "CREPA_KERNELS_EXTENSION is 0"
     if half == "cuda" and torch.version.cuda is None:
         return "torch is built without CUDA"
-    built = [path for suffix in EXTENSION_SUFFIXES if (path := _PACKAGE / f"_{half}{suffix}").exists()]
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_{half}{suffix}").exists()]
     if not built:
         return "it was not built: `pip install --no-build-isolation -v .` says why"
     try:
-        reason = why_not_on(*built_for(built[0]), _cards(), _driver()) if ask_cards else None
+        reason = why_not_on(*built_for(built[0]), usable_cards(), driver_version()) if ask_cards else None
         if reason is None:
             torch.ops.load_library(str(built[0]))
         return reason
@@ -106,31 +107,32 @@ def load() -> None:
     fork.
     """
     if (reason := register("cpu")) is not None:
-        _missing["cpu"] = reason
-    _missing["cuda"] = _NOT_ASKED
+        missing["cpu"] = reason
+    missing["cuda"] = NOT_ASKED
     if torch.version.cuda is None:
-        _register_for_cards()
+        register_for_cards()
     else:
-        torch.cuda._lazy_call(_register_for_cards)
+        torch.cuda._lazy_call(register_for_cards)
 
 
-def _register_for_cards() -> None:
+def register_for_cards() -> None:
+    """Registers the CUDA half if it is for the GPUs of this machine; else ``why_no_extension`` says why not."""
     # torch gives up CUDA where what it calls here raises.
     try:
         reason = register("cuda", ask_cards=True)
     except Exception as error:
         reason = f"the GPUs cannot be asked: {error}"
     if reason is None:
-        del _missing["cuda"]
+        del missing["cuda"]
     else:
-        _missing["cuda"] = reason
+        missing["cuda"] = reason
 
 
 def why_no_extension(device_type: str) -> str | None:
     """Why the extension's kernels do not run for tensors on ``device_type``; asked for CUDA, it initializes CUDA."""
-    if device_type == "cuda" and _missing.get("cuda") is _NOT_ASKED and torch.cuda.is_available():
+    if device_type == "cuda" and missing.get("cuda") is NOT_ASKED and torch.cuda.is_available():
         torch.cuda.init()
-    return _missing.get(device_type) if device_type in ("cpu", "cuda") else _NO_KERNELS
+    return missing.get(device_type) if device_type in ("cpu", "cuda") else _NO_KERNELS
 
 
 def has_extension(device_type: str) -> bool:

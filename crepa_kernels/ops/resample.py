@@ -26,7 +26,7 @@ TYPES = (torch.float64, torch.float32, *HALF_TYPES)
 LARGEST = 2**63 - 1
 
 # Bytes of widened tokens held at a time, at least a frame's: enough to fill a GPU, and no second copy of all tokens.
-_PART_BYTES = 32 << 20
+PART_BYTES = 32 << 20
 
 
 def resample(
@@ -60,7 +60,7 @@ def in_parts(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Each of ``tensors`` (..., rows, C) by the same runs of frames, (frames, rows, C), short enough to be widened."""
     given = [tensor for tensor in tensors if tensor is not None]
     size = torch.promote_types(given[0].dtype, torch.float32).itemsize
-    frames = max(1, _PART_BYTES // (size * max(tensor.shape[-2] * tensor.shape[-1] for tensor in given)))
+    frames = max(1, PART_BYTES // (size * max(tensor.shape[-2] * tensor.shape[-1] for tensor in given)))
     return zip(
         *(
             itertools.repeat(None) if tensor is None else tensor.reshape(-1, *tensor.shape[-2:]).split(frames)

@@ -159,6 +159,21 @@ class CrepaRegularizer:
         """Whether CREPA is off, or over for good: ``loss`` then needs nothing of the teacher's side."""
         return self.projector is None or self._schedule.ended
 
+    def captured(self, block: int | None = None) -> CapturedStates:
+        """What the last forward of training left of a block: hidden states (B, T, P, D), attached, and their layout.
+
+        Args:
+            block: its index, ``crepa_block_index`` or in backbone mode ``crepa_teacher_block_index``; the first if not
+                given.
+
+        Raises:
+            ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; or CREPA
+                is off.
+        """
+        if self.projector is None:
+            raise ValueError("CREPA is off: nothing is captured")
+        return self._capture.states(self._block_index if block is None else block)
+
     @property
     def frames_encoded(self) -> int:
         """Frames that the teacher has encoded so far."""

@@ -118,7 +118,7 @@ class DinoV2Teacher:
             student_grid: (height, width) of the student's tokens, which ``resize="grid"`` follows.
             device: where a model that is loaded now goes, and where the features are returned.
         """
-        model = self._model if self._model is not None else self._load(device)
+        model = self._model if self._model is not None else self.load(device)
         patch = self.patch_size
         height, width = (patch * side for side in student_grid) if self._resize == "grid" else [self._image_size] * 2
         weight = next(model.parameters())
@@ -170,7 +170,15 @@ class DinoV2Teacher:
             )
         self._config = config
 
-    def _load(self, device: torch.device) -> nn.Module:
+    def load(self, device: torch.device) -> nn.Module:
+        """The model, loaded now and not at the first frame.
+
+        Args:
+            device: where it goes; in bf16 on a GPU and fp32 on a CPU.
+
+        Raises:
+            ValueError: as the constructor, for what its source holds.
+        """
         if not isinstance(self._source, str):
             self._model = self._adopted(self._source())
             return self._model

@@ -176,7 +176,7 @@ def test_the_order_and_what_each_part_sets(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hour.shutil, "which", lambda name: None)
-    monkeypatch.setattr(hour, "_found", lambda module: False)
+    monkeypatch.setattr(hour.importlib.util, "find_spec", lambda module: None)
     parts = {each.name: each for each in parts_for(CARD, Path("/out"), dry=False)}
     assert parts["memcheck"].missing == "compute-sanitizer is not installed"
     assert parts["tests"].missing == "pytest is not installed"

@@ -375,7 +375,7 @@ def _wide(choice: Any) -> bool:
 def test_choices_are_compared_in_turns_and_a_refused_one_has_its_reason() -> None:
     class Refusing(Counting):
         def graphed(self, step: Step) -> Step:
-            if tiles._forced is not None and _wide(tiles._forced):
+            if _wide(tiles.choose(self.device, 64, 32, torch.bfloat16)):
                 raise RuntimeError("out of resource: shared memory\nat line 3")
             return super().graphed(step)
 

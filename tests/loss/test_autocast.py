@@ -17,9 +17,8 @@ from test_loss import Results, Tensors, errors, results, yardstick
 from test_triton import to, triton_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crepa_kernels import inputs as problem
 from crepa_kernels.backends.triton.launch import tf32_products
-from crepa_kernels.inputs import product_type
+from crepa_kernels.inputs import product_type, warn_of_slow_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 120
@@ -118,10 +117,8 @@ def test_only_fp32_tokens_take_autocasts_type() -> None:
     assert product_type(torch.empty(1, device="meta")) == torch.float32
 
 
-def test_fp32_products_on_a_gpu_are_told_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(problem, "_warned", False)
+def test_fp32_products_on_a_gpu_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_slow_products.cache_clear()
     with FakeTensorMode():
         tokens = torch.empty(1, device="cuda")
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benches.measure import peak_bytes
 from crepa_kernels import CrepaProjector, crepa_loss
-from crepa_kernels.backends.torch import chunks
+from crepa_kernels.backends.torch.chunks import ChunkPolicy, chunked
 
 FRAMES = 7
 
@@ -27,37 +27,35 @@ class CountResampled(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gradients(limit: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[torch.Tensor]:
-    monkeypatch.setitem(chunks._CHUNK_TOKENS, "cpu", limit)
+def gradients(limit: int, **options: Any) -> list[torch.Tensor]:
     torch.manual_seed(0)
     hidden_states = torch.randn(2, FRAMES, 6, 8, dtype=torch.float64, requires_grad=True)
     projector = CrepaProjector(8, 5).double()
-    out = crepa_loss(
-        hidden_states,
-        torch.randn(2, FRAMES, 12, 5, dtype=torch.float64),
-        projector,
-        student_grid=(2, 3),
-        teacher_grid=(3, 4),
-        backend="torch",
-        **options,
-    )
+    with chunked(ChunkPolicy(tokens=limit)):
+        out = crepa_loss(
+            hidden_states,
+            torch.randn(2, FRAMES, 12, 5, dtype=torch.float64),
+            projector,
+            student_grid=(2, 3),
+            teacher_grid=(3, 4),
+            backend="torch",
+            **options,
+        )
     return [out.loss.detach(), *torch.autograd.grad(out.loss, [hidden_states, *projector.parameters()])]
 
 
 @pytest.mark.parametrize("options", [{}, {"distance": 3, "cumulative": True}, {"distance": 0}, {"distance": 9}])
 @pytest.mark.parametrize("limit", [1, 12, 24, 10**6])
-def test_each_teacher_frame_is_made_once_whatever_the_chunk(
-    limit: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = gradients(18, monkeypatch, **options)
+def test_each_teacher_frame_is_made_once_whatever_the_chunk(limit: int, options: dict[str, Any]) -> None:
+    expected = gradients(18, **options)
     with CountResampled() as counted:
-        found = gradients(limit, monkeypatch, **options)
+        found = gradients(limit, **options)
     assert counted.calls == 2 * FRAMES
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)  # sums in another order, in float64
 
 
-def test_the_chunk_off_the_cpu_keeps_the_peak_below_the_eager_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_off_the_cpu_keeps_the_peak_below_the_eager_loss() -> None:
     hidden_states = torch.randn(1, 8, 1024, 256, requires_grad=True)
     teacher, projector = torch.randn(1, 8, 1024, 256), CrepaProjector(256, 256)
 
@@ -66,5 +64,5 @@ def test_the_chunk_off_the_cpu_keeps_the_peak_below_the_eager_loss(monkeypatch: 
             hidden_states, teacher, projector, student_grid=(32, 32), teacher_grid=(32, 32), backend=backend
         ).loss.backward()
 
-    monkeypatch.setitem(chunks._CHUNK_TOKENS, "cpu", chunks._CHUNK_TOKENS_ELSEWHERE)
-    assert peak_bytes(lambda: step("torch")) < peak_bytes(lambda: step("reference"))
+    with chunked(ChunkPolicy(tokens=ChunkPolicy().limit("cuda"))):
+        assert peak_bytes(lambda: step("torch")) < peak_bytes(lambda: step("reference"))

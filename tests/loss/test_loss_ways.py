@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,21 +11,24 @@ from cases import draw, simple
 from oracle import truth
 from test_loss import FP64_TOLERANCE, IN_CI, eager_results, errors, results, yardstick
 
-from crepa_kernels.backends.torch import chunks
-from crepa_kernels.backends.torch import student as torch_student
-from crepa_kernels.backends.torch import teacher as teacher_rows
+from crepa_kernels.backends.torch.chunks import ChunkPolicy, chunked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["without-host-reads", "few-tokens-at-a-time", "both"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+FEW = 20  # 1 to 20 frames of the drawn cases
+POLICIES = {
+    "without-host-reads": ChunkPolicy(reads=False),
+    "few-tokens-at-a-time": ChunkPolicy(tokens=FEW),
+    "both": ChunkPolicy(tokens=FEW, reads=False),
+}
+
+
+@pytest.fixture(params=POLICIES)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of a device whose memory the host does not read, and of clips that do not fit into one chunk."""
-    if request.param != "few-tokens-at-a-time":
-        for module in (chunks, teacher_rows, torch_student):
-            monkeypatch.setattr(module, "is_readable", lambda tensor: False)
-    if request.param != "without-host-reads":
-        monkeypatch.setitem(chunks._CHUNK_TOKENS, "cpu", 20)  # 1 to 20 frames of the drawn cases
+    with chunked(POLICIES[request.param]):
+        yield
 
 
 @pytest.mark.usefixtures("way")

@@ -45,11 +45,10 @@ def eligible(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
         return real(*arguments)
 
     monkeypatch.setattr(self_check, "interpreting", lambda: False)
-    monkeypatch.setattr(self_check, "_answers", {})
     monkeypatch.setattr(self_check, "self_check", counted)
-    self_check._why_ruled_out.cache_clear()
+    self_check.forget()
     yield checks
-    self_check._why_ruled_out.cache_clear()
+    self_check.forget()
 
 
 def found(case: Case, backend: str = "auto", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -161,7 +160,7 @@ def test_a_fault_is_one_warning_and_the_run_goes_on_with_torch(
     for case in (KEPT, KEPT, replace(KEPT, frame_mask=OFF)):
         assert same(found(case), found(case, "torch"))
     assert same(found(KEPT), expected)
-    assert all(reason is not None for reason in self_check._answers.values())
+    assert all(reason is not None for reason in self_check.answers.values())
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert words in record.getMessage()
@@ -218,7 +217,7 @@ def test_nothing_is_tried_in_a_capture(monkeypatch: pytest.MonkeyPatch, eligible
         changed(broken, "rows", raising(RuntimeError("broken")))
         assert same(found(KEPT), found(KEPT, "torch"))
     assert len(eligible) == 1
-    monkeypatch.setattr(self_check, "_capturing", lambda device: True)
+    monkeypatch.setattr(self_check, "is_capturing", lambda device: True)
     assert same(found(KEPT), found(KEPT, "torch"))
     assert same(found(other), found(other, "triton"))
     assert len(eligible) == 1
@@ -304,14 +303,14 @@ def test_the_caller_notices_nothing() -> None:
 @pytest.mark.parametrize("sound", [True, False])
 def test_the_slice_is_let_go_of(sound: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[weakref.ref[torch.Tensor]] = []
-    real = self_check._slice
+    real = self_check.small_call
 
     def watched(*arguments: Any) -> LossInputs:
         inputs = real(*arguments)
         kept.extend(weakref.ref(each) for each in (inputs.hidden_states, inputs.projector.weight))
         return inputs
 
-    monkeypatch.setattr(self_check, "_slice", watched)
+    monkeypatch.setattr(self_check, "small_call", watched)
     if not sound:
         changed(monkeypatch, "weight_gradients", lambda arguments: 1 / 0)
     assert (self_check.self_check(CPU, torch.bfloat16, 16, 8, Way(), SIZES) is None) == sound
@@ -353,9 +352,9 @@ def test_the_call_launches_what_the_slice_compiled(way: Way, sizes: Sizes, dtype
     """The same kernels for the same types, constants and properties of integers and addresses."""
 
     def compiled(sizes: Sizes) -> set[Any]:
-        inputs = self_check._slice(CPU, dtype, 48, 32, way, sizes)
+        inputs = self_check.small_call(CPU, dtype, 48, 32, way, sizes)
         with launch.recorded() as launches:
-            self_check._results(self_check.crepa_triton, inputs)
+            self_check.results_of(self_check.crepa_triton, inputs)
         return {(each.name, each.warps, each.stages, *map(property_of, each.arguments.items())) for each in launches}
 
     def property_of(argument: tuple[str, Any]) -> Any:
@@ -381,9 +380,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     capabilities = {torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    availability._why_not_on.cache_clear()
+    availability.forget_devices()
     yield
-    availability._why_not_on.cache_clear()
+    availability.forget_devices()
 
 
 @pytest.mark.usefixtures("two_gpus")

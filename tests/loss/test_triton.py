@@ -19,7 +19,7 @@ from test_loss import Results, Tensors, errors, results, yardstick
 
 from crepa_kernels import crepa_loss
 from crepa_kernels.backends.triton import chunks, tiles
-from crepa_kernels.backends.triton.rows import _add_seven
+from crepa_kernels.backends.triton.rows import add_seven
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 200
@@ -112,4 +112,4 @@ def test_without_gradients(dtype: torch.dtype, path: str, device: str) -> None:
 
 def test_the_sums_of_a_row_are_added_each_to_its_own() -> None:
     """The interpreter takes them one by one: what adds them together on a GPU is checked by itself."""
-    assert _add_seven.fn(*range(14)) == tuple(range(7, 21, 2))
+    assert add_seven.fn(*range(14)) == tuple(range(7, 21, 2))

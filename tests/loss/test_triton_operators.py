@@ -377,7 +377,7 @@ def test_auto_trusts_the_kernels_of_this_gpu_after_a_check(
     assert self_check.self_check(here, dtype, 16, 8) is None
     caplog.set_level("INFO", "crepa_kernels")
     state, memory = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    self_check._answers.clear()
+    self_check.answers.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
         output, _ = case.run(tensors, "auto")

@@ -82,7 +82,7 @@ def test_states_are_the_blocks_output_by_frame_and_raster_position(name: str) ->
         seen = video_output(transformer, path)
         crepa = crepa_on(transformer, crepa_block_index=index)
         transformer(**tiny.inputs(2, model=transformer))
-        states, layout = crepa._capture.states(index)
+        states, layout = crepa.captured(index)
         assert (layout.frames, layout.grid, layout.latent_shape) == (tiny.frames, tiny.grid, tiny.latents)
         assert torch.equal(states, by_frame(seen[0], tiny))
         assert states.requires_grad
@@ -95,12 +95,12 @@ def test_arguments_may_be_given_by_position(name: str) -> None:
     crepa = crepa_on(transformer)
     inputs = tiny.inputs(2, model=transformer)
     transformer(**inputs)
-    expected = crepa._capture.states(STUDENT)
+    expected = crepa.captured(STUDENT)
     leading = itertools.takewhile(inputs.__contains__, inspect.signature(transformer.forward).parameters)
     by_position = [inputs.pop(argument) for argument in list(leading)]
     assert len(by_position) >= 3
     transformer(*by_position, **inputs)
-    found = crepa._capture.states(STUDENT)
+    found = crepa.captured(STUDENT)
     assert found.layout == expected.layout
     assert torch.equal(found.hidden_states, expected.hidden_states)
 
@@ -115,7 +115,7 @@ def test_arguments_reach_a_forward_that_only_passes_them_on() -> None:
     crepa = crepa_on(transformer)
     inputs = FAMILIES["wan"].inputs(model=transformer)
     transformer(inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
-    assert crepa._capture.states(STUDENT).layout.latent_shape == (3, 4, 6)
+    assert crepa.captured(STUDENT).layout.latent_shape == (3, 4, 6)
 
 
 @every_family
@@ -137,7 +137,7 @@ def test_the_token_order_of_sparse_attention_is_undone() -> None:
     crepa = crepa_on(transformer)
     with attention_backend("flex"):
         transformer(**tiny.inputs(model=transformer))
-    states, layout = crepa._capture.states(STUDENT)
+    states, layout = crepa.captured(STUDENT)
     assert (layout.frames, layout.grid) == (2, (8, 16))
     assert torch.equal(states, by_frame(seen[0], tiny, tile=8))
     assert not torch.equal(states, by_frame(seen[0], tiny))

@@ -93,7 +93,7 @@ def test_a_captured_token_is_that_of_its_place(name: str) -> None:
     axes = [torch.arange(size, dtype=torch.float32) for size in tiny.latents]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # [3, T, H, W]
     forward(transformer, tiny, torch.cat([places, places[:1]])[None])
-    states, _ = crepa._capture.states(BLOCK)
+    states, _ = crepa.captured(BLOCK)
     found = states[0, :, :, [0, 2, 4]]  # [T, P, (frame, row, column)]
     for frame in range(tiny.frames):
         for y in range(tiny.grid[0]):

@@ -51,7 +51,7 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     (to_states,) = torch.autograd.grad(aux, states, retain_graph=True)
     (prediction.square().mean() + aux).backward()
     # An error where the recomputation in the backward was captured: that does not come from these states.
-    torch.autograd.grad(crepa._capture.states(index).hidden_states.sum(), states)
+    torch.autograd.grad(crepa.captured(index).hidden_states.sum(), states)
     gradients = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
     return {"states": to_states, **gradients}
 

@@ -155,9 +155,9 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, in
     """A torch with CUDA 13.0, on a machine with the cards that a test adds, and a binary that the linker refuses."""
     here: list[tuple[int, int]] = []
     (tmp_path / "_cuda.abi3.so").write_bytes(b"\0crepa_kernels built for sm_90+compute_90 by CUDA 13000\0")
-    monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(extension, "_missing", {"cuda": extension._NOT_ASKED})
-    monkeypatch.setattr(extension, "_driver", lambda: 13000)
+    monkeypatch.setattr(extension, "FOLDER", tmp_path)
+    monkeypatch.setattr(extension, "missing", {"cuda": extension.NOT_ASKED})
+    monkeypatch.setattr(extension, "driver_version", lambda: 13000)
     monkeypatch.delenv("CREPA_KERNELS_EXTENSION", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
@@ -170,7 +170,7 @@ def test_the_cuda_half_is_not_loaded_for_a_card_it_was_not_built_for(
     cards: list[tuple[int, int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     cards += [(9, 0), (8, 0)]
-    extension._register_for_cards()
+    extension.register_for_cards()
     assert not has_extension("cuda")
     extension.log_fallback.cache_clear()
     with caplog.at_level("INFO", logger="crepa_kernels"):
@@ -183,9 +183,9 @@ def test_the_cuda_half_is_not_loaded_for_a_card_it_was_not_built_for(
 
 def test_a_card_that_torch_cannot_use_does_not_count(cards: list[tuple[int, int]]) -> None:
     cards += [(9, 0), (6, 1)]
-    extension._register_for_cards()
+    extension.register_for_cards()
     # So it was loaded, or would have been.
-    assert "_cuda.abi3.so does not load" in extension._missing["cuda"]
+    assert "_cuda.abi3.so does not load" in extension.why_no_extension("cuda")
 
 
 def test_whatever_the_question_raises_is_the_reason(cards: list[tuple[int, int]], tmp_path: Path,
@@ -195,11 +195,11 @@ def test_whatever_the_question_raises_is_the_reason(cards: list[tuple[int, int]]
 
     cards += [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
-    extension._register_for_cards()
-    assert extension._missing["cuda"] == "the GPUs cannot be asked: device is lost"
+    extension.register_for_cards()
+    assert extension.why_no_extension("cuda") == "the GPUs cannot be asked: device is lost"
     (tmp_path / "_cuda.abi3.so").write_bytes(b"nothing")
-    extension._register_for_cards()
-    assert "it does not say for which GPUs it was built" in extension._missing["cuda"]
+    extension.register_for_cards()
+    assert "it does not say for which GPUs it was built" in extension.why_no_extension("cuda")
 
 
 @pytest.mark.gpu

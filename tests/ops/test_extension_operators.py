@@ -37,7 +37,7 @@ def test_a_compiler_means_that_the_extension_is_built() -> None:
         pytest.skip("there is no C++ compiler")
     if os.environ.get("CREPA_KERNELS_EXTENSION") == "0":
         pytest.skip("CREPA_KERNELS_EXTENSION is 0")
-    assert has_extension("cpu"), extension._missing["cpu"]
+    assert has_extension("cpu"), extension.why_no_extension("cpu")
 
 
 @each_filter

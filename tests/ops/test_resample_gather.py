@@ -172,7 +172,7 @@ def test_parts_of_a_few_frames_give_the_same_numbers(monkeypatch: pytest.MonkeyP
     whole = results()
     # Frames are of 20 x 11 fp32 numbers: 4 and then 2 at once, and one at once where not even one fits.
     for limit in (4 * 20 * 11 * 4, 1):
-        monkeypatch.setattr(fallback, "_PART_BYTES", limit)
+        monkeypatch.setattr(fallback, "PART_BYTES", limit)
         assert all(map(torch.equal, results(), whole))
 
 

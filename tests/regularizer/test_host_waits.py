@@ -9,7 +9,7 @@ a step ago.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from crepa_trainer.data.sampler import MicroBatch, MicroBatches
+from crepa_trainer.data.sampler import MicroBatch, MicroBatches, Position
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.run import TrainingRun, make_accelerator
 from crepa_trainer.state import make_ema, make_state
-from crepa_trainer.step import flow_matching_loss
+from crepa_trainer.step import flow_matching_loss, training_step
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch import Tensor
@@ -90,7 +90,7 @@ class _Python(TorchFunctionMode):
 class _Arrived(HostCopy):
     """What was copied from a device without values: always the same similarity, over one frame."""
 
-    arrived = True
+    arrived = True  # type: ignore[assignment]
     similarity = 0.0
 
     def __init__(self, numbers: torch.Tensor, *, over_ranks: bool = False) -> None:
@@ -98,7 +98,7 @@ class _Arrived(HostCopy):
         self._length = len(numbers)
 
     def read(self) -> list[float]:
-        return [self.similarity, 1.0] if self._length == 2 else [0.0] * self._length
+        return [_Arrived.similarity, 1.0] if self._length == 2 else [0.0] * self._length
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     for check in ("check_attachable", "check_attached"):
         monkeypatch.setattr(f"crepa_kernels.regularizer.crepa.{check}", lambda *args: None)
-    for module in ("monitor", "step_sum", "attach"):
-        monkeypatch.setattr(f"crepa_kernels.regularizer.{module}.HostCopy", _Arrived)
+    for name in ("__init__", "arrived", "read"):
+        monkeypatch.setattr(HostCopy, name, vars(_Arrived)[name])
 
 
 SOURCES: dict[str, dict[str, Any]] = {
@@ -180,11 +180,9 @@ def test_nothing_is_read_from_the_device(
     monkeypatch.setattr(_Arrived, "similarity", 0.6)
     ran = []
     for crepa, step in steps("meta", source, SETTINGS[setting]):
-        given = on(given_on, {**SOURCES[source], **MASKS[masks]})
-        # The range of floating-point pixels is looked at once.
+        # The range of floating-point pixels is looked at in the first step alone.
         first = step == 0 and source == "floating-point pixels"
-        if first:
-            crepa._source._looked_at_pixels = True
+        given = on(given_on, {**SOURCES["pixels" if first else source], **MASKS[masks]})
         with _Operators(), _Python():
             _, logs = crepa.loss(step=step, **given)
         ran.append("crepa_loss" in logs)
@@ -350,8 +348,9 @@ def test_a_step_of_the_trainer_waits_for_nothing(
     run, checkpoints = training_run(models, tmp_path, name)
     assert {p.device for p in run.transformer.parameters()} == {device_of_runs}
     if run.state.crepa is not None and name == "pixels":
-        # Loaded when it is first needed, which takes what it takes.
-        run.state.crepa._source.teacher._load(device_of_runs)
+        # The encoder is loaded for the first pixels, which takes what it takes.
+        run.transformer(**on("meta", wan_inputs()))
+        run.state.crepa.loss(step=0, pixels=clip_pixels().to(device_of_runs))
     with _Operators(pinned), _Python():
         run.steps(0, Console(file=io.StringIO()))
     # Each step's values once the next is under way, but where a checkpoint is to be written.
@@ -387,15 +386,21 @@ def test_the_trainer_does_not_wait_for_a_gpu(
     models: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = training_run(models, tmp_path, name)
-    step = run._step
+    steps: list[int] = []
 
-    def watched(number: int, batches: Any) -> Any:
-        # Kernels are compiled and pixels looked at in the first step.
-        torch.cuda.set_sync_debug_mode("error" if number else "default")
-        try:
-            return step(number, batches)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            steps.extend(each.step for each in args if isinstance(each, Position))
+            # Kernels are compiled and pixels looked at in the first step.
+            torch.cuda.set_sync_debug_mode("error" if steps[-1] else "default")
+            try:
+                return function(*args, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(run, "_step", watched)
+        return called
+
+    monkeypatch.setattr("crepa_trainer.run.training_step", watched(training_step))
+    if run.average is not None:
+        monkeypatch.setattr(run.average, "step", watched(run.average.step))
     run.steps(0, Console(file=io.StringIO()))

@@ -50,19 +50,14 @@ def test_nan_stays_in_the_loss_and_its_side_is_said_once(
     assert "step 0" in said[0]
 
 
-class _NotArrived(HostCopy):
-    """A copy that is still under way when it is asked, and has arrived once it is waited for."""
-
-    arrived = False
-
-
 def test_what_has_not_arrived_is_said_when_waited_for(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = NonFiniteMonitor()
     clean = torch.ones(2)
     broken = torch.tensor([math.nan, 1.0])
-    monkeypatch.setattr("crepa_kernels.regularizer.monitor.HostCopy", _NotArrived)
+    # Still under way when it is asked, and there once it is waited for.
+    monkeypatch.setattr(HostCopy, "arrived", False)
     for step, features in ((3, broken), (4, clean)):
         monitor.watch(step, features.sum(), features, clean.sum())
     assert caplog.records == []

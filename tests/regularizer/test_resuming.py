@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_wan, wan_inputs
+from tiny import is_captured, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
 
@@ -48,7 +48,7 @@ class Run:
         for step in steps:
             for micro in range(2):
                 prediction = self.transformer(**wan_inputs(seed=2 * step + micro))[0]
-                captured = not self.crepa._capture.is_empty
+                captured = is_captured(self.crepa)
                 aux, logs = self.crepa.loss(step=step, features=features(step))
                 loss = prediction.square().mean() + aux
                 loss.backward()

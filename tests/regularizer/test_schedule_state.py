@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from schedule_runs import observe, run, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crepa_kernels.regularizer.schedule import CrepaSchedule, Decision
+from crepa_kernels.transfer import HostCopy
 
 
 class Recorder(TorchDispatchMode):
@@ -63,21 +65,37 @@ def test_a_metric_is_read_only_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -
     assert reads == [2, 3, 4, 5]
 
 
-def test_a_metric_is_sent_to_the_host_as_soon_as_the_next_step_begins() -> None:
+def test_a_metric_is_sent_to_the_host_as_soon_as_the_next_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[float]] = []
+    begin = HostCopy.__init__
+
+    def seen(copy: HostCopy, numbers: torch.Tensor, **options: Any) -> None:
+        sent.append(numbers.tolist())
+        begin(copy, numbers, **options)
+
+    monkeypatch.setattr(HostCopy, "__init__", seen)
     crepa = schedule(crepa_similarity_threshold=0.5)
     crepa.decide(0)
-    observe(crepa, 0, 0.1)
-    assert crepa._under_way[0].sent is None
+    observe(crepa, 0, 0.25)
+    assert sent == []
     crepa.decide(1)
-    assert crepa._under_way[0].sent is not None
+    assert sent == [[0.25, 1.0]]
 
 
 def test_the_metric_keeps_no_graph() -> None:
     crepa = schedule(crepa_similarity_threshold=0.5)
     crepa.decide(0)
-    crepa.observe(0, torch.tensor(0.5, requires_grad=True) * 2, torch.tensor(2))
-    assert crepa._under_way[0].total is not None
-    assert not crepa._under_way[0].total.requires_grad
+    metric = torch.tensor(0.5, requires_grad=True) * 2
+
+    class InTheGraph:
+        pass
+
+    metric.grad_fn.metadata["held"] = held = InTheGraph()
+    graph = weakref.ref(held)
+    crepa.observe(0, metric, torch.tensor(2))
+    del metric, held
+    assert graph() is None
+    assert crepa.state_dict()["under_way"] == [{"step": 0, "updates": 1, "sum": 1.0, "count": 2.0}]
 
 
 @pytest.mark.gpu

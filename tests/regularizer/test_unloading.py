@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import clip_pixels, tiny_dinov2, tiny_wan, wan_inputs
+from tiny import clip_pixels, is_captured, tiny_dinov2, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
 
@@ -41,7 +41,11 @@ def test_the_encoder_is_let_go_only_if_it_was_loaded_here(ends_by: str, loaded_h
 def test_hidden_states_are_let_go_while_the_weight_is_0() -> None:
     transformer = tiny_wan()
     crepa = CrepaRegularizer(CONFIG | {"crepa_warmup_steps": 2}, transformer, feature_size=8)
+    made: list[weakref.ref[torch.Tensor]] = []
+    transformer.blocks[1].register_forward_hook(lambda module, args, output: made.append(weakref.ref(output)))
     transformer(**wan_inputs())
-    assert not crepa._capture.is_empty
+    assert made[0]() is not None
+    assert is_captured(crepa)
     crepa.loss(step=0, pixels=clip_pixels())
-    assert crepa._capture.is_empty
+    assert made[0]() is None
+    assert not is_captured(crepa)

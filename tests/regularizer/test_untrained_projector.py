@@ -96,9 +96,12 @@ def test_every_kind_of_optimizer_is_seen_to_train_the_projector(name: str, said:
     transformer, crepa = regularized()
     optimizer = OPTIMIZERS[name](trained(transformer))
     train(transformer, crepa, optimizer, range(13))
-    # Whether by version or by value, it begins anew with each change.
-    assert crepa._watch.unchanged < WARNED
     assert said() == []
+    # Whether by version or by value, it begins anew with each change: also the last steps' are seen before it warns.
+    without_optimizer(crepa, transformer, range(13, 12 + WARNED))
+    assert said() == []
+    without_optimizer(crepa, transformer, range(12 + WARNED, 14 + 2 * WARNED))
+    assert len(said()) == 1
 
 
 def built_before() -> tuple[Any, CrepaRegularizer, torch.optim.Optimizer]:
@@ -129,24 +132,32 @@ def test_a_projector_outside_the_optimizer_is_one_warning_and_then_an_error(orde
         without_optimizer(crepa, transformer, range(FAILED, FAILED + 1))
 
 
-def test_steps_with_weight_0_probes_and_losses_without_gradients_do_not_count(said: Any) -> None:
+@pytest.mark.parametrize("interval", [1, 100], ids=["probes", "weight 0"])
+def test_steps_in_which_nothing_can_learn_do_not_count(interval: int, said: Any) -> None:
     transformer, crepa = regularized(
         crepa_warmup_steps=1,
         crepa_similarity_threshold=1e-6,
         crepa_similarity_ema_decay=0.0,
         crepa_threshold_mode="recoverable",
-        crepa_probe_interval=1,
+        crepa_probe_interval=interval,
         crepa_adjacent_distance=0,
     )
     transformer(**wan_inputs())
     with torch.no_grad():
-        good = crepa.projector(crepa._capture.states(0).hidden_states)
-    for step in range(12):  # weight 0, two steps until the first similarity is known, probes
+        good = crepa.projector(crepa.captured(0).hidden_states)
+    for step in range(12):  # weight 0, two steps until the first similarity is known, and then as `interval` says
         transformer(**wan_inputs())
-        with torch.set_grad_enabled(step != 1):
-            crepa.loss(step=step, features=good)
-    assert crepa._watch.unchanged < 3
+        crepa.loss(step=step, features=good)
     assert said() == ["crepa_similarity_threshold: 1e-06 on similarity is 1e-06 on alignment_score"]
+
+
+def test_losses_without_gradients_do_not_count(said: Any) -> None:
+    transformer, crepa = regularized()
+    for step in range(12):
+        transformer(**wan_inputs())
+        with torch.no_grad():
+            crepa.loss(step=step, features=features())
+    assert said() == []
 
 
 def test_a_change_of_the_optimizer_on_the_way_is_seen(said: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -66,6 +66,38 @@ def outside() -> set[str]:
         for target in _targets(node, module, path.name == "__init__.py")
     }
     return roots - sys.stdlib_module_names - PACKAGES.keys()
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and name.strip("_") != "" and not name.endswith("__")
+
+
+def private_names() -> set[str]:
+    """What the two packages keep to themselves: functions, classes, variables and attributes that begin with ``_``."""
+    names: set[str] = set()
+    for node in (node for _, path in _sources() for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return {name for name in names if _is_private(name)}
+
+
+def pinned(source: str, private: Collection[str]) -> list[str]:
+    """Which of the ``private`` names a test's source imports, reads off an object other than its own, or patches."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            found += [] if own else [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            found += parts if all(map(str.isidentifier, parts)) else []
+    return sorted(name for name in found if name in private)
 
 
 def circle(arrows: Mapping[str, set[str]]) -> list[str]:

@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from crepa_kernels import CrepaRegularizer
+
 # Operations on models this small lose more time to handing work around than they gain.
 torch.set_num_threads(1)
 
@@ -103,6 +105,15 @@ def tiny_pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return WanPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None)
+
+
+def is_captured(crepa: CrepaRegularizer) -> bool:
+    """Whether the last forward's hidden states are held."""
+    try:
+        crepa.captured()
+    except ValueError:
+        return False
+    return True
 
 
 def pixel_frames(latent_frames: int) -> int:

@@ -67,7 +67,7 @@ class Loads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count: Counter[str] = Counter()
         self.alive: list[weakref.ref[Any]] = []
-        for owner, name in ((WanFamily, "load_vae"), (WanFamily, "load_text"), (DinoV2Teacher, "_load")):
+        for owner, name in ((WanFamily, "load_vae"), (WanFamily, "load_text"), (DinoV2Teacher, "load")):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name), name.removeprefix("load_")))
 
     def _counted(self, load: Any, name: str) -> Any:
@@ -132,7 +132,7 @@ def test_a_second_run_loads_no_encoder(models: Path, data: Path, teacher: str, m
     loads = Loads(monkeypatch)
     run = settings(models, data, cache_teacher=teacher, validation_prompts=("a red square",), validation_every=1)
     first = prepare(run, crepa(models))
-    assert loads.made() == {"vae", "text"} | ({"_load"} if teacher == "features" else set())
+    assert loads.made() == {"vae", "text"} | ({"load"} if teacher == "features" else set())
     second = prepare(run, crepa(models))
     assert loads.made() == set()
     assert first.keys == second.keys
@@ -213,8 +213,8 @@ def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatc
     assert made(CrepaConfig()) == set()
     assert made(crepa(own, crepa_frame_map="center")) == {"teacher"}
     assert made(crepa(own, crepa_lambda=0.1, crepa_encoder_resize="grid")) == set()
-    assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
-    assert made(crepa(own, crepa_encoder_resize="grid"), cache_teacher="features") == {"teacher", "_load"}
+    assert made(crepa(own), cache_teacher="features") == {"teacher", "load"}
+    assert made(crepa(own, crepa_encoder_resize="grid"), cache_teacher="features") == {"teacher", "load"}
     assert made(crepa(own), clips_per_video=1) == set()
     assert made(crepa(own), frame_counts=(5,)) == {"vae", "latents", "teacher"}
     (data / "wide.txt").write_text("another square")
@@ -234,7 +234,7 @@ def test_only_what_changed_is_encoded_again(models: Path, data: Path, monkeypatc
     assert made(crepa(own)) == {"text"}
     change_weights(own / "dinov2" / "model.safetensors")
     assert made(crepa(own)) == set()
-    assert made(crepa(own), cache_teacher="features") == {"teacher", "_load"}
+    assert made(crepa(own), cache_teacher="features") == {"teacher", "load"}
 
 
 def change_weights(file: Path) -> None:

@@ -49,7 +49,7 @@ def fill_twice(given: dict[str, Any]) -> None:
     calls: Counter[str] = Counter()
     counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
     counted_calls += [(HunyuanVideoFamily, name) for name in ("load_text", "encode_text", "encode_text_of_clip")]
-    for owner, name in (*counted_calls, (DinoV2Teacher, "_load")):
+    for owner, name in (*counted_calls, (DinoV2Teacher, "load")):
         setattr(owner, name, _counted(calls, name, getattr(owner, name)))
     settings = RunSettings(**given["settings"])
     config = CrepaConfig(**given["config"])
@@ -107,8 +107,8 @@ def test_each_process_encodes_its_share_and_both_see_all(given: dict[str, Any], 
     # Video 3 is cut off after two thirds: its first clip is there, whichever process met it.
     assert first["names"] == ["0.mp4 [0:9]", "1.mp4 [0:9]", "2.mp4 [0:9]", "3.mp4 [0:9]", "4.mp4 [0:9]"]
     assert (second["names"], second["sums"]) == (first["names"], first["sums"])
-    assert first["calls"] == {"load_text": 1, "load_vae": 1, "_load": 1, "encode_latents": 3}
-    assert second["calls"] == {"load_vae": 1, "_load": 1, "encode_latents": 2}
+    assert first["calls"] == {"load_text": 1, "load_vae": 1, "load": 1, "encode_latents": 3}
+    assert second["calls"] == {"load_vae": 1, "load": 1, "encode_latents": 2}
     assert [each["calls"] for each in again] == [{}, {}]
     assert [each["sums"] for each in again] == [first["sums"]] * 2
 

@@ -163,7 +163,7 @@ def test_the_files_of_other_families_are_shared_by_caption_and_named_as_ever(mod
     clips = prepare(run)
     family = TrainingFamily.of(run.model)
     names = CacheNames(run, CrepaConfig(), family, CPU, find_clips(run, family))
-    content = {"format": FORMAT, "family": "wan", "text": CAPTION, "encoder": names._text_encoder}
+    content = {"format": FORMAT, "family": "wan", "text": CAPTION, "encoder": names.text_encoder}
     assert {files.text for files in clips.files} == {run.cache_folder / "text" / file_name(content)}
     assert {file.name for file in (run.cache_folder / "text").iterdir()} == {file_name(content)}
 
@@ -176,8 +176,8 @@ def test_what_else_a_text_depends_on_is_in_its_name(models: Path, data: Path, tm
     family = TrainingFamily.of(run.model, run.task)
     names = [CacheNames(run, CrepaConfig(), each, CPU, find_clips(run, family)) for each in (family, other)]
     # As of one model that has the same text encoder with both conditions.
-    names[1].__dict__["_text_encoder"] = names[0]._text_encoder
+    names[1].__dict__["text_encoder"] = names[0].text_encoder
     assert names[0].text(CAPTION, clips.keys[0]) == clips.files[0].text
     assert names[1].text(CAPTION, clips.keys[0]) != clips.files[0].text
-    parts = [part for part, *_ in names[0]._text_encoder]
+    parts = [part for part, *_ in names[0].text_encoder]
     assert "image_processor/preprocessor_config.json" in parts

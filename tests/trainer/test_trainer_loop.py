@@ -158,7 +158,8 @@ class Reported:
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
-        self.late = StepReports(state_of(transformer), lambda *row: self.rows.append(row))
+        self.state = state_of(transformer)
+        self.late = StepReports(self.state, lambda *row: self.rows.append(row))
 
     def of(self, *losses: float, flush: bool = False, error: BaseException | None = None) -> None:
         """Steps with these losses, numbered from 0, and what comes then."""
@@ -198,7 +199,7 @@ def test_what_is_not_finite_ends_the_reports_at_its_own_step(
 def test_whether_a_scaler_left_a_step_out_is_of_that_step(transformer: torch.nn.Module) -> None:
     reported = Reported(transformer)
     optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(transformer.parameters()))
-    reported.late._state.accelerator._optimizers.append(optimizer)
+    reported.state.accelerator._optimizers.append(optimizer)
     overflowed = StepValues()
     overflowed.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
     with reported.late as late:

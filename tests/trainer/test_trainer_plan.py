@@ -298,7 +298,7 @@ def test_what_cannot_be_run_is_one_line_before_any_weight_is_loaded(
 
     for name in ("load_vae", "load_text", "load_transformer"):
         monkeypatch.setattr(WanFamily, name, refuse)
-    monkeypatch.setattr(DinoV2Teacher, "_load", refuse)
+    monkeypatch.setattr(DinoV2Teacher, "load", refuse)
     for words_of_run in (["run", "--config", str(file), "--plan"], ["run", "--config", str(file)]):
         assert main(words_of_run) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -171,11 +171,11 @@ def test_a_lora_target_that_no_layer_has_is_named(models: Path, tmp_path: Path) 
 @pytest.mark.parametrize("target", ["norm2", "blocks", "attn1"])
 def test_a_lora_target_that_takes_none_is_named_by_the_plan(models: Path, target: str) -> None:
     from crepa_trainer.families import TrainingFamily
-    from crepa_trainer.reporting.plan import _count_parameters
+    from crepa_trainer.reporting.plan import count_parameters
 
     settings = tiny_settings(models, models, lora_targets=["to_q", target])
     with pytest.raises(ValueError, match=rf"lora_targets: {target} is a \w+, and only linear and convolution"):
-        _count_parameters(settings, TrainingFamily.of(settings.model))
+        count_parameters(settings, TrainingFamily.of(settings.model))
 
 
 def test_pixels_teach_through_the_encoder(models: Path, tmp_path: Path) -> None:

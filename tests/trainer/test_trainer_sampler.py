@@ -85,8 +85,8 @@ def test_noise_differs_between_clips_places_and_seeds() -> None:
 
 
 def test_draws_for_the_noise_level_are_standard_normal() -> None:
-    order = ClipOrder(["a"], batch_size=1)
-    _, draws = draw_noise((2000, 1), [order._generator(slot) for slot in range(2000)])
+    generators = ClipOrder(["a"] * 2000, batch_size=2000).generators(Position(0, 0, 0))
+    _, draws = draw_noise((2000, 1), generators)
     # Mean and deviation of 2000 draws stray by 1/sqrt(2000) = 0.022 and half of that.
     assert abs(float(draws.mean())) < 0.1
     assert abs(float(draws.std()) - 1) < 0.06

@@ -25,7 +25,7 @@ from ...inputs import LossInputs
 from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
 from ...output import CrepaOutput
 from ...reduction import plan_reduction, reduce_frames
-from .chunks import Chunk, plan_chunks
+from .chunks import Chunk, chunk_policy, plan_chunks
 from .student import Aligned, Settings, StudentRows
 from .teacher import TeacherRows
 
@@ -87,10 +87,11 @@ class _FrameSimilarity(torch.autograd.Function):
         weights: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype)
+        policy = chunk_policy()
+        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype, policy)
         student = StudentRows(settings, hidden_states, gamma, beta, weight, bias)
-        teacher = TeacherRows(inputs, weights)
-        chunks, tokens = plan_chunks(inputs), inputs.plan.tokens
+        teacher = TeacherRows(inputs, weights, policy)
+        chunks, tokens = plan_chunks(inputs, policy), inputs.plan.tokens
         own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.accum_dtype)
         total = torch.zeros_like(own)
         keep = grad_enabled and any(ctx.needs_input_grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,48 @@ from ...ops import has_extension
 
 # Tokens worked on at a time: a CPU's caches like few. A GPU's launches want many, and every one costs fp32 rows of p, y
 # and z: more than this, and a short clip's peak passes that of the eager loss.
-_CHUNK_TOKENS = {"cpu": 2560}
-_CHUNK_TOKENS_ELSEWHERE = 4096
+_ON_A_CPU, _ELSEWHERE = 2560, 4096
+
+
+@dataclass(frozen=True)
+class ChunkPolicy:
+    """How the work is cut.
+
+    Attributes:
+        tokens: worked on at a time, but a frame's at least; None: as many as suit the device.
+        reads: whether masks and indices are read where that costs no waiting. Frames outside the loss are left out
+            then; else, as on a GPU, all frames are worked on and masked.
+    """
+
+    tokens: int | None = None
+    reads: bool = True
+
+    def limit(self, device_type: str) -> int:
+        """Tokens at a time on a device."""
+        return self.tokens or (_ON_A_CPU if device_type == "cpu" else _ELSEWHERE)
+
+    def readable(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of ``tensor`` are at hand: elsewhere than on a CPU reading them would synchronise."""
+        return self.reads and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+_policy = ChunkPolicy()
+
+
+@contextmanager
+def chunked(policy: ChunkPolicy) -> Iterator[None]:
+    """Inside, every call cuts its work by ``policy``: for tuning, benches and tests."""
+    global _policy
+    outer, _policy = _policy, policy
+    try:
+        yield
+    finally:
+        _policy = outer
+
+
+def chunk_policy() -> ChunkPolicy:
+    """Of the calls that are made now."""
+    return _policy
 
 
 @dataclass(frozen=True)
@@ -30,12 +72,7 @@ class Chunk:
         return self.stop - self.start
 
 
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the values of ``tensor`` are at hand: elsewhere than on a CPU reading them would synchronise."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def plan_chunks(inputs: LossInputs) -> list[Chunk]:
+def plan_chunks(inputs: LossInputs, policy: ChunkPolicy) -> list[Chunk]:
     """Runs of frames in the loss, a cache's worth of tokens each.
 
     Frames outside the loss are skipped where the mask is readable; elsewhere all frames are worked on and masked.
@@ -45,11 +82,10 @@ def plan_chunks(inputs: LossInputs) -> list[Chunk]:
     if inputs.token_range is not None:
         first, last = inputs.token_range[0] // tokens, -(-inputs.token_range[1] // tokens)
     mask, device = inputs.frame_mask, inputs.hidden_states.device.type
-    in_loss = mask.tolist() if mask is not None and is_readable(mask) else None
-    limit = _CHUNK_TOKENS.get(device, _CHUNK_TOKENS_ELSEWHERE)
+    in_loss = mask.tolist() if mask is not None and policy.readable(mask) else None
     # Where LayerNorm and resampling are one pass, only resampled rows are held; more of them make faster products.
     fused = inputs.plan.student == "resample" and device == "cpu" and has_extension(device)
-    most = max(1, limit // (inputs.plan.tokens if fused else max(tokens, inputs.plan.tokens)))
+    most = max(1, policy.limit(device) // (inputs.plan.tokens if fused else max(tokens, inputs.plan.tokens)))
     chunks: list[Chunk] = []
     row = 0
     for clip in range(batch):

@@ -15,7 +15,7 @@ from ...ops.layer_norm_resample import (
     layer_norm_resample_op,
 )
 from ...ops.rows import layer_norm_rows_op
-from .chunks import Chunk, is_readable
+from .chunks import Chunk, ChunkPolicy
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Settings:
     eps: float
     frame_mask: torch.Tensor | None
     compute_dtype: torch.dtype
+    policy: ChunkPolicy
 
 
 class Aligned(NamedTuple):
@@ -71,6 +72,7 @@ class StudentRows:
     ) -> None:
         self.hidden_states, self.gamma, self.weight = hidden_states, gamma, weight
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
+        self.policy = settings.policy
         self.accum_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         self.compute_dtype = _product_type(settings.compute_dtype, hidden_states.device.type)
         self.raw = (
@@ -122,7 +124,7 @@ class StudentRows:
     def tokens(self, chunk: Chunk) -> torch.Tensor:
         """The chunk's hidden states (frames, P, D) in the type that they are normalised in."""
         tokens = self.hidden_states[chunk.clip, chunk.start : chunk.stop].to(self.token_dtype)
-        if self.frame_mask is not None and not is_readable(self.frame_mask):
+        if self.frame_mask is not None and not self.policy.readable(self.frame_mask):
             tokens = tokens.where(self.frame_mask[chunk.clip, chunk.start : chunk.stop, None, None], 0)
         return tokens
 

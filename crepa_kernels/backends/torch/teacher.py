@@ -6,7 +6,7 @@ import torch
 
 from ...inputs import LossInputs, frames_at
 from ...ops.resample import resample_tokens_op
-from .chunks import Chunk, is_readable
+from .chunks import Chunk, ChunkPolicy
 
 
 class TeacherRows:
@@ -18,7 +18,7 @@ class TeacherRows:
         offsets: k - f of every neighbour, those before a frame as well.
     """
 
-    def __init__(self, inputs: LossInputs, weights: torch.Tensor):
+    def __init__(self, inputs: LossInputs, weights: torch.Tensor, policy: ChunkPolicy):
         self.inputs, self.weights = inputs, weights
         self.frames = inputs.frames
         self.reach = min(inputs.neighbours.distance, self.frames - 1)
@@ -27,7 +27,7 @@ class TeacherRows:
         chosen = range(1, self.reach + 1) if masked else inputs.neighbours.offsets(self.frames)
         self.offsets = [sign * offset for offset in chosen for sign in (-1, 1)]
         index = inputs.frame_index
-        self.host_index = index.tolist() if index is not None and is_readable(index) else None
+        self.host_index = index.tolist() if index is not None and policy.readable(index) else None
         self.clip = -1
         self.rows: dict[int, torch.Tensor] = {}
 

@@ -45,6 +45,11 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
+def forget_devices() -> None:
+    """Asks again at the next call what runs where."""
+    _why_not_on.cache_clear()
+
+
 @constant_when_compiled
 def why_no_triton() -> str | None:
     """Why the ``triton`` backend cannot run on any device of this machine; None if it can."""

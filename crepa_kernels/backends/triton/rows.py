@@ -69,7 +69,7 @@ def _load(place, column, features, INSIDE: tl.constexpr):
 
 
 @triton.jit
-def _add_seven(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
+def add_seven(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
     return a + h, b + i, c + j, d + k, e + m, f + n, g + o
 
 
@@ -79,7 +79,7 @@ def _row_sums(a, b, c, d, e, f, g):
     if _APART:
         sums = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1), tl.sum(d, 1), tl.sum(e, 1), tl.sum(f, 1), tl.sum(g, 1)
     else:
-        sums = tl.reduce((a, b, c, d, e, f, g), 1, _add_seven)
+        sums = tl.reduce((a, b, c, d, e, f, g), 1, add_seven)
     return sums
 
 

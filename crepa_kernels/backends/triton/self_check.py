@@ -31,7 +31,7 @@ from ...neighbours import Neighbours
 from ...ops.compiling import constant_when_compiled
 from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
-from .availability import interpreting, why_not_triton_for
+from .availability import forget_devices, interpreting, why_not_triton_for
 from .call import Call
 from .operator import crepa_triton, operator_arguments
 
@@ -103,8 +103,9 @@ def _congruent(size: int, least: int) -> int:
     return min(size, -(-least // 16) * 16 + size % 16)
 
 
-# Why Triton is not taken for a device, or for widths on it in a type; None for a way there that passed.
-_answers: dict[Scope, str | None] = {}
+# Of every check so far: why Triton is not taken for a device, or for widths on it in a type; None for a way there that
+# passed.
+answers: dict[Scope, str | None] = {}
 _lock = threading.Lock()
 
 
@@ -128,6 +129,13 @@ def prefers_triton(inputs: LossInputs) -> bool:
     clips = (1, 5) if torch.compiler.is_compiling() else (inputs.batch, inputs.frames)
     sizes = (*clips, plan.student_grid[0] * plan.student_grid[1], plan.tokens)
     return _trusted(h.device, h.dtype, weight.shape[1], weight.shape[0], way, sizes)
+
+
+def forget() -> None:
+    """Forgets what is known of devices and of every check: the next call of each kind tries again."""
+    answers.clear()
+    _why_ruled_out.cache_clear()
+    forget_devices()
 
 
 @cache
@@ -158,7 +166,7 @@ def _trusted(
     if (answer := _known(call)) is not None:
         return answer
     # A look at the result would end a capture; a backward pass's threads would wait for the check as it for them.
-    if _capturing(device) or torch._C._current_graph_task_id() != -1:
+    if is_capturing(device) or torch._C._current_graph_task_id() != -1:
         return True
     with _lock:  # whoever waited for it finds the answer
         if (answer := _known(call)) is not None:
@@ -167,15 +175,15 @@ def _trusted(
         reason = self_check(*widths, way, Sizes(*sizes))
         names = f"{dtype} tokens of width {hidden_size} and features of width {feature_size} on {device}"
         if reason is None:
-            _answers[call] = None
+            answers[call] = None
             seconds = time.perf_counter() - start
             logger.info("crepa_loss(backend='auto') takes 'triton' for %s: checked in %.1f s", names, seconds)
             return True
         # What ends the smallest kernel too is the machine's: no other width need try again.
         scope: Scope = (device,) if _aside(_smallest_kernel, device) else widths
-        for known in [known for known in _answers if known[: len(scope)] == scope]:
-            del _answers[known]
-        _answers[scope] = reason
+        for known in [known for known in answers if known[: len(scope)] == scope]:
+            del answers[known]
+        answers[scope] = reason
         logger.warning(
             "crepa_loss(backend='auto') takes 'torch' from now on, not 'triton', for %s: %s. "
             "`python -m crepa_kernels.info` tries again", names, reason,
@@ -185,12 +193,13 @@ def _trusted(
 
 def _known(call: Scope) -> bool | None:
     """The answer for a call, from one of its own kind or a failure of its widths or device; None without one."""
-    if call in _answers:
+    if call in answers:
         return True
-    return False if call[:-1] in _answers or call[:1] in _answers else None
+    return False if call[:-1] in answers or call[:1] in answers else None
 
 
-def _capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether the caller's stream on ``device`` is in a CUDA graph's capture."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -260,15 +269,15 @@ def _aside(attempt: Callable[..., str | None], device: torch.device, *arguments:
 def _smallest_kernel(device: torch.device) -> None:
     from .frames import frame_tables
 
-    inputs = _slice(device, torch.float32, 1, 1, Way(), Sizes(1, 2, 1, 1))
+    inputs = small_call(device, torch.float32, 1, 1, Way(), Sizes(1, 2, 1, 1))
     frame_tables(Call.unpacked(operator_arguments(inputs))).distance.tolist()
 
 
 def _disagreement(
     device: torch.device, dtype: torch.dtype, hidden_size: int, feature_size: int, way: Way, sizes: Sizes
 ) -> str | None:
-    inputs = _slice(device, dtype, hidden_size, feature_size, way, sizes)
-    expected, found = _results(crepa_torch, replace(inputs, recompute=False)), _results(crepa_triton, inputs)
+    inputs = small_call(device, dtype, hidden_size, feature_size, way, sizes)
+    expected, found = results_of(crepa_torch, replace(inputs, recompute=False)), results_of(crepa_triton, inputs)
     rounding = max(torch.finfo(inputs.compute_dtype).eps, 2**-10)
     names = list(expected)
     errors = torch.stack([
@@ -283,7 +292,7 @@ def _disagreement(
     return None
 
 
-def _slice(
+def small_call(
     device: torch.device, dtype: torch.dtype, hidden_size: int, feature_size: int, way: Way, sizes: Sizes
 ) -> LossInputs:
     """A call that a kernel which is wrong gives itself away in: no mean, weight or neighbour could be left out.
@@ -334,7 +343,7 @@ def _slice(
     )
 
 
-def _results(backend: Callable[[LossInputs], CrepaOutput], inputs: LossInputs) -> dict[str, torch.Tensor]:
+def results_of(backend: Callable[[LossInputs], CrepaOutput], inputs: LossInputs) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of a training call, and loss and metrics of one without gradients, by name."""
     gamma, beta, weight, bias, _ = inputs.projector
     given = {"h": inputs.hidden_states, "gamma": gamma, "beta": beta, "weight": weight, "bias": bias}

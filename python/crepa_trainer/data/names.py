@@ -85,7 +85,7 @@ class CacheNames:
 
         Without a clip: of the negative prompt.
         """
-        content = {"format": FORMAT, "family": self.family.name, "text": prompt, "encoder": self._text_encoder}
+        content = {"format": FORMAT, "family": self.family.name, "text": prompt, "encoder": self.text_encoder}
         if key is not None and self.family.text_image_parts:
             content["video"] = self._video(key.video)
             content["first_frame"] = [key.start, key.bucket.height, key.bucket.width]
@@ -110,7 +110,8 @@ class CacheNames:
         return encoders if self.family.task == "text2video" else {**encoders, "task": self.family.task}
 
     @cached_property
-    def _text_encoder(self) -> list[Any]:
+    def text_encoder(self) -> list[Any]:
+        """What an embedding is of beside its prompt: the parts that make it, by name and content, and their type."""
         dtype = str(encoder_type(self.device))
         # First one that has a config.json.
         parts = sorted(self.family.text_parts, key=lambda part: part.startswith("tokenizer"))

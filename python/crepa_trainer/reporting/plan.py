@@ -134,7 +134,7 @@ def make_plan(
     """
     check_blocks(config, family)
     family.check_run(settings.batch_size, device_type)
-    parameters, trained = _count_parameters(settings, family)
+    parameters, trained = count_parameters(settings, family)
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
     taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
@@ -230,7 +230,7 @@ def _encoder_parameters(config: CrepaConfig) -> int:
     return sum(each.numel() for each in model.parameters())
 
 
-def _count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int, int]:
+def count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int, int]:
     """Parameters of the transformer, and those that are trained, without CREPA's projector."""
     import diffusers
     from accelerate import init_empty_weights

@@ -109,10 +109,10 @@ def _crepa_rows(plan: Plan) -> Rows:
     else:
         rows.append(("teacher", f"{config.crepa_encoder}, {_grids(plan.buckets)} patches a frame"))
         rows.append(("frames encoded", _encoded(plan)))
-    parts = [f"projector with gradients and optimiser {_bytes(memory.projector)}"]
-    parts.append(f"kept by the loss {_bytes(memory.kept)}")
-    parts += [f"teacher {_bytes(memory.teacher)}"] if memory.teacher else []
-    return [*rows, ("extra memory", f"{_bytes(memory.total)}: {', '.join(parts)}")]
+    parts = [f"projector with gradients and optimiser {readable_bytes(memory.projector)}"]
+    parts.append(f"kept by the loss {readable_bytes(memory.kept)}")
+    parts += [f"teacher {readable_bytes(memory.teacher)}"] if memory.teacher else []
+    return [*rows, ("extra memory", f"{readable_bytes(memory.total)}: {', '.join(parts)}")]
 
 
 def _grids(buckets: Sequence[BucketPlan]) -> str:
@@ -171,7 +171,8 @@ def _number(value: int) -> str:
     return str(value)
 
 
-def _bytes(value: int) -> str:
+def readable_bytes(value: int) -> str:
+    """In the largest binary unit of which it is one or more, to three digits."""
     for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
