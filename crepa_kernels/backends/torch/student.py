@@ -14,7 +14,7 @@ from ...ops.layer_norm_resample import (
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
 )
-from ...ops.rows import layer_norm_rows_op
+from ...ops.rows import layer_norm_rows_op, wide_statistics
 from .chunks import Chunk, is_readable
 
 
@@ -87,9 +87,6 @@ class StudentRows:
             terms = [weight.to(self.accum_dtype) @ beta.to(self.accum_dtype)] if beta is not None else []
             terms += [bias.to(self.accum_dtype)] if bias is not None else []
             self.offset = terms[0] if len(terms) == 1 else terms[0] + terms[1] if terms else None
-        # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
-        cpu_bf16 = self.token_dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
-        self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
 
     def folded(self) -> torch.Tensor:
         """W' = W diag(gamma) (E, D) in accum_dtype."""
@@ -135,7 +132,7 @@ class StudentRows:
                 tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
             )
         else:
-            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
+            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), wide_statistics(tokens), None, self.eps)
             x = x.mean(dim=1)
         return Aligned(x.view(-1, width).to(self.compute_dtype), mean, inverse_std)
 
@@ -158,7 +155,14 @@ class StudentRows:
         spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
         out.copy_(
             torch.ops.aten.native_layer_norm_backward(
-                spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
+                spread,
+                tokens,
+                tokens.shape[-1:],
+                mean,
+                inverse_std,
+                wide_statistics(tokens),
+                None,
+                [True, False, False],
             )[0]
         )
 
