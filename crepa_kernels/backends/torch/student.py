@@ -72,7 +72,7 @@ class StudentRows:
         self.hidden_states, self.gamma, self.weight = hidden_states, gamma, weight
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
         self.accum_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        self.compute_dtype = _product_type(settings.compute_dtype, hidden_states.device.type)
+        self.compute_dtype = product_type(settings.compute_dtype, hidden_states.device.type)
         self.raw = (
             self.compute_dtype != self.accum_dtype
             and hidden_states.dtype == self.compute_dtype
@@ -138,8 +138,7 @@ class StudentRows:
 
     @property
     def keeps_aligned(self) -> bool:
-        """Whether the forward pass keeps what ``align`` makes."""
-        return self.plan.student != "keep" and should_save_aligned(self.plan.tokens, num_tokens(self.plan.student_grid))
+        return keeps_aligned(self.plan)
 
     def align_backward(self, grad: torch.Tensor, aligned: Aligned, chunk: Chunk, out: torch.Tensor) -> None:
         """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
@@ -191,11 +190,17 @@ class StudentRows:
         return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics, aligned)
 
 
+def keeps_aligned(plan: SpatialPlan) -> bool:
+    """Whether the forward pass keeps what ``align`` makes."""
+    return plan.student != "keep" and should_save_aligned(plan.tokens, num_tokens(plan.student_grid))
+
+
 @constant_when_compiled
 def _cpu_has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _product_type(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+def product_type(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type of the products' operands where ``compute_dtype`` is asked for."""
     slow_bf16 = compute_dtype == torch.bfloat16 and device_type == "cpu" and not _cpu_has_bf16_products()
     return torch.float32 if compute_dtype == torch.float16 or slow_bf16 else compute_dtype

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...grid import SpatialPlan, num_tokens
 from ...inputs import LossInputs, frames_at
 from ...ops.register import define, keeps_type
 from ...output import CrepaOutput
@@ -62,13 +63,47 @@ def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             if index is not None:
                 teacher, index = frames_at(teacher, index), None
-            # A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32.
-            half = inputs.compute_dtype == torch.bfloat16
-            kind = torch.promote_types(teacher.dtype, torch.bfloat16 if half else torch.float32)
+            kind = _resampled_type(teacher.dtype, inputs.compute_dtype)
             teacher = plan.align(teacher.to(kind), "teacher")
     if teacher.dtype not in TYPES:
         teacher = teacher.float()
     return (teacher if teacher.stride(-1) == 1 else teacher.contiguous()), index
+
+
+def _resampled_type(teacher: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32."""
+    return torch.promote_types(teacher, torch.bfloat16 if compute == torch.bfloat16 else torch.float32)
+
+
+def kept_bytes(
+    plan: SpatialPlan,
+    frames: int,
+    hidden_size: int,
+    feature_size: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> int:
+    """Bytes kept between forward and backward, beside the hidden states and what has a number a frame.
+
+    What ``Kept`` has, where the split path is taken, and the teacher's rows on the common grid, whoever made them.
+    Arguments as those of the ``torch`` backend's.
+    """
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kind = teacher_dtype if plan.teacher == "keep" else _resampled_type(teacher_dtype, dtype)
+    teacher = new(1, frames, plan.tokens, feature_size, dtype=kind if kind in TYPES else torch.float32)
+    tokens = new(1, frames * num_tokens(plan.student_grid), hidden_size, dtype=dtype)
+    vector, weight, bias = new(hidden_size), new(feature_size, hidden_size), new(feature_size)
+    call = Call(
+        tokens, teacher, vector, vector, weight, bias, None, None, None, True, True, recompute, plan.antialias,
+        False, False, True, CHANGES.index(plan.student), TYPES.index(dtype), frames, 0, 1, *plan.student_grid,
+        *plan.grid, 0.0, 1.0,
+    )  # fmt: skip
+    return sum(tensor.nbytes for tensor in (*_align_fake(*call.packed())[3:], teacher))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
