@@ -161,36 +161,55 @@ def _align_backward_fake(
 
 
 class _Alignment(torch.autograd.Function):
-    """``frame_alignment`` and its gradients.
-
-    Not by ``torch.library.register_autograd``, which reads the schema's arguments one by one in every call: 0.05 ms.
-    """
+    """The loss of ``frame_alignment``'s ``output`` for ``inputs``, and its gradients; nothing else has any."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
+    def forward(ctx: Any, output: tuple[Tensor, ...], *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs[:TENSORS], *output[3:])
         ctx.options = inputs[TENSORS:]
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[1:]
         needs = [wanted[0], *wanted[2:6]]
         grads: list[Tensor | None] = [None] * 5
         if grad_loss is not None:
             made = frame_alignment_backward_op(grad_loss, list(saved[TENSORS:]), needs, *saved[:TENSORS], *ctx.options)
             grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
-        return (grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
+        return (None, grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice")
+class _Gradients(torch.autograd.Function):
+    """``frame_alignment_backward``, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            made: tuple[Tensor, ...] = frame_alignment_backward_op(*arguments)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice")
 
 
-torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_Alignment.apply)
-torch.library.register_autograd("crepa_kernels::frame_alignment_backward", _no_second_derivative)
+# Not by ``torch.library.register_autograd``, which reads the schema's arguments one by one in every call: 0.05 ms.
+def _align_with_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
+    return (_Alignment.apply(output, *inputs), *output[1:]) if torch.is_grad_enabled() else output
+
+
+def _gradients_with_none(*arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled():
+        made: tuple[Tensor, ...] = _Gradients.apply(*arguments)
+        return made
+    with torch._C._AutoDispatchBelowAutograd():
+        return frame_alignment_backward_op(*arguments)  # type: ignore[no-any-return]
+
+
+torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_align_with_gradients)
+torch.library.impl("crepa_kernels::frame_alignment_backward", "Autograd")(_gradients_with_none)
