@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .backends.reference import crepa_reference, reference_matrix
 from .backends.torch.autograd import crepa_torch
+from .backends.torch.autograd import kept_bytes as torch_keeps
 from .backends.triton.availability import why_no_triton, why_not_triton_for
 from .backends.triton.operator import crepa_triton
+from .backends.triton.operator import kept_bytes as triton_keeps
 from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
 from .inputs import LossInputs, check_inputs
@@ -41,6 +43,9 @@ _BACKENDS: dict[str, Callable[[LossInputs], CrepaOutput]] = {
     "torch": _kept_or_recomputed(crepa_torch),
     "triton": crepa_triton,
 }
+
+# Of each backend that a run trains with, its own formula for the bytes that it keeps between forward and backward.
+KEPT_BYTES: dict[str, Callable[..., int]] = {"torch": torch_keeps, "triton": triton_keeps}
 
 
 def available_backends() -> tuple[str, ...]:

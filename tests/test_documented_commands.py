@@ -14,12 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from crepa_trainer import families
 from crepa_trainer.cli import main
-from crepa_trainer.reporting.plan import CrepaMemory, kept_bytes, projector_bytes
+from crepa_trainer.reporting.plan import CrepaMemory, projector_bytes
 from crepa_trainer.reporting.table import readable_bytes
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.state import add_lora
 
 from crepa_kernels import supported_families
+from crepa_kernels.grid import plan_alignment
+from crepa_kernels.loss import KEPT_BYTES
 from crepa_kernels.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,9 +141,11 @@ def test_the_documented_memory_is_what_the_plan_predicts() -> None:
         sizes = re.findall(r"[\d,]+", tokens)
         count, frames, height, width_of_grid = (int(size.replace(",", "")) for size in sizes)
         assert count == frames * height * width_of_grid, name
+        grid = (height, width_of_grid)
+        plan, half = plan_alignment("student", grid, grid), torch.bfloat16
         memory = CrepaMemory(
             projector=projector_bytes(width, GIANT),
-            kept=kept_bytes(count, count, width, GIANT, torch.bfloat16),
+            kept=KEPT_BYTES["torch"](plan, frames, width, GIANT, half, half, "cuda"),
             teacher=GIANT_PARAMETERS * 2,
         )
         said = [memory.projector, memory.kept, memory.teacher, memory.total]

@@ -12,7 +12,7 @@ statistics are 0, and so is the gradient. ``scale`` is one number, in the statis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,39 +23,85 @@ from .resample import check_tokens, in_parts, on_grid, resampler, widened
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def normalize_and_resample(
-    tokens: torch.Tensor,
-    source: Sequence[int],
-    target: Sequence[int],
-    antialias: bool,
-    eps: float,
-    in_loss: torch.Tensor | None = None,
-) -> Statistics:
+class Forward(NamedTuple):
+    """What ``layer_norm_resample`` takes: ``tokens`` (..., N, C) on the grid ``source``, ``in_loss`` (...) or None."""
+
+    tokens: torch.Tensor
+    source: Sequence[int]
+    target: Sequence[int]
+    antialias: bool
+    eps: float
+    in_loss: torch.Tensor | None = None
+
+    def empty(self) -> Statistics:
+        """Memory for the rows (..., M, C), and mean and 1/std (..., N) in fp32 (fp64 for fp64); ValueError as said."""
+        _check(self.tokens, self.source, self.target, in_loss=self.in_loss)
+        kind = torch.promote_types(self.tokens.dtype, torch.float32)
+        mean, inverse_std = (self.tokens.new_empty(self.tokens.shape[:-1], dtype=kind) for _ in range(2))
+        return on_grid(self.tokens, self.target), mean, inverse_std
+
+
+class Backward(NamedTuple):
+    """What its backward takes: the gradient (..., M, C) of the rows, and what the forward pass took and made."""
+
+    grad: torch.Tensor
+    tokens: torch.Tensor
+    mean: torch.Tensor
+    inverse_std: torch.Tensor
+    source: Sequence[int]
+    target: Sequence[int]
+    antialias: bool
+    in_loss: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    @classmethod
+    def and_out(cls, arguments: tuple[Any, ...]) -> tuple[Backward, torch.Tensor]:
+        """Of the out form's arguments, and where the gradient is to be written."""
+        given, out = cls(*arguments[:_OUT], *arguments[_OUT + 1 :]), arguments[_OUT]
+        given.check(out)
+        return given, out
+
+    def check(self, out: torch.Tensor | None = None) -> None:
+        others = {name: getattr(self, name) for name in ("mean", "inverse_std", "in_loss", "scale")}
+        _check(self.tokens, self.source, self.target, self.grad, out=out, **others)
+
+    def empty(self) -> torch.Tensor:
+        """Memory for the gradient of the tokens; ValueError as said."""
+        self.check()
+        return torch.empty_like(self.tokens, memory_format=torch.contiguous_format)
+
+
+_OUT = Backward._fields.index("in_loss")  # among the arguments of the out form
+
+
+def normalize_and_resample(*arguments: Any) -> Statistics:
     """In PyTorch: (..., N, C) -> (..., M, C) with mean and 1/std (..., N), both in fp32 (fp64 for fp64)."""
-    out = on_grid(tokens, target)
-    mean, inverse_std = (tokens.new_empty((*tokens.shape[:-1], 1), dtype=_wide(tokens)) for _ in range(2))
+    given = Forward(*arguments)
+    tokens, source, target, antialias, eps, in_loss = given
+    log_fallback(tokens.device.type)
+    out, mean, inverse_std = given.empty()
+    if tokens.numel() == 0:
+        return out, mean, inverse_std
     make = resampler(tokens, source, target, antialias)
-    for h, rows, into_mean, into_std, keep in in_parts(tokens, out, mean, inverse_std, _of_rows(in_loss)):
+    statistics = (mean[..., None], inverse_std[..., None])
+    for h, rows, into_mean, into_std, keep in in_parts(tokens, out, *statistics, _of_rows(in_loss)):
         x, part_mean, part_std = torch.native_layer_norm(_readable(h, keep), h.shape[-1:], None, None, eps)
         into_mean.copy_(part_mean)
         into_std.copy_(part_std if keep is None else part_std.where(keep, 0))
         rows.copy_(make(x))
-    return out, mean.squeeze(-1), inverse_std.squeeze(-1)
+    return out, mean, inverse_std
 
 
-def normalize_and_resample_backward(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    mean: torch.Tensor,
-    inverse_std: torch.Tensor,
-    source: Sequence[int],
-    target: Sequence[int],
-    antialias: bool,
-    in_loss: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """In PyTorch: gradient of the above with respect to ``tokens``, for ``grad`` (..., M, C)."""
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+def normalize_and_resample_into(*arguments: Any) -> None:
+    """In PyTorch: the gradient of the above with respect to ``tokens``."""
+    given, out = Backward.and_out(arguments)
+    grad, tokens, mean, inverse_std, source, target, antialias, in_loss, scale = given
+    log_fallback(tokens.device.type)
+    if tokens.numel() == 0:
+        return
+    if out.shape != tokens.shape or not out.is_contiguous():  # parts are views of contiguous memory alone
+        out.copy_(normalize_and_resample_backward(*given))
+        return
     make = resampler(tokens, source, target, antialias, adjoint=True)
     statistics = (mean[..., None], inverse_std[..., None])
     for g, h, part_mean, part_std, dh, keep in in_parts(grad, tokens, *statistics, out, _of_rows(in_loss)):
@@ -64,11 +110,13 @@ def normalize_and_resample_backward(
             dx, _readable(h, keep), h.shape[-1:], part_mean, part_std, None, None, [True, False, False]
         )[0]
         dh.copy_(part if scale is None else part.mul_(scale))
+
+
+def normalize_and_resample_backward(*arguments: Any) -> torch.Tensor:
+    """In PyTorch: the gradient of the above with respect to ``tokens``, in memory of its own."""
+    out = Backward(*arguments).empty()
+    normalize_and_resample_into(*arguments[:_OUT], out, *arguments[_OUT:])
     return out
-
-
-def _wide(tokens: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
 
 
 def _of_rows(in_loss: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,108 +165,18 @@ layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
 layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
 
 
-@torch.library.register_fake("crepa_kernels::layer_norm_resample")
-def _empty(
-    tokens: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    eps: float,
-    in_loss: torch.Tensor | None = None,
-) -> Statistics:
-    _check(tokens, source_grid, target_grid, in_loss=in_loss)
-    mean = tokens.new_empty(tokens.shape[:-1], dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return on_grid(tokens, target_grid), mean, torch.empty_like(mean)
-
-
-@torch.library.impl("crepa_kernels::layer_norm_resample", "CompositeExplicitAutograd")
-def _layer_norm_resample(
-    tokens: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    eps: float,
-    in_loss: torch.Tensor | None = None,
-) -> Statistics:
-    log_fallback(tokens.device.type)
-    _check(tokens, source_grid, target_grid, in_loss=in_loss)
-    if tokens.numel() == 0:
-        return _empty(tokens, source_grid, target_grid, antialias, eps)
-    return normalize_and_resample(tokens, source_grid, target_grid, antialias, eps, in_loss)
-
-
-@torch.library.impl("crepa_kernels::layer_norm_resample_backward", "CompositeExplicitAutograd")
-def _layer_norm_resample_backward(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    mean: torch.Tensor,
-    inverse_std: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    in_loss: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    log_fallback(tokens.device.type)
-    _check(tokens, source_grid, target_grid, grad, mean=mean, inverse_std=inverse_std, in_loss=in_loss, scale=scale)
-    if tokens.numel() == 0:
-        return torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    geometry = (source_grid, target_grid, antialias)
-    return normalize_and_resample_backward(grad, tokens, mean, inverse_std, *geometry, in_loss, scale)
-
-
-@torch.library.register_fake("crepa_kernels::layer_norm_resample_backward")
-def _layer_norm_resample_backward_fake(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    mean: torch.Tensor,
-    inverse_std: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    in_loss: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _check(tokens, source_grid, target_grid, grad, mean=mean, inverse_std=inverse_std, in_loss=in_loss, scale=scale)
-    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
-
-
-@torch.library.impl("crepa_kernels::layer_norm_resample_backward_out", "CompositeExplicitAutograd")
-def _layer_norm_resample_backward_out(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    mean: torch.Tensor,
-    inverse_std: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    out: torch.Tensor,
-    in_loss: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> None:
-    geometry = (source_grid, target_grid, antialias)
-    out.copy_(layer_norm_resample_backward_op(grad, tokens, mean, inverse_std, *geometry, in_loss, scale))
-
-
-@torch.library.register_fake("crepa_kernels::layer_norm_resample_backward_out")
-def _layer_norm_resample_backward_out_fake(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    mean: torch.Tensor,
-    inverse_std: torch.Tensor,
-    source_grid: Sequence[int],
-    target_grid: Sequence[int],
-    antialias: bool,
-    out: torch.Tensor,
-    in_loss: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> None:
-    others = {"mean": mean, "inverse_std": inverse_std, "out": out, "in_loss": in_loss, "scale": scale}
-    _check(tokens, source_grid, target_grid, grad, **others)
+_KERNELS = {
+    "layer_norm_resample": (normalize_and_resample, lambda *given: Forward(*given).empty()),
+    "layer_norm_resample_backward": (normalize_and_resample_backward, lambda *given: Backward(*given).empty()),
+    "layer_norm_resample_backward_out": (normalize_and_resample_into, lambda *given: Backward.and_out(given) and None),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    torch.library.impl(f"crepa_kernels::{_name}", "CompositeExplicitAutograd")(_kernel)
+    torch.library.register_fake(f"crepa_kernels::{_name}")(_fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    tokens, ctx.source_grid, ctx.target_grid, ctx.antialias, _, in_loss = inputs
+    tokens, *ctx.geometry, _, in_loss = inputs
     _, mean, inverse_std = output
     ctx.mark_non_differentiable(mean, inverse_std)
     ctx.save_for_backward(tokens, mean, inverse_std, in_loss)
@@ -226,8 +184,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     *saved, in_loss = ctx.saved_tensors
-    geometry = (ctx.source_grid, ctx.target_grid, ctx.antialias)
-    return layer_norm_resample_backward_op(grad, *saved, *geometry, in_loss), *[None] * 5
+    return layer_norm_resample_backward_op(grad, *saved, *ctx.geometry, in_loss), *[None] * 5
 
 
 def _no_second_derivative(ctx: Any, grad: torch.Tensor) -> None:

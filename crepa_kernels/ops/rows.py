@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .register import define, keeps_type
+from .resample import HALF_TYPES
 
 NORM_FLOOR = 1e-12
 
@@ -173,6 +174,15 @@ def _align_rows_backward(
         torch.mul(dot, inverse_std / width, out=along)
 
 
+def wide_statistics(tokens: Tensor) -> Tensor | None:
+    """A weight (C,) with which PyTorch's LayerNorm of ``tokens`` (..., C) keeps mean and 1/std in fp32: ones, or None.
+
+    Without one LayerNorm on a CPU keeps those of half types in that type: in bf16 a mean of 100 may be 0.25 off.
+    """
+    half = tokens.device.type == "cpu" and tokens.dtype in HALF_TYPES
+    return tokens.new_ones(tokens.shape[-1], dtype=torch.float32) if half else None
+
+
 @torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
 def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
@@ -181,10 +191,7 @@ def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """
     rows = tokens.reshape(-1, tokens.shape[-1])
     accum_dtype = torch.promote_types(tokens.dtype, torch.float32)
-    # On a CPU LayerNorm keeps the statistics of half types in them unless it is given fp32 weights.
-    half = tokens.device.type == "cpu" and tokens.dtype in (torch.float16, torch.bfloat16)
-    ones = rows.new_ones(rows.shape[-1], dtype=torch.float32) if half else None
-    x, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], ones, None, eps)
+    x, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], wide_statistics(rows), None, eps)
     mean, inverse_std = mean.flatten().to(accum_dtype), inverse_std.flatten().to(accum_dtype)
     return x if normalized else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benches.peers import eager_transposed
 from crepa_kernels import CrepaProjector, crepa_loss
+from crepa_kernels.grid import plan_alignment
+from crepa_kernels.loss import KEPT_BYTES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_backends = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -57,6 +60,42 @@ def test_torch_keeps_at_most_35_percent_of_the_transposed_eager_loss(
     ours = measure(lambda: shape.backend("torch"), shape.inputs)
     theirs = measure(shape.transposed, shape.inputs)
     assert 0 < ours <= 0.35 * theirs, f"{ours} bytes of {theirs}"
+
+
+@pytest.mark.parametrize("backend", list(KEPT_BYTES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("align", "teacher_grid"),
+    [("student", (9, 10)), ("student", (12, 16)), ("teacher", (9, 10)), ("teacher", (6, 8)), ("pool", (9, 10))],
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_backend_keeps_what_its_formula_says(
+    align: Any, teacher_grid: tuple[int, int], dtype: torch.dtype, backend: str, recompute: bool
+) -> None:
+    """To the byte, but for at most 64 a frame, whose numbers no formula counts."""
+    allocating: AbstractContextManager[Any] = nullcontext()
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from crepa_kernels.backends.triton.launch import recorded
+
+        allocating = recorded()  # nothing is computed
+    student_grid, width, features = (12, 16), 64, 80
+    h = torch.randn(2, 5, 12 * 16, width).to(dtype).requires_grad_()
+    y = torch.randn(2, 5, teacher_grid[0] * teacher_grid[1], features)
+    projector, plan = CrepaProjector(width, features), plan_alignment(align, student_grid, teacher_grid)
+
+    def forward() -> torch.Tensor:
+        with allocating:
+            return crepa_loss(
+                h, y, projector, student_grid=student_grid, teacher_grid=teacher_grid, spatial_align=align,
+                backend=backend, recompute=recompute,
+            ).loss  # fmt: skip
+
+    measured = saved_bytes(forward, [h, y, *projector.parameters()])
+    # On a common grid of its own, the teacher's rows are the caller's.
+    measured += y.nbytes if backend == "triton" and plan.teacher == "keep" else 0
+    said = KEPT_BYTES[backend](plan, 2 * 5, width, features, dtype, y.dtype, "cpu", recompute)
+    assert 0 <= measured - said <= 64 * 2 * 5
 
 
 def test_the_transposed_eager_loss_is_the_same_loss() -> None:

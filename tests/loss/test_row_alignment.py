@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from crepa_kernels.ops import has_extension
-from crepa_kernels.ops.rows import align_rows_backward_op, align_rows_op, layer_norm_rows_op, normalize_rows_op
+from crepa_kernels.ops.rows import (
+    align_rows_backward_op,
+    align_rows_op,
+    layer_norm_rows_op,
+    normalize_rows_op,
+    wide_statistics,
+)
 
 FRAMES, FIRST, COUNT, TOKENS, FEATURES = 6, 1, 3, 5, 37
 OFFSETS = [-2, -1, 1, 2]
@@ -256,3 +262,18 @@ def test_bad_input_is_an_error_with_the_numbers_in_it(change: dict[str, Any], me
         setattr(call, name, value)
     with pytest.raises(RuntimeError, match=message):
         call.run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_norm_of_half_tokens_has_fp32_statistics(dtype: torch.dtype) -> None:
+    """PyTorch's own has not, which is why there is a weight of ones; the normalised tokens are the same."""
+    torch.manual_seed(0)
+    tokens = (100 + torch.randn(5, 64)).to(dtype)
+    exact = tokens.double().mean(dim=1)
+    plain, rounded, _ = torch.native_layer_norm(tokens, (64,), None, None, 1e-5)
+    rows, mean, inverse_std = torch.native_layer_norm(tokens, (64,), wide_statistics(tokens), None, 1e-5)
+    assert rounded.dtype == dtype
+    assert mean.dtype == inverse_std.dtype == torch.float32
+    torch.testing.assert_close(mean[:, 0].double(), exact, rtol=2e-7, atol=0)  # two roundings of fp32
+    assert torch.equal(rows, plain)
+    assert wide_statistics(tokens.float()) is None

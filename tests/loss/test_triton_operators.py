@@ -10,17 +10,21 @@ import torch
 from cases import GRADIENTS, Case, simple
 from devices import on_a_gpu, on_each_device
 from test_triton import check, chunks_of, to, triton_results
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss
-from crepa_kernels.backends.triton import operator, self_check
+from crepa_kernels.backends.triton import launch, operator, self_check
 from crepa_kernels.backends.triton.call import CHANGES, TENSORS, TYPES, Arguments, Call
 from crepa_kernels.backends.triton.operator import (
     frame_alignment_backward_op,
     frame_alignment_op,
     operator_arguments,
 )
-from crepa_kernels.inputs import LossInputs
+from crepa_kernels.grid import plan_alignment
+from crepa_kernels.inputs import LossInputs, check_inputs
+from crepa_kernels.neighbours import Neighbours
+from crepa_kernels.reduction import plan_reduction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
@@ -97,6 +101,35 @@ def test_a_call_reads_by_name_what_the_operators_take(operator_calls: list[Any])
     assert call.geometry == (case.student_grid, case.teacher_grid, case.antialias)
     assert (call.student_per_frame, call.per_frame, call.rows, call.all_rows) == (24, 6, 24, 48)
     assert call.packed() == arguments
+
+
+class Kernels(TorchDispatchMode):
+    """How many operators work on memory: no views, nothing that only allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "empty" not in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("masks", "counted"), [({}, 17), (MASKED, 30)], ids=["plain", "masked"])
+def test_the_frame_tables_are_one_launch_instead_of_many(masks: dict[str, Any], counted: int) -> None:
+    """What ``frame_tables`` says of itself; a few more or fewer in another PyTorch change nothing about it."""
+    case = simple(teacher_grid=(3, 4), **masks)
+    tensors = case.tensors(torch.bfloat16)
+    plan = plan_alignment("student", case.student_grid, case.teacher_grid)
+    inputs = check_inputs(tensors["h"], tensors["y"], case.projector(tensors), plan, Neighbours(), **masks)
+    with Kernels() as kernels:
+        weights = inputs.neighbours.weights(inputs.frames, inputs.teacher_mask, torch.empty(0))
+        plan_reduction(inputs, weights)
+    assert abs(kernels.count - counted) <= 3
+    with launch.recorded() as launches:
+        triton_results(case, tensors)
+    assert [each.name for each in launches].count("frame_tables") == 1
+    assert len(launches) - 1 == 11
 
 
 @on_each_device

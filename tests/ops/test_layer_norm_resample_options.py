@@ -15,6 +15,7 @@ from crepa_kernels.ops.layer_norm_resample import (
     layer_norm_resample_op,
     normalize_and_resample,
     normalize_and_resample_backward,
+    normalize_and_resample_into,
 )
 
 SOURCE, TARGET, EPS = (5, 4), (3, 6), 1e-5
@@ -83,6 +84,16 @@ def test_into_memory_that_is_there() -> None:
     out = torch.full_like(tokens, torch.nan)
     layer_norm_resample_backward_out_op(*arguments, out, in_loss, scale)
     assert torch.equal(out, layer_norm_resample_backward_op(*arguments, in_loss, scale))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_pytorch_writes_into_memory_of_any_layout(layout: str) -> None:
+    tokens, grad, in_loss = drawn(torch.float32)
+    _, mean, inverse_std = layer_norm_resample_op(tokens, SOURCE, TARGET, True, EPS, in_loss)
+    arguments = (grad, tokens, mean, inverse_std, SOURCE, TARGET, True)
+    out = torch.full((*tokens.shape, 2), torch.nan)[..., 0] if layout == "strided" else tokens * torch.nan
+    normalize_and_resample_into(*arguments, out, in_loss)
+    assert torch.equal(out, normalize_and_resample_backward(*arguments, in_loss))
 
 
 def test_opcheck_and_autograd() -> None:

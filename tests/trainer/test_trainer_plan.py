@@ -13,20 +13,22 @@ import torch
 from corner_videos import corners, write
 from crepa_trainer.cli import main
 from crepa_trainer.data.dataset import find_clips
+from crepa_trainer.data.names import encoder_type
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.reporting import plan as plan_module
-from crepa_trainer.reporting.plan import Plan, kept_bytes, make_plan, projector_bytes
+from crepa_trainer.reporting.plan import Plan, make_plan, projector_bytes
 from crepa_trainer.reporting.table import print_plan
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.state import add_lora
-from memory import saved_bytes
 from rich.console import Console
 from tiny import tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
-from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
+from crepa_kernels import CrepaConfig, CrepaProjector
+from crepa_kernels.grid import plan_alignment
+from crepa_kernels.loss import KEPT_BYTES
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 REQUIRED = {"resolutions": ((32, 48), (48, 32)), "frame_counts": (5, 9), "max_train_steps": 10}
@@ -111,55 +113,16 @@ def test_the_projector_costs_its_weights_gradients_and_optimizer() -> None:
     assert projector_bytes(48, 40) == sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("align", "teacher"), [("student", (9, 10)), ("teacher", (9, 10)), ("teacher", (6, 8)), ("pool", (9, 10))]
-)
-def test_the_loss_keeps_what_the_plan_says(align: Any, teacher: tuple[int, int], dtype: torch.dtype) -> None:
-    """Within 2 %: what has a number a frame, and not a token, is left out of the formula."""
-    student, width, features = (12, 16), 64, 80
-    tokens = {"student": 12 * 16, "teacher": teacher[0] * teacher[1], "pool": 1}[align]
-    h = torch.randn(2, 5, 12 * 16, width).to(dtype).requires_grad_()
-    y = torch.randn(2, 5, teacher[0] * teacher[1], features)
-    projector = CrepaProjector(width, features)
-
-    def forward() -> torch.Tensor:
-        return crepa_loss(
-            h, y, projector, student_grid=student, teacher_grid=teacher, spatial_align=align, backend="torch"
-        ).loss
-
-    measured = saved_bytes(forward, [h, y, *projector.parameters()])
-    expected = kept_bytes(2 * 5 * tokens, 2 * 5 * 12 * 16, width, features, dtype)
-    assert measured == pytest.approx(expected, rel=0.02, abs=400)
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("align", ["student", "teacher"])
-def test_the_triton_backend_keeps_what_the_plan_says(align: Any, dtype: torch.dtype) -> None:
-    """Within 5 %: tables with a number a frame and its neighbours are left out of the formula."""
-    pytest.importorskip("triton")
-    h = torch.randn(1, 3, 8 * 10, 32).to(dtype).requires_grad_()
-    y = torch.randn(1, 3, 4 * 5, 48).to(dtype)  # as on a GPU, where the teacher runs in bf16
-    projector = CrepaProjector(32, 48)
-
-    def forward() -> torch.Tensor:
-        return crepa_loss(
-            h, y, projector, student_grid=(8, 10), teacher_grid=(4, 5), spatial_align=align, backend="triton"
-        ).loss
-
-    measured = saved_bytes(forward, [h, y, *projector.parameters()])
-    rows = 240 if align == "student" else 60
-    if align == "teacher":
-        measured += y.nbytes  # on the same grid, the teacher's rows are the caller's own
-    assert measured == pytest.approx(kept_bytes(rows, 240, 32, 48, dtype, triton=True), rel=0.05)
+def keeps(backend: str, frames: int, dtype: torch.dtype, device_type: str = "cpu") -> int:
+    """What the loss keeps of `frames` of the larger bucket, 2 x 3 tokens each."""
+    plan, teacher = plan_alignment("student", (2, 3), (5, 5)), encoder_type(torch.device(device_type))
+    return KEPT_BYTES[backend](plan, frames, 32, 32, dtype, teacher, device_type)
 
 
 def test_memory_is_that_of_the_largest_bucket(folder: Path) -> None:
     memory = planned(folder, crepa(folder), batch_size=2, mixed_precision="no").memory
     assert memory is not None
-    assert memory.kept == kept_bytes(2 * 18, 2 * 18, 32, 32, torch.float32)
+    assert memory.kept == keeps("torch", 2 * 3, torch.float32)
     assert memory.projector == projector_bytes(32, 32)
     assert memory.teacher == 4 * sum(each.numel() for each in tiny_dinov2().parameters())
     assert memory.total == memory.kept + memory.projector + memory.teacher
@@ -168,7 +131,7 @@ def test_memory_is_that_of_the_largest_bucket(folder: Path) -> None:
     assert on_gpu.teacher == memory.teacher // 2
     cached = planned(folder, crepa(folder), cache_teacher="features").memory
     assert cached is not None
-    assert (cached.teacher, cached.kept) == (0, kept_bytes(18, 18, 32, 32, torch.bfloat16))
+    assert (cached.teacher, cached.kept) == (0, keeps("torch", 3, torch.bfloat16))
 
 
 def test_memory_is_that_of_the_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +144,7 @@ def test_memory_is_that_of_the_backend(folder: Path, monkeypatch: pytest.MonkeyP
         assert memory is not None
         return memory.kept
 
-    torch_keeps, triton_keeps = (kept_bytes(18, 18, 32, 32, torch.bfloat16, triton=triton) for triton in (False, True))
+    torch_keeps, triton_keeps = (keeps(name, 3, torch.bfloat16, "cuda") for name in ("torch", "triton"))
     assert [kept(name) for name in ("auto", "triton", "torch")] == [triton_keeps, triton_keeps, torch_keeps]
     monkeypatch.setenv("CREPA_BACKEND", "torch")
     assert kept("triton") == torch_keeps

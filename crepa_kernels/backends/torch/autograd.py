@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...grid import SpatialPlan, num_tokens
 from ...inputs import LossInputs
 from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
 from ...output import CrepaOutput
 from ...reduction import plan_reduction, reduce_frames
 from .chunks import Chunk, chunk_policy, plan_chunks
-from .student import Aligned, Settings, StudentRows
+from .student import Aligned, Settings, StudentRows, keeps_aligned, product_type
 from .teacher import TeacherRows
 
 
@@ -41,6 +42,43 @@ def crepa_torch(inputs: LossInputs) -> CrepaOutput:
             _whole_frames(inputs), gamma, beta, weight, bias, inputs, weights, torch.is_grad_enabled()
         )
         return reduce_frames(own, total, reduction)
+
+
+def kept_bytes(
+    plan: SpatialPlan,
+    frames: int,
+    hidden_size: int,
+    feature_size: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> int:
+    """Bytes kept between forward and backward, beside the inputs and what has a number a frame.
+
+    Of each compared token q (E) and two numbers, or five on equal grids; where the student's side is resampled to a
+    quarter of its tokens or fewer, those (D), and two numbers of each of the student's. With ``recompute`` nothing.
+
+    Args:
+        plan: the grids.
+        frames: B x T.
+        hidden_size: D.
+        feature_size: E.
+        dtype: of the hidden states, and of the products' operands as asked for.
+        teacher_dtype: of the teacher's features, of which nothing is kept.
+        device_type: where the loss runs.
+        recompute: as ``crepa_loss``.
+    """
+    if recompute:
+        return 0
+    number, rows = torch.promote_types(dtype, torch.float32).itemsize, frames * plan.tokens
+    kept = number * feature_size + rows * (
+        feature_size * dtype.itemsize + (5 if plan.student == "keep" else 2) * number
+    )
+    if keeps_aligned(plan):
+        kept += rows * hidden_size * product_type(dtype, device_type).itemsize
+        kept += 2 * number * frames * num_tokens(plan.student_grid)
+    return kept
 
 
 def _whole_frames(inputs: LossInputs) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ...ops.layer_norm_resample import (
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
 )
-from ...ops.rows import layer_norm_rows_op
+from ...ops.rows import layer_norm_rows_op, wide_statistics
 from .chunks import Chunk, ChunkPolicy
 
 
@@ -74,7 +74,7 @@ class StudentRows:
         self.plan, self.eps, self.frame_mask = settings.plan, settings.eps, settings.frame_mask
         self.policy = settings.policy
         self.accum_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        self.compute_dtype = _product_type(settings.compute_dtype, hidden_states.device.type)
+        self.compute_dtype = product_type(settings.compute_dtype, hidden_states.device.type)
         self.raw = (
             self.compute_dtype != self.accum_dtype
             and hidden_states.dtype == self.compute_dtype
@@ -89,9 +89,6 @@ class StudentRows:
             terms = [weight.to(self.accum_dtype) @ beta.to(self.accum_dtype)] if beta is not None else []
             terms += [bias.to(self.accum_dtype)] if bias is not None else []
             self.offset = terms[0] if len(terms) == 1 else terms[0] + terms[1] if terms else None
-        # On a CPU LayerNorm keeps the statistics of bf16 tokens in bf16 unless it is given fp32 weights.
-        cpu_bf16 = self.token_dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
-        self.ones = hidden_states.new_ones(weight.shape[1], dtype=torch.float32) if cpu_bf16 else None
 
     def folded(self) -> torch.Tensor:
         """W' = W diag(gamma) (E, D) in accum_dtype."""
@@ -137,14 +134,13 @@ class StudentRows:
                 tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
             )
         else:
-            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), self.ones, None, self.eps)
+            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), wide_statistics(tokens), None, self.eps)
             x = x.mean(dim=1)
         return Aligned(x.view(-1, width).to(self.compute_dtype), mean, inverse_std)
 
     @property
     def keeps_aligned(self) -> bool:
-        """Whether the forward pass keeps what ``align`` makes."""
-        return self.plan.student != "keep" and should_save_aligned(self.plan.tokens, num_tokens(self.plan.student_grid))
+        return keeps_aligned(self.plan)
 
     def align_backward(self, grad: torch.Tensor, aligned: Aligned, chunk: Chunk, out: torch.Tensor) -> None:
         """dh (frames, P, D) of the chunk into ``out``, from the gradient (frames x M, D) of its aligned rows."""
@@ -160,7 +156,14 @@ class StudentRows:
         spread = (shaped / tokens.shape[1]).expand(tokens.shape).contiguous()
         out.copy_(
             torch.ops.aten.native_layer_norm_backward(
-                spread, tokens, tokens.shape[-1:], mean, inverse_std, self.ones, None, [True, False, False]
+                spread,
+                tokens,
+                tokens.shape[-1:],
+                mean,
+                inverse_std,
+                wide_statistics(tokens),
+                None,
+                [True, False, False],
             )[0]
         )
 
@@ -189,11 +192,17 @@ class StudentRows:
         return Projected(torch.addmm(self.offset, x, self.operand.t()), (None, None, None, None), statistics, aligned)
 
 
+def keeps_aligned(plan: SpatialPlan) -> bool:
+    """Whether the forward pass keeps what ``align`` makes."""
+    return plan.student != "keep" and should_save_aligned(plan.tokens, num_tokens(plan.student_grid))
+
+
 @constant_when_compiled
 def _cpu_has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _product_type(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+def product_type(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type of the products' operands where ``compute_dtype`` is asked for."""
     slow_bf16 = compute_dtype == torch.bfloat16 and device_type == "cpu" and not _cpu_has_bf16_products()
     return torch.float32 if compute_dtype == torch.float16 or slow_bf16 else compute_dtype

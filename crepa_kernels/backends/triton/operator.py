@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...grid import SpatialPlan, num_tokens
 from ...inputs import LossInputs, frames_at
 from ...ops.register import define, keeps_type
 from ...output import CrepaOutput
@@ -62,13 +63,47 @@ def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             if index is not None:
                 teacher, index = frames_at(teacher, index), None
-            # A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32.
-            half = inputs.compute_dtype == torch.bfloat16
-            kind = torch.promote_types(teacher.dtype, torch.bfloat16 if half else torch.float32)
+            kind = _resampled_type(teacher.dtype, inputs.compute_dtype)
             teacher = plan.align(teacher.to(kind), "teacher")
     if teacher.dtype not in TYPES:
         teacher = teacher.float()
     return (teacher if teacher.stride(-1) == 1 else teacher.contiguous()), index
+
+
+def _resampled_type(teacher: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32."""
+    return torch.promote_types(teacher, torch.bfloat16 if compute == torch.bfloat16 else torch.float32)
+
+
+def kept_bytes(
+    plan: SpatialPlan,
+    frames: int,
+    hidden_size: int,
+    feature_size: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> int:
+    """Bytes kept between forward and backward, beside the hidden states and what has a number a frame.
+
+    What ``Kept`` has, where the split path is taken, and the teacher's rows on the common grid, whoever made them.
+    Arguments as those of the ``torch`` backend's.
+    """
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kind = teacher_dtype if plan.teacher == "keep" else _resampled_type(teacher_dtype, dtype)
+    teacher = new(1, frames, plan.tokens, feature_size, dtype=kind if kind in TYPES else torch.float32)
+    tokens = new(1, frames * num_tokens(plan.student_grid), hidden_size, dtype=dtype)
+    vector, weight, bias = new(hidden_size), new(feature_size, hidden_size), new(feature_size)
+    call = Call(
+        tokens, teacher, vector, vector, weight, bias, None, None, None, True, True, recompute, plan.antialias,
+        False, False, True, CHANGES.index(plan.student), TYPES.index(dtype), frames, 0, 1, *plan.student_grid,
+        *plan.grid, 0.0, 1.0,
+    )  # fmt: skip
+    return sum(tensor.nbytes for tensor in (*_align_fake(*call.packed())[3:], teacher))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -126,36 +161,58 @@ def _align_backward_fake(
 
 
 class _Alignment(torch.autograd.Function):
-    """``frame_alignment`` and its gradients.
-
-    Not by ``torch.library.register_autograd``, which reads the schema's arguments one by one in every call: 0.05 ms.
-    """
+    """The loss of ``frame_alignment``'s ``output`` for ``inputs``, and its gradients; nothing else has any."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
+    def forward(ctx: Any, output: tuple[Tensor, ...], *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs[:TENSORS], *output[3:])
         ctx.options = inputs[TENSORS:]
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[1:]
         needs = [wanted[0], *wanted[2:6]]
         grads: list[Tensor | None] = [None] * 5
         if grad_loss is not None:
             made = frame_alignment_backward_op(grad_loss, list(saved[TENSORS:]), needs, *saved[:TENSORS], *ctx.options)
             grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
-        return (grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
+        return (None, grads[0], None, *grads[1:], *[None] * (len(wanted) - 6))
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice")
+class _Gradients(torch.autograd.Function):
+    """``frame_alignment_backward``, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            made: tuple[Tensor, ...] = frame_alignment_backward_op(*arguments)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice"
+        )
 
 
-torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_Alignment.apply)
-torch.library.register_autograd("crepa_kernels::frame_alignment_backward", _no_second_derivative)
+# Not by ``torch.library.register_autograd``, which reads the schema's arguments one by one in every call: 0.05 ms.
+def _align_with_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
+    return (_Alignment.apply(output, *inputs), *output[1:]) if torch.is_grad_enabled() else output
+
+
+def _gradients_with_none(*arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled():
+        made: tuple[Tensor, ...] = _Gradients.apply(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            made = frame_alignment_backward_op(*arguments)
+    return made
+
+
+torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_align_with_gradients)
+torch.library.impl("crepa_kernels::frame_alignment_backward", "Autograd")(_gradients_with_none)

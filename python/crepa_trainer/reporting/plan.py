@@ -12,8 +12,8 @@ from torch import nn
 from crepa_kernels import CrepaProjector
 from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.config.rules import DINOV2_HUB_IDS
-from crepa_kernels.grid import Grid, num_tokens, plan_alignment, should_save_aligned
-from crepa_kernels.loss import requested_backend
+from crepa_kernels.grid import Grid, num_tokens, plan_alignment
+from crepa_kernels.loss import KEPT_BYTES, requested_backend
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 
 from ..data.dataset import Bucket, FoundClips, caption_file
@@ -174,32 +174,6 @@ def projector_bytes(hidden_size: int, feature_size: int) -> int:
     return FP32 * COPIES_OF_TRAINED * parameters
 
 
-def kept_bytes(
-    rows: int, student_rows: int, hidden_size: int, feature_size: int, dtype: torch.dtype, *, triton: bool = False
-) -> int:
-    """Bytes that `crepa_loss` keeps between forward and backward, beside its inputs and what has a number a frame.
-
-    With s the bytes of the hidden states' type, the `torch` backend keeps one row of the projection's gradient a token
-    that is compared, and two numbers of it, or five where each of the student's tokens is: `rows (E s + 8)` or
-    `rows (E s + 20)`. The `triton` backend keeps that row, the teacher's row on the same grid, three statistics of each
-    of the student's tokens, and the folded projector: `rows 2 E s + 12 student_rows + E (D s + 12)`. Where the student
-    is resampled to a quarter of its tokens or fewer, both keep those, `rows D s`, and the `torch` backend two
-    statistics of each of the student's, `8 student_rows`. What multiplies is fp32 for fp16, whose range is too small:
-    then s is 4 for resampled tokens, and for all that the `triton` backend keeps. The hidden states themselves are the
-    next block's input, which is there in any case.
-
-    rows: B T M, compared tokens; student_rows: B T P, the student's; dtype: of the hidden states.
-    """
-    product = FP32 if dtype is torch.float16 else dtype.itemsize
-    resampled = should_save_aligned(rows, student_rows)
-    aligned = rows * hidden_size * product if resampled else 0
-    if triton:
-        weights = feature_size * (hidden_size * product + 12)
-        return 2 * rows * feature_size * product + 12 * student_rows + weights + aligned
-    kept = rows * (feature_size * dtype.itemsize + (20 if rows == student_rows else 8))
-    return kept + aligned + (8 * student_rows if resampled else 0)
-
-
 def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
     if config.crepa_encoder_resize == "grid":
         return student
@@ -271,14 +245,13 @@ def _memory(
     hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
     encoder = teacher_is_encoder(config)
     features = _encoder_sizes(config)[0] if encoder else hidden
-    triton = _takes_triton(config, device_type, dtype)
+    teacher_dtype = encoder_type(torch.device(device_type)) if encoder else dtype
+    keeps = KEPT_BYTES["triton" if _takes_triton(config, device_type, dtype) else "torch"]
     kept = []
     for each in buckets:
-        aligned = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid).tokens
+        plan = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid)
         frames = min(settings.batch_size, each.clips) * each.frames
-        kept.append(
-            kept_bytes(frames * aligned, frames * each.tokens_per_frame, hidden, features, dtype, triton=triton)
-        )
+        kept.append(keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type))
     weights = 0
     if encoder and settings.cache_teacher == "frames":
         weights = _encoder_parameters(config) * encoder_type(torch.device(device_type)).itemsize
