@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..models.families import FAMILIES
+from ..neighbours import Neighbours
+from ..ops.resample import LARGEST
 
 PREFIX = "crepa_"
 KEY_ALIASES = {"crepa_model": "crepa_encoder"}
@@ -122,28 +123,20 @@ def recommended_block_index(family: str) -> int:
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
 
 
-def neighbour_weight_sum(distance: int, tau: float, cumulative: bool) -> float:
-    """Σw = Σ exp(-o/tau) over both directions and every offset o that a frame amid a long clip uses."""
-    if distance == 0:
-        return 0.0
-    offsets = float(min(distance, 2**53))
-    if not cumulative:
-        return 2.0 * math.exp(-offsets / tau)
-    ratio = math.exp(-1.0 / tau)
-    if ratio == 0.0:
-        return 0.0
-    if ratio == 1.0:
-        return 2.0 * offsets
-    return 2.0 * ratio * math.expm1(-offsets / tau) / math.expm1(-1.0 / tau)
+def neighbours_of(values: Mapping[str, Any]) -> Neighbours:
+    """The neighbour options of a configuration's values."""
+    return Neighbours(
+        min(values["crepa_adjacent_distance"], LARGEST),  # what is larger than any clip is clamped anyway
+        values["crepa_adjacent_tau"],
+        values["crepa_cumulative_neighbors"],
+        values["crepa_normalize_neighbour_sum"],
+    )
 
 
 def alignment_score_ceiling(values: Mapping[str, Any]) -> float:
     """Largest `alignment_score`: 1 + Σw, or 1 where the neighbour sum is normalised."""
-    if values["crepa_normalize_neighbour_sum"]:
-        return 1.0
-    return 1.0 + neighbour_weight_sum(
-        values["crepa_adjacent_distance"], values["crepa_adjacent_tau"], values["crepa_cumulative_neighbors"]
-    )
+    neighbours = neighbours_of(values)
+    return 1.0 if neighbours.normalize_sum else 1.0 + neighbours.weight_sum
 
 
 def _is_qwen(encoder: Any) -> bool:
