@@ -41,6 +41,11 @@ class Neighbours:
         return {offset: math.exp(-offset / self.tau) for offset in chosen if offset > 0}
 
     @property
+    def most(self) -> float:
+        """The largest ``alignment_score``: 1 + Σw, or 1 where the sum is normalised."""
+        return 1.0 if self.normalize_sum else 1.0 + self.weight_sum
+
+    @property
     def weight_sum(self) -> float:
         """Σw over both directions and every offset that a frame amid a long clip uses, in closed form."""
         offsets = float(min(self.distance, 2**53))

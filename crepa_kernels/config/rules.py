@@ -9,7 +9,6 @@ from typing import Any
 
 from ..models.families import FAMILIES
 from ..neighbours import Neighbours
-from ..ops.resample import LARGEST
 
 PREFIX = "crepa_"
 KEY_ALIASES = {"crepa_model": "crepa_encoder"}
@@ -123,22 +122,6 @@ def recommended_block_index(family: str) -> int:
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
 
 
-def neighbours_of(values: Mapping[str, Any]) -> Neighbours:
-    """The neighbour options of a configuration's values."""
-    return Neighbours(
-        min(values["crepa_adjacent_distance"], LARGEST),  # what is larger than any clip is clamped anyway
-        values["crepa_adjacent_tau"],
-        values["crepa_cumulative_neighbors"],
-        values["crepa_normalize_neighbour_sum"],
-    )
-
-
-def alignment_score_ceiling(values: Mapping[str, Any]) -> float:
-    """Largest `alignment_score`: 1 + Σw, or 1 where the neighbour sum is normalised."""
-    neighbours = neighbours_of(values)
-    return 1.0 if neighbours.normalize_sum else 1.0 + neighbours.weight_sum
-
-
 def _is_qwen(encoder: Any) -> bool:
     if not isinstance(encoder, str):
         return False
@@ -197,7 +180,7 @@ def _resolve_source(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterator[tuple[set[str], str]]:
     """Rules over several keys, on values that each field accepts: the keys involved and what is wrong."""
     block, teacher = values["crepa_block_index"], values["crepa_teacher_block_index"]
     enabled, backbone = values["crepa_enabled"], values["crepa_feature_source"] == "backbone"
@@ -219,7 +202,7 @@ def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
         yield {"crepa_encoder", "crepa_encoder_image_size"}, describe("crepa_encoder_image_size", size, rule)
 
     threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
-    ceiling = alignment_score_ceiling(values) if metric == "alignment_score" else 1.0
+    ceiling = neighbours.most if metric == "alignment_score" else 1.0
     if threshold is not None and threshold > ceiling:
         keys = {"crepa_similarity_threshold", "crepa_similarity_metric"}
         reason = "the largest cosine"

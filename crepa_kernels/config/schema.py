@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..grid import SpatialAlign
+from ..neighbours import Neighbours
+from ..ops.resample import LARGEST
 from .rules import (
     DINOV2_HUB_IDS,
     PREFIX,
     PRESETS,
     ConfigError,
-    alignment_score_ceiling,
     canonical,
     describe,
     joint_problems,
@@ -168,7 +169,11 @@ class CrepaConfig(BaseModel):
             refused = refused_keys(error, fields)
             problems += [describe(written.get(key, key), values[key], fields[key].description or "") for key in refused]
             super().__init__(**{key: value for key, value in values.items() if key not in refused})
-        problems += [problem for keys, problem in joint_problems(self.to_dict()) if not keys.intersection(refused)]
+        problems += [
+            problem
+            for keys, problem in joint_problems(self.to_dict(), self.neighbours)
+            if not keys.intersection(refused)
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -301,6 +306,16 @@ class CrepaConfig(BaseModel):
             return "student" if self.crepa_spatial_align else "pool"
         return self.crepa_spatial_align
 
+    @property
+    def neighbours(self) -> Neighbours:
+        """The neighbour options of the loss."""
+        return Neighbours(
+            min(self.crepa_adjacent_distance, LARGEST),  # a clip's frames are fewer, and clamp it
+            self.crepa_adjacent_tau,
+            self.crepa_cumulative_neighbors,
+            self.crepa_normalize_neighbour_sum,
+        )
+
     def loss_options(self) -> dict[str, Any]:
         """Arguments of `crepa_loss` that this configuration decides."""
         return {
@@ -322,7 +337,7 @@ class CrepaConfig(BaseModel):
         threshold = self.crepa_similarity_threshold
         if threshold is None:
             return None
-        scale = alignment_score_ceiling(self.to_dict())
+        scale = self.neighbours.most
         if self.crepa_similarity_metric == "alignment_score":
             return "similarity", threshold / scale
         return "alignment_score", threshold * scale

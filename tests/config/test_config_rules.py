@@ -11,7 +11,7 @@ from tiny_families import FAMILIES
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.config import ConfigError, CrepaConfig
-from crepa_kernels.config.rules import PRESETS, neighbours_of, recommended_block_index
+from crepa_kernels.config.rules import PRESETS, recommended_block_index
 from crepa_kernels.neighbours import Neighbours
 
 ON = {"crepa_enabled": True, "crepa_block_index": 8}
@@ -220,9 +220,9 @@ def test_neighbour_weights_add_up(distance: int, tau: float) -> None:
 
 def test_no_neighbours_weigh_nothing_and_huge_distances_are_finite() -> None:
     assert Neighbours(0, 1.0, cumulative=True).weight_sum == 0.0
-    huge = CrepaConfig(crepa_adjacent_distance=10**400).to_dict()
-    assert neighbours_of({**huge, "crepa_cumulative_neighbors": True}).weight_sum == pytest.approx(2 / (math.e - 1))
-    assert neighbours_of(huge).weight_sum == 0.0
+    huge = CrepaConfig(crepa_adjacent_distance=10**400)
+    assert huge.replace(crepa_cumulative_neighbors=True).neighbours.weight_sum == pytest.approx(2 / (math.e - 1))
+    assert huge.neighbours.weight_sum == 0.0
 
 
 def test_a_threshold_is_told_on_the_other_scale() -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
-from crepa_kernels.config.rules import neighbours_of
 from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
 from crepa_kernels.models.families import family_of
 from crepa_kernels.regularizer.capture import Capture
@@ -171,7 +170,7 @@ def best_constants(features: Features, config: CrepaConfig) -> Tensor:
     """
     unit = F.normalize(_plan(features, config).align(features.teacher, "teacher").float(), dim=-1)
     frames = unit.shape[1]
-    weights = neighbours_of(config.to_dict()).weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
+    weights = config.neighbours.weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
     weights = weights / weights.sum(1, keepdim=True)  # (f, k)
     return torch.einsum("fk,bkme->me", weights, unit) / (len(unit) * frames)
 
