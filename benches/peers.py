@@ -56,8 +56,8 @@ def eager_neighbours(
     """The loss of adjacent neighbours as a careful user writes it for torch.compile: no pair of frames too many.
 
     It is ``crepa_loss(..., spatial_align="teacher")``: the student is resampled to the teacher's grid, through a view
-    that copies nothing. Types and arguments are those of ``eager_transposed``, and ``antialias`` widens the filter where
-    an axis shrinks.
+    that copies nothing. Types and arguments are as of ``eager_transposed``; ``antialias`` widens the filter where an
+    axis shrinks.
     """
     with _autocast(hidden_states):
         p = projector(hidden_states)  # (B, T, P, E)
