@@ -56,17 +56,8 @@ def eager_neighbours(
     """The loss of adjacent neighbours as a careful user writes it for torch.compile: no pair of frames too many.
 
     It is ``crepa_loss(..., spatial_align="teacher")``: the student is resampled to the teacher's grid, through a view
-    that copies nothing. Half-precision hidden states run under autocast of their type, others in their own.
-
-    Args:
-        hidden_states: (B, T, P, D), T > distance.
-        teacher_features: (B, T, N, E).
-        projector: D -> E, applied to all tokens.
-        student_grid: (height, width) of the P tokens.
-        teacher_grid: (height, width) of the N tokens.
-        antialias: widen the filter where an axis shrinks.
-        distance: neighbour offset, frames.
-        tau: decay of the neighbours' weight, frames.
+    that copies nothing. Types and arguments are as of ``eager_transposed``; ``antialias`` widens the filter where an
+    axis shrinks.
     """
     with _autocast(hidden_states):
         p = projector(hidden_states)  # (B, T, P, E)

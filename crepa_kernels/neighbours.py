@@ -40,6 +40,26 @@ class Neighbours:
         chosen = range(1, distance + 1) if self.cumulative else range(distance, distance + 1)
         return {offset: math.exp(-offset / self.tau) for offset in chosen if offset > 0}
 
+    @property
+    def most(self) -> float:
+        """The largest ``alignment_score``: 1 + Σw, or 1 where the sum is normalised."""
+        return 1.0 if self.normalize_sum else 1.0 + self.weight_sum
+
+    @property
+    def weight_sum(self) -> float:
+        """Σw over both directions and every offset that a frame amid a long clip uses, in closed form."""
+        offsets = float(min(self.distance, 2**53))
+        if self.distance == 0:
+            return 0.0
+        if not self.cumulative:
+            return 2.0 * math.exp(-offsets / self.tau)
+        ratio = math.exp(-1.0 / self.tau)
+        if ratio == 0.0:
+            return 0.0
+        if ratio == 1.0:
+            return 2.0 * offsets
+        return 2.0 * ratio * math.expm1(-offsets / self.tau) / math.expm1(-1.0 / self.tau)
+
     def weights(self, frames: int, teacher_mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """w(|k - f|) for every pair of frames; 0 at k = f and where k is no neighbour of f or does not exist.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..models.families import FAMILIES
+from ..neighbours import Neighbours
 
 PREFIX = "crepa_"
 KEY_ALIASES = {"crepa_model": "crepa_encoder"}
@@ -122,30 +122,6 @@ def recommended_block_index(family: str) -> int:
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
 
 
-def neighbour_weight_sum(distance: int, tau: float, cumulative: bool) -> float:
-    """Σw = Σ exp(-o/tau) over both directions and every offset o that a frame amid a long clip uses."""
-    if distance == 0:
-        return 0.0
-    offsets = float(min(distance, 2**53))
-    if not cumulative:
-        return 2.0 * math.exp(-offsets / tau)
-    ratio = math.exp(-1.0 / tau)
-    if ratio == 0.0:
-        return 0.0
-    if ratio == 1.0:
-        return 2.0 * offsets
-    return 2.0 * ratio * math.expm1(-offsets / tau) / math.expm1(-1.0 / tau)
-
-
-def alignment_score_ceiling(values: Mapping[str, Any]) -> float:
-    """Largest `alignment_score`: 1 + Σw, or 1 where the neighbour sum is normalised."""
-    if values["crepa_normalize_neighbour_sum"]:
-        return 1.0
-    return 1.0 + neighbour_weight_sum(
-        values["crepa_adjacent_distance"], values["crepa_adjacent_tau"], values["crepa_cumulative_neighbors"]
-    )
-
-
 def _is_qwen(encoder: Any) -> bool:
     if not isinstance(encoder, str):
         return False
@@ -204,7 +180,7 @@ def _resolve_source(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterator[tuple[set[str], str]]:
     """Rules over several keys, on values that each field accepts: the keys involved and what is wrong."""
     block, teacher = values["crepa_block_index"], values["crepa_teacher_block_index"]
     enabled, backbone = values["crepa_enabled"], values["crepa_feature_source"] == "backbone"
@@ -226,7 +202,7 @@ def joint_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
         yield {"crepa_encoder", "crepa_encoder_image_size"}, describe("crepa_encoder_image_size", size, rule)
 
     threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
-    ceiling = alignment_score_ceiling(values) if metric == "alignment_score" else 1.0
+    ceiling = neighbours.most if metric == "alignment_score" else 1.0
     if threshold is not None and threshold > ceiling:
         keys = {"crepa_similarity_threshold", "crepa_similarity_metric"}
         reason = "the largest cosine"

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..grid import SpatialAlign
+from ..neighbours import Neighbours
+from ..ops.resample import LARGEST
 from .rules import (
     DINOV2_HUB_IDS,
     PREFIX,
     PRESETS,
     ConfigError,
-    alignment_score_ceiling,
     canonical,
     describe,
     joint_problems,
@@ -36,6 +37,23 @@ def _whole_number(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_whole_number)]
+_SIGNS = {"ge": ">=", "gt": ">"}
+
+
+def integer(default: int | None, text: str, *, ge: int) -> Any:
+    """A field whose bound is a rule in its description too."""
+    return Field(default, ge=ge, description=f"{text}; must be an integer >= {ge}")
+
+
+def number(default: float | None, text: str, **bound: Any) -> Any:
+    """As `integer`, `bound`: ge or gt."""
+    [(name, value)] = bound.items()
+    return Field(default, description=f"{text}; must be a number {_SIGNS[name]} {value}", **bound)
+
+
+def flag(default: bool, text: str) -> Any:
+    """A field that is true or false, and says so."""
+    return Field(default, description=f"{text}; must be true or false")
 
 
 class CrepaConfig(BaseModel):
@@ -48,28 +66,18 @@ class CrepaConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    crepa_enabled: bool = Field(False, description="whether CREPA is on; must be true or false")
+    crepa_enabled: bool = flag(False, "whether CREPA is on")
     crepa_block_index: Integer | None = Field(
         None,
         ge=0,
         description="zero-based block to align; must be an integer >= 0, required when enabled",
     )
-    crepa_lambda: float = Field(0.5, ge=0, description="weight of the loss; must be a number >= 0")
-    crepa_adjacent_distance: Integer = Field(
-        1, ge=0, description="neighbour offset in latent frames, 0 for none; must be an integer >= 0"
-    )
-    crepa_adjacent_tau: float = Field(
-        1.0, gt=0, description="decay length of the neighbour weight exp(-offset/tau); must be a number > 0"
-    )
-    crepa_cumulative_neighbors: bool = Field(
-        False, description="every offset up to the distance, not that one alone; must be true or false"
-    )
-    crepa_normalize_neighbour_sum: bool = Field(
-        False, description="divide each frame's sum by 1 + Σw; must be true or false"
-    )
-    crepa_normalize_by_frames: bool = Field(
-        True, description="average over latent frames instead of adding them; must be true or false"
-    )
+    crepa_lambda: float = number(0.5, "weight of the loss", ge=0)
+    crepa_adjacent_distance: Integer = integer(1, "neighbour offset in latent frames, 0 for none", ge=0)
+    crepa_adjacent_tau: float = number(1.0, "decay length of the neighbour weight exp(-offset/tau)", gt=0)
+    crepa_cumulative_neighbors: bool = flag(False, "every offset up to the distance, not that one alone")
+    crepa_normalize_neighbour_sum: bool = flag(False, "divide each frame's sum by 1 + Σw")
+    crepa_normalize_by_frames: bool = flag(True, "average over latent frames instead of adding them")
     crepa_spatial_align: bool | SpatialAlign = Field(
         True,
         description="side that is resampled to the other's token grid; must be true (student), false (pool), "
@@ -99,35 +107,23 @@ class CrepaConfig(BaseModel):
     crepa_feature_source: Literal["encoder", "backbone"] = Field(
         "encoder", description='where teacher features come from; must be "encoder" or "backbone"'
     )
-    crepa_use_backbone_features: bool = Field(
-        False, description='the same as crepa_feature_source = "backbone"; must be true or false'
-    )
+    crepa_use_backbone_features: bool = flag(False, 'the same as crepa_feature_source = "backbone"')
     crepa_teacher_block_index: Integer | None = Field(
         None,
         ge=0,
         description="zero-based block that teaches in backbone mode, required there; "
         "must be an integer >= 0, deeper than crepa_block_index",
     )
-    crepa_drop_vae_encoder: bool = Field(
-        False, description="free the VAE's encoder when only decoding is needed; must be true or false"
-    )
+    crepa_drop_vae_encoder: bool = flag(False, "free the VAE's encoder when only decoding is needed")
     crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
         "constant",
         description='the weight after warm-up; must be "constant", "linear", "cosine" or "polynomial"',
     )
-    crepa_warmup_steps: Integer = Field(
-        0, ge=0, description="steps over which the weight rises linearly from 0; must be an integer >= 0"
-    )
-    crepa_decay_steps: Integer = Field(
-        0,
-        ge=0,
-        description="steps from warm-up to lambda_end, 0 for the rest of the run; must be an integer >= 0",
-    )
-    crepa_lambda_end: float = Field(0.0, ge=0, description="weight after the decay; must be a number >= 0")
-    crepa_power: float = Field(1.0, gt=0, description="exponent of the polynomial decay; must be a number > 0")
-    crepa_cutoff_step: Integer = Field(
-        0, ge=0, description="step from which the weight is 0, 0 for never; must be an integer >= 0"
-    )
+    crepa_warmup_steps: Integer = integer(0, "steps over which the weight rises linearly from 0", ge=0)
+    crepa_decay_steps: Integer = integer(0, "steps from warm-up to lambda_end, 0 for the rest of the run", ge=0)
+    crepa_lambda_end: float = number(0.0, "weight after the decay", ge=0)
+    crepa_power: float = number(1.0, "exponent of the polynomial decay", gt=0)
+    crepa_cutoff_step: Integer = integer(0, "step from which the weight is 0, 0 for never", ge=0)
     crepa_similarity_threshold: float | None = Field(
         None,
         gt=0,
@@ -147,11 +143,7 @@ class CrepaConfig(BaseModel):
         description="whether the weight comes back when the average falls below the threshold; "
         'must be "permanent" or "recoverable"',
     )
-    crepa_probe_interval: Integer = Field(
-        50,
-        ge=1,
-        description="steps between measurements while a recoverable cutoff lasts; must be an integer >= 1",
-    )
+    crepa_probe_interval: Integer = integer(50, "steps between measurements while a recoverable cutoff lasts", ge=1)
     crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
         description="what computes the loss, CREPA_BACKEND in the environment overrides it; "
@@ -168,7 +160,11 @@ class CrepaConfig(BaseModel):
             refused = refused_keys(error, fields)
             problems += [describe(written.get(key, key), values[key], fields[key].description or "") for key in refused]
             super().__init__(**{key: value for key, value in values.items() if key not in refused})
-        problems += [problem for keys, problem in joint_problems(self.to_dict()) if not keys.intersection(refused)]
+        problems += [
+            problem
+            for keys, problem in joint_problems(self.to_dict(), self.neighbours)
+            if not keys.intersection(refused)
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -301,6 +297,16 @@ class CrepaConfig(BaseModel):
             return "student" if self.crepa_spatial_align else "pool"
         return self.crepa_spatial_align
 
+    @property
+    def neighbours(self) -> Neighbours:
+        """The neighbour options of the loss."""
+        return Neighbours(
+            min(self.crepa_adjacent_distance, LARGEST),  # a clip's frames are fewer, and clamp it
+            self.crepa_adjacent_tau,
+            self.crepa_cumulative_neighbors,
+            self.crepa_normalize_neighbour_sum,
+        )
+
     def loss_options(self) -> dict[str, Any]:
         """Arguments of `crepa_loss` that this configuration decides."""
         return {
@@ -322,7 +328,7 @@ class CrepaConfig(BaseModel):
         threshold = self.crepa_similarity_threshold
         if threshold is None:
             return None
-        scale = alignment_score_ceiling(self.to_dict())
+        scale = self.neighbours.most
         if self.crepa_similarity_metric == "alignment_score":
             return "similarity", threshold / scale
         return "alignment_score", threshold * scale

@@ -102,11 +102,10 @@ class CrepaRegularizer:
                 f"{self.config.block_is_of}, and the transformer is of {self._family.name}: "
                 f'give family="{self._family.name}" with the preset, or the block'
             )
-        blocks = {"crepa_block_index": self._block_index}
-        if self.config.crepa_feature_source == "backbone":
-            blocks["crepa_teacher_block_index"] = self._teacher_block_index
-        for key, index in blocks.items():
-            self._family.block(transformer, index, key)
+        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * (self.config.crepa_feature_source == "backbone")
+        blocks: dict[str, int] = {key: getattr(self.config, key) for key in keys}
+        student, *_ = (self._family.block(transformer, index, key) for key, index in blocks.items())
+        self._block_index, self._teacher_block_index = blocks[keys[0]], blocks[keys[-1]]
         self._schedule = CrepaSchedule(self.config, run_length(self.config, max_train_steps))
         self._source = TeacherSource(self.config, self._family, vae, encoder)
         hidden_size = self._family.hidden_size(transformer.config)
@@ -116,8 +115,7 @@ class CrepaRegularizer:
         self._watch = TrainingWatch(self.projector)
         self._looked_at_adapters = False
         self._capture.attach()
-        block = self._family.block(transformer, self._block_index, "crepa_block_index")
-        self._detach = attach_projector(transformer, self.projector, block)
+        self._detach = attach_projector(transformer, self.projector, student)
 
     @classmethod
     def from_pretrained(
@@ -145,14 +143,6 @@ class CrepaRegularizer:
                 crepa.remove()
                 raise
         return crepa
-
-    @property
-    def _block_index(self) -> int:
-        return cast(int, self.config.crepa_block_index)  # required when enabled
-
-    @property
-    def _teacher_block_index(self) -> int:
-        return cast(int, self.config.crepa_teacher_block_index)  # required in backbone mode
 
     @property
     def ended(self) -> bool:

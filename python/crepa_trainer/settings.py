@@ -22,7 +22,7 @@ from crepa_kernels.config.rules import (
     unknown_key,
     unknown_preset,
 )
-from crepa_kernels.config.schema import Integer
+from crepa_kernels.config.schema import Integer, flag, integer, number
 from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class RunSettings(BaseModel):
         'model has one; must be "high" or "low"',
     )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
-    lora_rank: Integer = Field(16, ge=1, description="rank of the LoRA, and its alpha; must be an integer >= 1")
+    lora_rank: Integer = integer(16, "rank of the LoRA, and its alpha", ge=1)
     lora_targets: Words | None = Field(
         None,
         min_length=1,
@@ -101,19 +101,13 @@ class RunSettings(BaseModel):
         min_length=1,
         description="lengths of clips in pixel frames, the largest that each video has; must be a list such as [81]",
     )
-    clips_per_video: Integer = Field(
-        1, ge=1, description="clips cut from each video, evenly spread; must be an integer >= 1"
-    )
+    clips_per_video: Integer = integer(1, "clips cut from each video, evenly spread", ge=1)
     max_train_steps: Integer = Field(ge=1, description="optimiser steps; must be an integer >= 1, required")
-    batch_size: Integer = Field(1, ge=1, description="clips of a micro-batch on each process; must be an integer >= 1")
-    gradient_accumulation_steps: Integer = Field(
-        1, ge=1, description="micro-batches of an optimiser step; must be an integer >= 1"
-    )
+    batch_size: Integer = integer(1, "clips of a micro-batch on each process", ge=1)
+    gradient_accumulation_steps: Integer = integer(1, "micro-batches of an optimiser step", ge=1)
     learning_rate: float = Field(1e-4, gt=0, description="must be a number > 0")
-    projector_learning_rate: float | None = Field(
-        None, gt=0, description="of CREPA's projector, learning_rate when null; must be a number > 0"
-    )
-    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; must be a number >= 0")
+    projector_learning_rate: float | None = number(None, "of CREPA's projector, learning_rate when null", gt=0)
+    weight_decay: float = number(1e-2, "of AdamW", ge=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field(
@@ -121,47 +115,37 @@ class RunSettings(BaseModel):
         description='learning rate over the run; must be "constant", "constant_with_warmup", "linear", "cosine", '
         '"cosine_with_restarts" or "polynomial"',
     )
-    lr_warmup_steps: Integer = Field(
-        0, ge=0, description="steps over which the learning rate rises from 0; must be an integer >= 0"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to; must be a number > 0")
+    lr_warmup_steps: Integer = integer(0, "steps over which the learning rate rises from 0", ge=0)
+    max_grad_norm: float = number(1.0, "norm that gradients are clipped to", gt=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
-    gradient_checkpointing: bool = Field(
-        True, description="compute activations again in the backward pass; must be true or false"
-    )
-    compile_blocks: bool = Field(False, description="torch.compile each block; must be true or false")
+    gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
+    compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
         None, ge=0, lt=1, description="of the trained weights' moving average, none when null; must be in [0, 1)"
     )
-    seed: Integer = Field(0, ge=0, description="of weights, noise and order of clips; must be an integer >= 0")
+    seed: Integer = integer(0, "of weights, noise and order of clips", ge=0)
     cache: Folder | None = Field(None, description="folder of encoded clips and captions, output/cache when null")
     cache_teacher: Literal["frames", "features"] = Field(
         "frames",
         description="what is kept of the teacher's side, the frames it will see or what it made of them; "
         'must be "frames" or "features"',
     )
-    vae_tiling: bool = Field(
-        False,
-        description="encode and decode clips in overlapping tiles, which needs less memory and changes them a little; "
-        "must be true or false",
+    vae_tiling: bool = flag(
+        False, "encode and decode clips in overlapping tiles, which needs less memory and changes them a little"
     )
-    checkpoint_every: Integer = Field(500, ge=1, description="steps between checkpoints; must be an integer >= 1")
-    checkpoints_kept: Integer = Field(3, ge=1, description="newest checkpoints kept; must be an integer >= 1")
+    checkpoint_every: Integer = integer(500, "steps between checkpoints", ge=1)
+    checkpoints_kept: Integer = integer(3, "newest checkpoints kept", ge=1)
     resume: Place | None = Field(None, min_length=1, description='go on from "latest" or from a checkpoint folder')
     validation_prompts: Words = Field(
         (), description='prompts of the clips sampled in between; must be a list of text such as ["a red square"]'
     )
-    validation_every: Integer = Field(
-        0, ge=0, description="steps between validations, 0 for never; must be an integer >= 0"
-    )
-    validation_steps: Integer = Field(30, ge=1, description="denoising steps of a sample; must be an integer >= 1")
-    validation_guidance: float = Field(5.0, ge=0, description="guidance scale of a sample; must be a number >= 0")
-    validation_seed: Integer = Field(0, ge=0, description="of a sample's noise; must be an integer >= 0")
-    matrix_every: Integer = Field(
-        0, ge=0, description="steps between similarity matrices in TensorBoard, 0 for never; must be an integer >= 0"
-    )
+    validation_every: Integer = integer(0, "steps between validations, 0 for never", ge=0)
+    validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
+    validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
+    validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
+    matrix_every: Integer = integer(0, "steps between similarity matrices in TensorBoard, 0 for never", ge=0)
     fps: float | None = Field(
         None,
         gt=0,
@@ -173,12 +157,12 @@ class RunSettings(BaseModel):
         "tonemap",
         description='what becomes of HDR videos (PQ, HLG), tone-mapped to SDR or left out; must be "tonemap" or "skip"',
     )
-    strict: bool = Field(False, description="stop at a video that cannot be used; must be true or false")
-    workers: Integer | None = Field(
+    strict: bool = flag(False, "stop at a video that cannot be used")
+    workers: Integer | None = integer(
         None,
+        "processes beside each training process that read clips and draw noise ahead, when null 2 with "
+        "a GPU and 0 on a CPU",
         ge=0,
-        description="processes beside each training process that read clips and draw noise ahead, when null 2 with a "
-        "GPU and 0 on a CPU; must be an integer >= 0",
     )
 
     def __init__(self, **data: Any) -> None:

@@ -11,7 +11,8 @@ from tiny_families import FAMILIES
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.config import ConfigError, CrepaConfig
-from crepa_kernels.config.rules import PRESETS, neighbour_weight_sum, recommended_block_index
+from crepa_kernels.config.rules import PRESETS, recommended_block_index
+from crepa_kernels.neighbours import Neighbours
 
 ON = {"crepa_enabled": True, "crepa_block_index": 8}
 BACKBONE = {**ON, "crepa_feature_source": "backbone"}
@@ -212,15 +213,16 @@ def test_neighbour_weights_add_up(distance: int, tau: float) -> None:
     offsets = range(1, distance + 1)
     # A few units in the last place: the sum is computed in closed form.
     expected = 2 * sum(math.exp(-offset / tau) for offset in offsets)
-    assert neighbour_weight_sum(distance, tau, cumulative=True) == pytest.approx(expected, rel=1e-13)
+    assert Neighbours(distance, tau, cumulative=True).weight_sum == pytest.approx(expected, rel=1e-13)
     expected = 2 * math.exp(-distance / tau)
-    assert neighbour_weight_sum(distance, tau, cumulative=False) == pytest.approx(expected, rel=1e-13)
+    assert Neighbours(distance, tau).weight_sum == pytest.approx(expected, rel=1e-13)
 
 
 def test_no_neighbours_weigh_nothing_and_huge_distances_are_finite() -> None:
-    assert neighbour_weight_sum(0, 1.0, cumulative=True) == 0.0
-    assert neighbour_weight_sum(10**400, 1.0, cumulative=True) == pytest.approx(2 / (math.e - 1))
-    assert neighbour_weight_sum(10**400, 1.0, cumulative=False) == 0.0
+    assert Neighbours(0, 1.0, cumulative=True).weight_sum == 0.0
+    huge = CrepaConfig(crepa_adjacent_distance=10**400)
+    assert huge.replace(crepa_cumulative_neighbors=True).neighbours.weight_sum == pytest.approx(2 / (math.e - 1))
+    assert huge.neighbours.weight_sum == 0.0
 
 
 def test_a_threshold_is_told_on_the_other_scale() -> None:

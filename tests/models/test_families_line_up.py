@@ -42,10 +42,9 @@ def seeing_student(tiny: TinyFamily) -> Any:
         for parameter in block.parameters():
             parameter.zero_()  # every branch of a block then adds 0
     embedding = transformer.get_submodule(tiny.embedding)
-    channels_first = embedding.weight.dim() > 2  # of a convolution; a Linear's weights list places first
     places = embedding.weight[0].numel() // CHANNELS
     means = patterns(CHANNELS)[:, :, None].expand(-1, -1, places) / places  # [D, C, places]
-    means = means if channels_first else means.transpose(1, 2)
+    means = means if tiny.channels_first else means.transpose(1, 2)
     embedding.weight.copy_(means.reshape(embedding.weight.shape))
     embedding.bias.zero_()
     return transformer.requires_grad_(tiny is not SPARSE_KANDINSKY)

@@ -151,6 +151,7 @@ class TinyFamily:
         embedding: the path of what turns a patch of latents into a token.
         query: the end of the path of the attention's query projection in a block.
         patch: (frames, height, width) of a token in latents.
+        channels_first: whether the embedding's weights list channels before places.
         latents: (T, H, W) that ``inputs`` uses.
     """
 
@@ -164,6 +165,7 @@ class TinyFamily:
     patch: tuple[int, int, int] = (1, 2, 2)
     latents: tuple[int, int, int] = (3, 4, 6)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    channels_first: bool = True
 
     @property
     def frames(self) -> int:
@@ -215,6 +217,7 @@ FAMILIES = {
         _listed("visual_transformer_blocks", 3),
         "visual_embeddings.in_layer",
         "self_attention.to_query",
+        channels_first=False,
     ),
     "cogvideox": TinyFamily(
         "cogvideox", CogVideoXTransformer3DModel, COGVIDEOX, _cogvideox, _BLOCKS, "patch_embed.proj"
@@ -260,6 +263,7 @@ SPARSE_KANDINSKY = TinyFamily(
     "visual_embeddings.in_layer",
     "self_attention.to_query",
     latents=(2, 16, 32),
+    channels_first=False,
     overrides=SPARSE,
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -319,16 +318,16 @@ class _Filler:
         starts, fps = list(keys), self.names.settings.fps
         for start, pixels in read_clips(path, bucket.height, bucket.width, starts, bucket.frames, fps):
             files = clips[keys[start]]
-            made = {files.latents: ("VAE", encoders.latents)}
-            if files.teacher is not None:
-                made[files.teacher] = ("teacher", partial(encoders.teacher_side, bucket=bucket))
-            for file, (what, encode) in made.items():
-                if file not in missing:
-                    continue
-                tensors = encode(pixels)
+            if files.latents in missing:
+                tensors = encoders.latents(pixels)
                 if not _finite(tensors):
-                    raise VideoError(f"the {what} makes NaN or infinity of the clip at frame {start}")
-                write_tensors(file, tensors)
+                    raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
+                write_tensors(files.latents, tensors)
+            if files.teacher is not None and files.teacher in missing:
+                tensors = encoders.teacher_side(pixels, bucket)
+                if not _finite(tensors):
+                    raise VideoError(f"the teacher makes NaN or infinity of the clip at frame {start}")
+                write_tensors(files.teacher, tensors)
 
     def _in_step(self, what: str, rounds: list[list[T]]) -> Iterator[list[T]]:
         """Each round, waited for by all: a barrier at the end alone would run into the time limit of one."""

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,12 +114,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """What `write_tensors` wrote. DamagedFile where any byte of it is another, or it was written as another file."""
-    try:
-        with safe_open(path, "pt") as file:
-            checksum = _header(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
+    with _opened(path) as (file, checksum):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if checksum != _checksum(path, tensors):
         raise DamagedFile(f"{path} is damaged: its checksum is not that of its bytes")
     return tensors
@@ -144,11 +140,8 @@ def _frames_file(folder: Path, video: str, fps: float | None) -> Path:
 
 def check_whole(path: Path) -> None:
     """DamagedFile where a file is cut off, is none of ours or another one; its header is read, its tensors are not."""
-    try:
-        with safe_open(path, "pt") as file:
-            _header(path, file.metadata())
-    except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
+    with _opened(path):
+        pass
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -159,14 +152,19 @@ def remove_abandoned(folder: Path) -> None:
                 path.unlink()
 
 
-def _header(path: Path, metadata: Mapping[str, str] | None) -> str:
-    """The checksum; its name tells a file from another that was put in its place."""
-    checksum, _, name = (metadata or {}).get(CHECKSUM, "").partition(" ")
-    if not checksum:
-        raise DamagedFile(f"{path} is damaged: it has no checksum")
-    if name != path.name:
-        raise DamagedFile(f"{path} is damaged: it was written as {name}")
-    return checksum
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, str]]:
+    """A file and the checksum of its header, whose name tells it from another that was put in its place."""
+    try:
+        with safe_open(path, "pt") as file:
+            checksum, _, name = (file.metadata() or {}).get(CHECKSUM, "").partition(" ")
+            if not checksum:
+                raise DamagedFile(f"{path} is damaged: it has no checksum")
+            if name != path.name:
+                raise DamagedFile(f"{path} is damaged: it was written as {name}")
+            yield file, checksum
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
 
 
 def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:

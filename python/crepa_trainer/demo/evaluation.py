@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
 from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
 from crepa_kernels.models.families import family_of
-from crepa_kernels.neighbours import Neighbours
 from crepa_kernels.regularizer.capture import Capture
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
@@ -171,10 +170,7 @@ def best_constants(features: Features, config: CrepaConfig) -> Tensor:
     """
     unit = F.normalize(_plan(features, config).align(features.teacher, "teacher").float(), dim=-1)
     frames = unit.shape[1]
-    neighbours = Neighbours(
-        config.crepa_adjacent_distance, config.crepa_adjacent_tau, config.crepa_cumulative_neighbors
-    )
-    weights = neighbours.weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
+    weights = config.neighbours.weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
     weights = weights / weights.sum(1, keepdim=True)  # (f, k)
     return torch.einsum("fk,bkme->me", weights, unit) / (len(unit) * frames)
 

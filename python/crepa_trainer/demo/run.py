@@ -54,11 +54,12 @@ DEMO_CREPA = {
 }
 CAPTION = "a video"
 CLIP = Bucket(64, 112, 33)
+NOISE_LEVEL = 0.1  # at which the student is asked what it has learned
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The demo's settings beside CREPA's own. `noise_level` in [0, 1] is what the evaluation asks the student at."""
+    """The demo's settings beside CREPA's own."""
 
     output: Path
     data: Path | None = None
@@ -66,10 +67,6 @@ class DemoOptions:
     seed: int = 0
     strict: bool = False
     batch_size: int = 1
-    lora_rank: int = 16
-    learning_rate: float = 2e-3
-    projector_learning_rate: float = 3e-3
-    noise_level: float = 0.1
     timed_steps: int = 10
     size: Bucket = CLIP
     clips_per_video: int = 8
@@ -88,14 +85,13 @@ class DemoOptions:
             model=str(self.model_folder),
             data=self.output / "clips",
             output=self.output,
-            lora_rank=self.lora_rank,
             resolutions=((self.size.height, self.size.width),),
             frame_counts=(self.size.frames,),
             clips_per_video=self.clips_per_video,
             max_train_steps=self.steps,
             batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            projector_learning_rate=self.projector_learning_rate,
+            learning_rate=2e-3,
+            projector_learning_rate=3e-3,
             mixed_precision="no",
             gradient_checkpointing=False,
             seed=self.seed,
@@ -122,7 +118,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
 
     before = after = None
     if trained.state.crepa is not None:
-        evaluator = Evaluator(config, trained.family, trained.clips, time=options.noise_level, seed=options.seed)
+        evaluator = Evaluator(config, trained.family, trained.clips, time=NOISE_LEVEL, seed=options.seed)
         before = evaluator.alignment(evaluator.features(_fresh_state(trained, config)))
         features = evaluator.features(trained.state)
         after = evaluator.alignment(features)
@@ -133,7 +129,7 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
 
     summary = _summary(options, len(videos), trained, rows, before, after, seconds)
     summary.save(options.output / "summary.json")
-    print_summary(console, summary, options.noise_level)
+    print_summary(console, summary, NOISE_LEVEL)
     say(console, f"Everything is in {options.output}")
     return summary
 

@@ -108,33 +108,20 @@ def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: in
         last = len(clip.pixels) - 1
         for f in sorted({round(i * last / max(1, frames_per_clip - 1)) for i in range(frames_per_clip)}):
             frame = clip.pixels[f].permute(1, 2, 0).cpu().numpy()
-            columns.append(
-                (
-                    f"{clip.name}\nframe {clip.frame_numbers[f]}",
-                    [frame, colors(y[f]), colors(p[f]), (y[f] * p[f]).sum(-1).numpy()],
-                )
-            )
+            pictures = [frame, colors(y[f]), colors(p[f]), (y[f] * p[f]).sum(-1).numpy()]
+            columns.append((f"{clip.name}\nframe {clip.frame_numbers[f]}", pictures))
     height, width = clips[0].pixels.shape[-2:]
     labels = ("video", "teacher,\nPCA colours", "student,\nsame colours", "cosine")
-    figure, axes = plt.subplots(
-        4,
-        len(columns),
-        figsize=(1.6 + 2.1 * len(columns), 0.6 + 4 * 2.15 * height / width),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (1.6 + 2.1 * len(columns), 0.6 + 4 * 2.15 * height / width)
+    figure, axes = plt.subplots(4, len(columns), figsize=size, layout="constrained", squeeze=False)
     image = None
     for column, (title, pictures) in enumerate(columns):
         axes[0][column].set_title(title, fontsize=8)
         for row, picture in enumerate(pictures):
             axis = axes[row][column]
             # Every picture spans the same frame, so a patch lies where its pixels are.
-            shown = axis.imshow(
-                picture,
-                extent=(0, width, height, 0),
-                interpolation="nearest",
-                **({"vmin": -1, "vmax": 1, "cmap": "RdBu_r"} if row == 3 else {}),
-            )
+            scale: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"} if row == 3 else {}
+            shown = axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **scale)
             image = shown if row == 3 else image
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
