@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreter import remember_builtins
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -16,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for mark in item.iter_markers("few_on_a_gpu"):
                 if not any(part in item.callspec.id for part in mark.args):
                     item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and no collection of garbage need look through all of it again."""
+    if "triton" in sys.modules:
+        remember_builtins()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
