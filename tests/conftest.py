@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def pytest_collection_finish() -> None:
         remember_builtins()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan pipeline in `wan` and a teacher in `dinov2`, of `training_runs.save_models`; a test changes a copy."""
+    from training_runs import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
