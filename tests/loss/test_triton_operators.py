@@ -147,7 +147,7 @@ def tilings() -> Iterator[Any]:
 
 
 @pytest.mark.few_on_a_gpu("odd-torch.bfloat16", "even", "long")
-@pytest.mark.parametrize(("sizes", "dtype", "recompute", "device"), tilings())
+@pytest.mark.parametrize(("sizes", "dtype", "recompute", "device"), list(tilings()))
 def test_several_tiles(sizes: dict[str, Any], recompute: bool, dtype: torch.dtype, device: str) -> None:
     case = simple(teacher_grid=sizes["student_grid"], batch=1, mean=10.0, **sizes)
     check(case, dtype, device, recompute, "one_pass")
