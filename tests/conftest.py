@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from interpreter import remember_builtins
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -16,6 +20,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for mark in item.iter_markers("few_on_a_gpu"):
                 if not any(part in item.callspec.id for part in mark.args):
                     item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and no collection of garbage need look through all of it again."""
+    if "triton" in sys.modules:
+        remember_builtins()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan pipeline in `wan` and a teacher in `dinov2`, of `training_runs.save_models`; a test changes a copy."""
+    from training_runs import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -177,8 +179,9 @@ def test_sound_kernels_are_taken_and_checked_once_for_each_way(
     caplog: pytest.LogCaptureFixture, eligible: list[Any]
 ) -> None:
     caplog.set_level(logging.INFO, "crepa_kernels")
+    expected = found(KEPT, "triton")
     for _ in range(2):
-        assert same(found(KEPT), found(KEPT, "triton"))
+        assert same(found(KEPT), expected)
     with torch.no_grad():
         found(replace(KEPT, required=()))
     assert len(eligible) == 1
@@ -187,9 +190,9 @@ def test_sound_kernels_are_taken_and_checked_once_for_each_way(
         replace(KEPT, hidden_size=24), replace(KEPT, feature_size=9), replace(KEPT, frame_mask=OFF),
         simple(spatial_align="pool"),
     ):  # fmt: skip
-        before = len(eligible)
+        before, expected = len(eligible), found(other, "triton")
         for _ in range(2):
-            assert same(found(other), found(other, "triton"))
+            assert same(found(other), expected)
         assert len(eligible) == before + 1
     assert same(found(replace(KEPT, batch=1)), found(replace(KEPT, batch=1), "triton"))
     assert len(eligible) == 5
@@ -249,7 +252,7 @@ def test_a_trace_checks_beside_it(
     with monkeypatch.context() as broken:
         if not sound:
             changed(broken, "rows", raising(RuntimeError("broken")))
-        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         with torch.autocast("cpu", torch.bfloat16):
             value = compiled(tensors["h"])
     assert len(eligible) == 1
@@ -396,12 +399,24 @@ def test_the_device_asked_is_that_of_the_tensors() -> None:
     assert availability.why_no_triton() is None
 
 
+@cache
+def found_by(backend: str) -> list[torch.Tensor]:
+    return found(KEPT, backend)
+
+
 @pytest.mark.parametrize("given", ["auto", "torch", "reference", "triton"])
 @pytest.mark.parametrize("forced", ["reference", "torch", "triton", "auto", ""])
 def test_the_environment_overrides_every_backend(given: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {name: found(KEPT, name) for name in ("reference", "torch", "triton")} | {"auto": found(KEPT, "torch")}
+    name = forced or given
+    expected = found_by("torch" if name == "auto" else name)
     monkeypatch.setenv("CREPA_BACKEND", forced)
-    assert same(found(KEPT, given), expected[forced or given])
+    assert same(found(KEPT, given), expected)
+
+
+def test_no_two_backends_give_the_same_bits() -> None:
+    """So that which of them ran shows in what they give."""
+    results = [found_by(name) for name in ("reference", "torch", "triton")]
+    assert not any(same(*pair) for pair in itertools.combinations(results, 2))
 
 
 @pytest.mark.parametrize("given", ["auto", "torch"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import ranks
 import torch
@@ -23,12 +20,7 @@ CLOSE = 1e-6
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each rank had of each run."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = str(Path(ranks.__file__))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks.RANKS)]
-    here = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, script, str(folder)], env={**os.environ, **here}, capture_output=True, text=True, timeout=300
-    )
+    done = processes.run(ranks.main, folder, ranks=ranks.RANKS)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         run: [torch.load(folder / f"{run}-{rank}.pt", weights_only=False) for rank in range(ranks.RANKS)]

@@ -27,7 +27,7 @@ from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings
+from training_runs import TinyClips, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.transfer import HostCopy
@@ -236,11 +236,6 @@ def test_a_gpu_is_not_waited_for(source: str, setting: str, masks: str) -> None:
             crepa.loss(step=step, **given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ process starts (torchrun, accelerate, the command line) starts a fresh interpret
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -45,6 +46,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], given: Map
     os.environ.update(given)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    gc.freeze()  # what the server imported stays: no collection of garbage need look through it
     # Its own children begin as those of any other program, and are its own.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     function(*arguments)

@@ -1,10 +1,11 @@
-"""Training runs of one process or of two, which must come out alike; torchrun runs this for test_distributed.py.
+"""Training runs of one process or of two, which must come out alike: test_distributed.py compares them.
 
 torchrun --nproc_per_node 2 tests/support/ranks.py FOLDER   writes FOLDER/RUN-RANK.pt for each of RUNS
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -284,8 +285,8 @@ RUNS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     assert dist.get_world_size() == RANKS
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from crepa_trainer.checkpoint import find_checkpoint, run_identity
+from crepa_trainer.checkpoint import Checkpoint, find_checkpoint, run_identity
 from crepa_trainer.data.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
@@ -127,6 +127,11 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     console = Console(file=io.StringIO())
     train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint)
     return read_metrics(settings.output / "metrics.jsonl")
+
+
+def latest_checkpoint(settings: RunSettings, config: CrepaConfig) -> Checkpoint | None:
+    """What a run of one process with these settings would go on from."""
+    return find_checkpoint(settings, run_identity(settings, config, 1))
 
 
 def train_elsewhere(

@@ -24,22 +24,13 @@ from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.settings import RunSettings
 from rich.console import Console
-from tiny import tiny_dinov2, tiny_wan
-from tiny_pipelines import save_tiny_wan_pipeline
+from tiny import tiny_wan
 from videos import moving_square, write_video, write_with_empty_samples
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, frame_indices
 from crepa_kernels.teachers.dinov2 import DinoV2Teacher
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_wan_pipeline(folder / "wan")
-    tiny_dinov2(folder / "dinov2")
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, find_checkpoint, run_identity
+from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, run_identity
 from crepa_trainer.cli import main
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import PeftModel
@@ -22,39 +22,20 @@ from said import everything_said
 from training_runs import (
     TinyClips,
     command,
-    save_models,
+    latest_checkpoint,
     tiny_config,
     tiny_settings,
     train,
     train_elsewhere,
 )
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run with a checkpoint after each of its 5 steps, of which 2 are kept."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny_settings(models, output, **EACH_STEP), tiny_config(models))
-    return output
-
-
-EACH_STEP: dict[str, Any] = {"max_train_steps": 5, "checkpoint_every": 1, "checkpoints_kept": 2}
-
-
-@pytest.fixture
-def output(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
+# A checkpoint after each of 5 steps, of which 2 are kept.
+RUN: dict[str, Any] = {"max_train_steps": 5, "checkpoint_every": 1, "checkpoints_kept": 2}
 
 
 def found(models: Path, output: Path, crepa: dict[str, Any] | None = None, **changes: Any) -> Any:
-    settings = tiny_settings(models, output, **{**EACH_STEP, "resume": "latest", **changes})
-    return find_checkpoint(settings, run_identity(settings, tiny_config(models, **(crepa or {})), 1))
+    settings = tiny_settings(models, output, **{**RUN, "resume": "latest", **changes})
+    return latest_checkpoint(settings, tiny_config(models, **(crepa or {})))
 
 
 def names(output: Path) -> list[str]:
@@ -220,20 +201,20 @@ def test_a_checkpoint_that_was_half_removed_goes_and_stops_nothing(models: Path,
     (folder / "step-00000002" / "optimizer.bin").write_bytes(b"left over")
     shutil.copytree(folder / "step-00000005", folder / "step-00000006")
     (folder / "step-00000006" / STATE_FILE).unlink()
-    train(tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 6}, resume="latest"), tiny_config(models))
+    train(tiny_settings(models, output, **{**RUN, "max_train_steps": 6}, resume="latest"), tiny_config(models))
     assert names(output) == ["step-00000005", "step-00000006"]
     assert found(models, output, max_train_steps=6).step == 6
 
 
 def test_other_clips_are_an_error_before_any_weight_is_loaded(models: Path, output: Path) -> None:
-    settings = tiny_settings(models, output, **EACH_STEP, resume="latest")
+    settings = tiny_settings(models, output, **RUN, resume="latest")
     with pytest.raises(ValueError, match="of a run on other clips"):
         train(settings, tiny_config(models), TinyClips(2, 2))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    settings = tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 2})
+    settings = tiny_settings(models, output, **{**RUN, "max_train_steps": 2})
     train(settings, tiny_config(models))
     optimizer = output / FOLDER / "step-00000002" / "optimizer.safetensors"
     longer = settings.model_copy(update={"max_train_steps": 4, "resume": "latest"})
@@ -251,7 +232,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(models: Path, tmp_pat
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before_it_whole(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    settings = tiny_settings(models, output, **{**EACH_STEP, "max_train_steps": 500})
+    settings = tiny_settings(models, output, **{**RUN, "max_train_steps": 500})
     process = subprocess.Popen(command(settings, tiny_config(models)), env=environment(), stderr=subprocess.PIPE)
     try:
         _wait(lambda: len(list((output / FOLDER).glob("step-*"))) > 1, process)

@@ -11,37 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, run_identity
+from crepa_trainer.checkpoint import FOLDER, STATE_FILE, WEIGHTS_FILE, Checkpoint
 from crepa_trainer.state_files import file_digest, json_digest, read_state, write_state
 from safetensors.torch import load_file, save_file
-from training_runs import save_models, tiny_config, tiny_settings, train
+from training_runs import latest_checkpoint, tiny_config, tiny_settings, train
 
 RUN: dict[str, Any] = {"max_train_steps": 4, "checkpoint_every": 1, "checkpoints_kept": 2, "ema_decay": 0.8}
 PARTS = {"optimizer", "scheduler", "crepa", "average", "random_state_0", WEIGHTS_FILE.removesuffix(".safetensors")}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run with checkpoints of steps 3 and 4."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny_settings(models, output, **RUN), tiny_config(models))
-    return output
-
-
 @pytest.fixture
-def checkpoint(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run" / FOLDER / "step-00000004"
+def checkpoint(output: Path) -> Path:
+    """Of the last step; that of the one before lies beside it."""
+    return output / FOLDER / "step-00000004"
 
 
 def found(models: Path, checkpoint: Path) -> Checkpoint | None:
     settings = tiny_settings(models, checkpoint.parents[1], **{**RUN, "resume": "latest"})
-    return find_checkpoint(settings, run_identity(settings, tiny_config(models), 1))
+    return latest_checkpoint(settings, tiny_config(models))
 
 
 def sign(checkpoint: Path, **changes: Any) -> None:

@@ -10,16 +10,11 @@ import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
 from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
+from training_runs import TinyClips, tiny_config, tiny_settings, train, train_elsewhere
 
 # fp32: two ranks add the same four gradients in another order, and AdamW passes that on from step to step.
 CLOSE = 1e-6
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any) -> list[list[dict[str, float]]]:

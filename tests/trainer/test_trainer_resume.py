@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 from crepa_trainer.reporting.trackers import MetricsTracker, read_metrics
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
+from training_runs import TinyClips, tiny_config, tiny_settings, train, train_elsewhere
 
 STEPS, CHECKPOINT, KILLED = 12, 4, 10
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial")
 CUTOFFS = ("none", "cutoff_step", "permanent", "recoverable")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def settings_of(scheduler: str) -> dict[str, Any]:

@@ -12,14 +12,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from said import everything_said
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
+from training_runs import TinyClips, tiny_config, tiny_settings, train
 
 from crepa_kernels import CrepaRegularizer
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

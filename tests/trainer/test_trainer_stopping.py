@@ -15,15 +15,10 @@ import pytest
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.reporting.trackers import read_metrics
 from processes import environment
-from training_runs import TinyClips, command, save_models, tiny_config, tiny_settings, train
+from training_runs import TinyClips, command, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
 
 SECONDS = 240
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def started(words: list[str]) -> subprocess.Popen[str]:

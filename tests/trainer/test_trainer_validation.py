@@ -8,7 +8,6 @@ from typing import Any
 
 import av
 import numpy as np
-import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.families import TrainingFamily
@@ -17,16 +16,11 @@ from crepa_trainer.validation import Sampling, sample_clips, save_clip
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 from tiny_pipelines import save_tiny_wan_pipeline
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
+from training_runs import TinyClips, tiny_config, tiny_settings, train
 from videos import moving_square
 
 CPU = torch.device("cpu")
 VALIDATION: dict[str, Any] = {"validation_prompts": ["a video"], "validation_every": 2, "validation_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def sampling(**changes: Any) -> Sampling:

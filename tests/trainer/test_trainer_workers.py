@@ -15,7 +15,7 @@ from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position, RankPo
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
-from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train, train_elsewhere
+from training_runs import TinyClips, tiny_config, tiny_settings, train, train_elsewhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,11 +30,6 @@ STATEFUL = {
     "checkpoint_every": 4,
 }
 CUTOFF = {"crepa_cutoff_step": 9, "crepa_similarity_threshold": 0.99}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

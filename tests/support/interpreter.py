@@ -1,0 +1,32 @@
+"""Triton's interpreter, faster: what it looks up again at every call of every function is looked up once."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+
+def remember_builtins() -> None:
+    """The interpreter lists all of ``triton.language`` for each launch and each function that a kernel calls.
+
+    That is a quarter of a small kernel's time, and what is a builtin there does not change. A Triton without these
+    functions stays as it is.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+        return
+
+    @cache
+    def names(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch(package: Any, *rest: Any) -> None:
+        for name in names(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # not patched yet
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch
