@@ -305,17 +305,17 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         False,
     ),
     "a threshold": ({}, {"crepa_similarity_threshold": 0.9}, False),
-    "a cutoff": ({}, {"crepa_cutoff_step": 3}, False),
+    "a cutoff": ({}, {"crepa_cutoff_step": 2}, False),
     "all weights, without CREPA": ({"training": "full"}, {"crepa_enabled": False}, False),
 }
-STEPS = 6
+STEPS = 5
 
 
 def training_run(models: Path, output: Path, name: str) -> tuple[TrainingRun, _NoCheckpoints]:
     """A run on the device of accelerate's state, before its first step."""
     changes, crepa, pixels = RUNS[name]
     # What workers make has other addresses here.
-    settings = tiny_settings(models, output, max_train_steps=STEPS, checkpoint_every=4, workers=0, **changes)
+    settings = tiny_settings(models, output, max_train_steps=STEPS, checkpoint_every=3, workers=0, **changes)
     family, accelerator, checkpoints = TrainingFamily.of(settings.model), make_accelerator(settings), _NoCheckpoints()
     state = make_state(accelerator, family, settings, tiny_config(models, **crepa))
     ema = make_ema(accelerator.unwrap_model(state.transformer), settings.ema_decay)
@@ -349,8 +349,8 @@ def test_a_step_of_the_trainer_waits_for_nothing(
     with _Operators(pinned), _Python():
         run.steps(0, Console(file=io.StringIO()))
     # Each step's values once the next is under way, but where a checkpoint is to be written.
-    assert checkpoints.steps == [4, 6]
-    assert _Late.late == [1, 1, 1, 0, 1, 0]
+    assert checkpoints.steps == [3, 5]
+    assert _Late.late == [1, 1, 0, 1, 0]
 
 
 @pytest.mark.usefixtures("no_values", "one_thread", "device_of_runs")

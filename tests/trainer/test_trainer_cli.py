@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crepa_trainer.cli import main
 from crepa_trainer.terminal import plain
+from processes import run
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
@@ -30,20 +33,21 @@ def test_the_command_imports_what_it_needs_and_no_more() -> None:
     assert not imported(wrong) & {"diffusers", "transformers", "accelerate", "peft", "av", "matplotlib"}
 
 
+def call_it(words: list[str]) -> None:
+    """What a program does that has loggers of its own."""
+
+    def state() -> list[Any]:
+        loggers = [logging.getLogger(name) for name in (None, "crepa_kernels", "crepa_trainer")]
+        return [(logger.level, logger.handlers[:]) for logger in loggers]
+
+    before = state()
+    assert main(words) == 2
+    assert state() == before, state()
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_program_that_calls_it_has_its_logging_back(debug: bool) -> None:
-    words = ["run", "--max_train_steps", "0", *(["--debug"] if debug else [])]
-    code = f"""
-import logging
-from crepa_trainer.cli import main
-def state():
-    loggers = [logging.getLogger(name) for name in (None, "crepa_kernels", "crepa_trainer")]
-    return [(logger.level, logger.handlers[:]) for logger in loggers]
-before = state()
-assert main({words}) == 2
-assert state() == before, state()
-"""
-    done = python("-c", code)
+    done = run(call_it, ["run", "--max_train_steps", "0", *(["--debug"] if debug else [])])
     assert done.returncode == 0, done.stderr
     assert ("Traceback" in done.stdout) == debug
 
@@ -125,6 +129,10 @@ WILD = "a\x1b[31m\nb\u202ec\x9b2J"
 PLAIN = r"a\x1b[31m\nb\u202ec\x9b2J"
 
 
+def print_the_plan(words: list[str]) -> None:
+    assert main(words) == 0
+
+
 def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan, a log line and errors of a folder whose names hold escape sequences and bidi marks."""
     data = tmp_path / "data"
@@ -135,7 +143,7 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.Captur
         (data / name).with_suffix(".txt").write_text("a square")
     words = ["run", "--model", str(tmp_path / "wan"), "--data", str(data), "--output", str(tmp_path / "out")]
     words += ["--resolutions", "[[96, 144]]", "--frame_counts", "[9]", "--max_train_steps", "1", "--plan"]
-    done = python("-m", "crepa_trainer", *words)
+    done = run(print_the_plan, words)
     assert done.returncode == 0, done.stderr
     plan = done.stdout
     assert f"{PLAIN}.mp4 3 times" in plan  # enlarged, in the plan's table
