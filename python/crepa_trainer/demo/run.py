@@ -67,6 +67,7 @@ class DemoOptions:
     seed: int = 0
     strict: bool = False
     batch_size: int = 1
+    learning_rate: float = 2e-3
     timed_steps: int = 10
     size: Bucket = CLIP
     clips_per_video: int = 8
@@ -90,7 +91,7 @@ class DemoOptions:
             clips_per_video=self.clips_per_video,
             max_train_steps=self.steps,
             batch_size=self.batch_size,
-            learning_rate=2e-3,
+            learning_rate=self.learning_rate,
             projector_learning_rate=3e-3,
             mixed_precision="no",
             gradient_checkpointing=False,
