@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from crepa_kernels.config.rules import PREFIX, PRESETS, describe, nearest, recommended_block_index, unknown_key
+from crepa_kernels.config.rules import (
+    PREFIX,
+    PRESETS,
+    describe,
+    nearest,
+    recommended_block_index,
+    unknown_key,
+    whole_rule,
+)
 from crepa_kernels.config.schema import ConfigError, CrepaConfig, Integer
 from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
 
@@ -54,7 +62,7 @@ class RunSettings(BaseModel):
     """Settings of a training run, immutable. Every field's description is its rule, in errors and in `--help`.
 
     A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every wrong
-    key with its value and rule. `None` means the default.
+    key with its value and rule. `None` means the default. Integers have at most 64 bits.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -186,7 +194,7 @@ class RunSettings(BaseModel):
         except ValidationError as error:
             refused = {str(details["loc"][0]) for details in error.errors(include_url=False, include_context=False)}
             for key in sorted(refused, key=list(fields).index):
-                rule = fields[key].description or ""
+                rule = whole_rule(fields[key].description or "", given.get(key))
                 problems.append(describe(key, given[key], rule) if key in given else f"{key}: {rule}")
         else:
             problems += _contradictions(self)
