@@ -92,6 +92,10 @@ class WanFamily(TrainingFamily):
 
         return tokens(tokenizer, prompt_clean(prompt))
 
+    @property
+    def of_image_encoder(self) -> frozenset[str]:
+        return frozenset({"image_embeds"})
+
     def load_image_encoder(self) -> DiffusionPipeline | None:
         if not self.image_parts:
             return None
