@@ -12,14 +12,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from corner_videos import HEIGHT, WIDTH, corner_error, corners, write
+from corner_videos import HEIGHT, PRIMARIES_2020, WIDTH, as_yuv, corner_error, corners, hlg, linear, pq, write
 from crepa_trainer.data.clips import read_clips, read_frames
 from crepa_trainer.data.video import VideoError, VideoInfo, probe_video
 
 NEAR = 8  # of 255: what 4:2:0 and a quantizer leave of a flat colour
 NEAR_HDR = 25  # tone mapping bends what is bright
-PRIMARIES_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
-MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
 
 
 def shown(path: Path, **how: Any) -> tuple[VideoInfo, float]:
@@ -59,32 +57,6 @@ def test_pixels_that_are_not_square_and_lie_on_their_side(tmp_path: Path) -> Non
     path = write(tmp_path / "a.mp4", [stored] * 3, matrix=(0, 1, -1, 0), aspect=Fraction(4, 3))
     info, error = shown(path)
     assert (info, error < NEAR) == (VideoInfo(3, HEIGHT * 4 // 3, WIDTH), True), (info, error)
-
-
-def as_yuv(signal: np.ndarray, matrix: int, full: bool) -> np.ndarray:
-    """R'G'B' in 0 to 1 as 10-bit Y'CbCr, by the equations of BT.601, 709 and 2020."""
-    kr, kb = MATRICES[matrix]
-    y = signal @ np.array([kr, 1 - kr - kb, kb])
-    chroma = np.stack([(signal[..., 2] - y) / (2 - 2 * kb), (signal[..., 0] - y) / (2 - 2 * kr)], axis=-1)
-    low, luma, wide = (0, 1023, 1023) if full else (64, 876, 896)
-    return np.rint(np.concatenate([low + luma * y[..., None], 512 + wide * chroma], -1)).astype(np.uint16)
-
-
-def linear(picture: np.ndarray) -> np.ndarray:
-    signal = picture / 255
-    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
-
-
-def pq(light: np.ndarray) -> np.ndarray:
-    """ST 2084, of light in units of 203 cd/m2."""
-    power = (light.clip(0) * 203 / 10000) ** 0.1593017578125
-    return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
-
-
-def hlg(light: np.ndarray) -> np.ndarray:
-    scene = 0.26496256 * light.clip(0) ** (1 / 1.2)
-    log = 0.17883277 * np.log((12 * scene - 0.28466892).clip(1e-9)) + 0.55991073
-    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
