@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.format import Flags
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
@@ -136,7 +137,7 @@ def _decoded_info(path: Path, fps: float | None) -> VideoInfo:
             times.append(frame.pts)
         if first is None:
             raise VideoError("no frame in its video stream")
-        if None in times or len(set(times)) < len(times):
+        if _is_bare(stream) or None in times or len(set(times)) < len(times):
             times = list(range(len(times)))
             return _info(first, stream, times, 1 / _guessed_rate(stream), fps)
         return _info(first, stream, times, float(stream.time_base or 0), fps)
@@ -155,6 +156,11 @@ def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, 
     frames = len(seconds) if fps is None else max(math.ceil((span + lasts[-1] - _SLACK) * fps), 1)
     height, width = shown_size(first, stream)
     return VideoInfo(frames, height, width, rate, constant, transfer(first, stream))
+
+
+def _is_bare(stream: Any) -> bool:
+    """Whether a file is the stream of a codec alone, whose times FFmpeg guesses, and at its end wrongly."""
+    return bool(stream.container.format.flags & Flags.no_timestamps.value)
 
 
 def _guessed_rate(stream: Any) -> float:
@@ -199,6 +205,10 @@ def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
         if packet.is_corrupt:
             # A file that was cut off ends with a damaged packet and decodes without an error up to there.
             if not recording:
+                # What the decoder still holds is whole; how much it holds depends on its threads.
+                for frame in stream.codec_context.decode(None):
+                    decoded += 1
+                    yield frame
                 raise VideoError(f"damaged or cut off after frame {decoded}")
             pending = None if decoded == 0 else f"damaged after frame {decoded}"
             continue
@@ -219,15 +229,16 @@ def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
 
 def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterator[av.VideoFrame]:
     """At each multiple of 1 / fps after the first frame, the one that is shown then."""
-    lasts = 1 / _guessed_rate(stream)
+    lasts, bare = 1 / _guessed_rate(stream), _is_bare(stream)
     start = time = 0.0
     shown: av.VideoFrame | None = None
     taken = 0
     for frame in frames:
+        said = None if bare else frame.time
         if shown is None:
-            start = time = frame.time or 0.0
+            start = time = said or 0.0
         else:
-            now = time + lasts if frame.time is None or frame.time <= time else frame.time
+            now = time + lasts if said is None or said <= time else said
             time, lasts = now, now - time
             while start + taken / fps + _SLACK < time:
                 yield shown
@@ -244,24 +255,45 @@ def shown_size(frame: av.VideoFrame, stream: Any) -> tuple[int, int]:
     return (width, height) if _turn(frame)[0] else (height, width)
 
 
-def upright(frame: av.VideoFrame, stream: Any, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8 of the picture that is shown, its aspect kept and its centre cropped."""
-    transposed, flip_down, flip_right = _turn(frame)
-    if transposed:
-        height, width = width, height
-    aspect = _pixel_aspect(stream)
-    scale = max(height / frame.height, width / (frame.width * aspect))
-    tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
-    picture = to_rgb(frame, stream, scaler, tall, wide)
-    top, left = (tall - height) // 2, (wide - width) // 2
-    picture = picture[top : top + height, left : left + width]
-    picture = picture.swapaxes(0, 1) if transposed else picture
-    return picture[:: -1 if flip_down else 1, :: -1 if flip_right else 1]
+class Upright:
+    """The pictures of a video as they are shown, their aspect kept and their centre cropped to `height` and `width`.
+
+    All are turned as `first` is, its first frame: what a stream itself says of it comes with key frames alone.
+    """
+
+    def __init__(self, first: av.VideoFrame, stream: Any, height: int, width: int) -> None:
+        self.stream, self.turn, self.scaler = stream, _turn(first), VideoReformatter()
+        self.size = (width, height) if self.turn[0] else (height, width)
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        height, width = self.size
+        aspect = _pixel_aspect(self.stream)
+        scale = max(height / frame.height, width / (frame.width * aspect))
+        tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
+        picture = to_rgb(frame, self.stream, self.scaler, tall, wide)
+        top, left = (tall - height) // 2, (wide - width) // 2
+        picture = picture[top : top + height, left : left + width]
+        transposed, flip_down, flip_right = self.turn
+        picture = picture.swapaxes(0, 1) if transposed else picture
+        return picture[:: -1 if flip_down else 1, :: -1 if flip_right else 1]
 
 
 def _pixel_aspect(stream: Any) -> float:
     """How much wider than tall a stored pixel is shown."""
     return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+
+
+def _unknown_side_data(cls: Any, value: int) -> Any:
+    kind = object.__new__(cls)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
+
+
+# PyAV refuses to tell anything of what lies beside a frame with which there is a kind newer than its own list, such as
+# the EXIF of JPEGs and TIFFs.
+_side_data_types: Any = SideDataType
+_side_data_types._missing_ = classmethod(_unknown_side_data)
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
