@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from .color import to_rgb, transfer
+from .whole import boxes, what_is_cut_off
 
 # Demuxers of text that names other files.
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "sdp", "rtsp"})
@@ -54,6 +54,7 @@ class VideoInfo:
         rate: frames a second on average, 0 where the file does not say.
         constant: whether all frames are shown equally long.
         hdr: "PQ", "HLG" or None.
+        cut: what the file lacks at its end, where that can be known.
     """
 
     frames: int
@@ -62,6 +63,7 @@ class VideoInfo:
     rate: float = field(default=0.0, compare=False)
     constant: bool = field(default=True, compare=False)
     hdr: str | None = field(default=None, compare=False)
+    cut: str | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def probe_video(path: Path, fps: float | None = None) -> VideoInfo:
                 break
         times = shown if times is None else times
         base = float(stream.time_base or 0)
-        info = None if first is None or not sure or None in times else _info(first, stream, times, base, fps)
+        info = None if first is None or not sure or None in times else _info(path, first, stream, times, base, fps)
     return _decoded_info(path, fps) if info is None else info
 
 
@@ -139,11 +141,13 @@ def _decoded_info(path: Path, fps: float | None) -> VideoInfo:
             raise VideoError("no frame in its video stream")
         if _is_bare(stream) or None in times or len(set(times)) < len(times):
             times = list(range(len(times)))
-            return _info(first, stream, times, 1 / _guessed_rate(stream), fps)
-        return _info(first, stream, times, float(stream.time_base or 0), fps)
+            return _info(path, first, stream, times, 1 / _guessed_rate(stream), fps)
+        return _info(path, first, stream, times, float(stream.time_base or 0), fps)
 
 
-def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, fps: float | None) -> VideoInfo:
+def _info(
+    path: Path, first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, fps: float | None
+) -> VideoInfo:
     """times: of each frame that is shown, in units of `base` seconds, in any order."""
     seconds = [time * base for time in sorted(times)]
     lasts = [after - before for before, after in itertools.pairwise(seconds)] or [1 / _guessed_rate(stream)]
@@ -155,7 +159,8 @@ def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, 
     rate = len(even) / sum(even) if constant else (len(seconds) - 1) / span
     frames = len(seconds) if fps is None else max(math.ceil((span + lasts[-1] - _SLACK) * fps), 1)
     height, width = shown_size(first, stream)
-    return VideoInfo(frames, height, width, rate, constant, transfer(first, stream))
+    cut = what_is_cut_off(path, stream)
+    return VideoInfo(frames, height, width, rate, constant, transfer(first, stream), cut)
 
 
 def _is_bare(stream: Any) -> bool:
@@ -181,17 +186,7 @@ def _indexed_times(path: Path, stream: Any) -> list[int] | None:
 def _has_fragments(path: Path) -> bool:
     """Whether an MP4 goes on after its header, in `moof` boxes."""
     with path.open("rb") as file:
-        while len(header := file.read(8)) == 8:
-            size, name = struct.unpack(">I4s", header)
-            if name == b"moof":
-                return True
-            read = 8
-            if size == 1:
-                size, read = int.from_bytes(file.read(8), "big"), 16
-            if size < read:  # 0: to the end of the file
-                return False
-            file.seek(size - read, 1)
-    return False
+        return any(name == b"moof" for name, _, _ in boxes(file))
 
 
 def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
