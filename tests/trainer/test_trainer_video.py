@@ -104,29 +104,6 @@ def test_bt2020_primaries_without_hdr_are_converted(tmp_path: Path) -> None:
     assert shown(path)[1] < NEAR
 
 
-CONTAINERS = {
-    "mp4": {}, "mkv": {}, "mov": {}, "ts": {}, "flv": {}, "3gp": {}, "m2ts": {}, "f4v": {},
-    "avi": {"codec": "mpeg4"}, "wmv": {"codec": "wmv2"}, "asf": {"codec": "msmpeg4"},
-    "webm": {"codec": "libvpx-vp9"}, "gif": {"codec": "gif", "pixels": "rgb8"}, "mpg": {"codec": "mpeg2video"},
-    "mxf": {"codec": "mpeg2video"}, "m4v": {"codec": "mpeg4"}, "nut": {"codec": "ffv1"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", CONTAINERS)
-def test_every_container(tmp_path: Path, suffix: str) -> None:
-    how = CONTAINERS[suffix]
-    if how.get("codec", "libx264") not in av.codecs_available:
-        pytest.skip(f"this FFmpeg has no {how['codec']}")
-    options = {} if how.get("codec") in (None, "gif", "ffv1", "libvpx-vp9") else {"qmin": "1", "qmax": "3"}
-    muxer = {"m2ts": "mpegts", "f4v": "mp4", "m4v": "mp4"}.get(suffix)
-    path = write(tmp_path / f"a.{suffix}", [corners()] * 12, options=options, format=muxer, **how)
-    info, error = shown(path)
-    assert info == VideoInfo(12, HEIGHT, WIDTH)
-    # A GIF has 8 colour levels a channel here, and is otherwise right.
-    assert error < (40 if suffix == "gif" else NEAR)
-    assert info.rate == pytest.approx(25, rel=0.03)
-
-
 def counted(frames: int) -> list[np.ndarray]:
     return [np.full((64, 64, 3), 5 * n, np.uint8) for n in range(frames)]
 
