@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import statistics
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ _FRAME_A_PACKET = frozenset(
     {"av1", "dnxhd", "ffv1", "h264", "hevc", "libaom-av1", "libdav1d", "mjpeg", "prores", "rawvideo", "vp9"}
 )
 _MOV, _MATROSKA = "mov", "matroska"
+_MOST_REORDERED = 16  # frames, of H.264 and H.265
 _SLACK = 1e-3  # seconds: some containers count in milliseconds
 
 
@@ -224,12 +227,11 @@ def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
 
 def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterator[av.VideoFrame]:
     """At each multiple of 1 / fps after the first frame, the one that is shown then."""
-    lasts, bare = 1 / _guessed_rate(stream), _is_bare(stream)
+    lasts = 1 / _guessed_rate(stream)
     start = time = 0.0
     shown: av.VideoFrame | None = None
     taken = 0
-    for frame in frames:
-        said = None if bare else frame.time
+    for frame, said in _timed(frames, stream):
         if shown is None:
             start = time = said or 0.0
         else:
@@ -242,6 +244,27 @@ def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterat
     while shown is not None and start + taken / fps + _SLACK < time + lasts:
         yield shown
         taken += 1
+
+
+def _timed(frames: Iterable[av.VideoFrame], stream: Any) -> Iterator[tuple[av.VideoFrame, float | None]]:
+    """Each frame with the second at which it is shown, or None where the file does not say that."""
+    if _is_bare(stream) or stream.container.format.name != "avi":
+        yield from ((frame, None if _is_bare(stream) else frame.time) for frame in frames)
+        return
+    # An AVI has times of decoding alone: frames come in the order in which they are shown, their times do not.
+    held: deque[av.VideoFrame] = deque()
+    times: list[float] = []
+    for frame in frames:
+        held.append(frame)
+        heapq.heappush(times, math.inf if frame.time is None else frame.time)
+        if len(held) > _MOST_REORDERED:
+            yield held.popleft(), _known(heapq.heappop(times))
+    while held:
+        yield held.popleft(), _known(heapq.heappop(times))
+
+
+def _known(time: float) -> float | None:
+    return None if math.isinf(time) else time
 
 
 def shown_size(frame: av.VideoFrame, stream: Any) -> tuple[int, int]:
