@@ -98,9 +98,15 @@ TIMES = [
     *(_timed(f"60 fps.{suffix}", range(FRAMES + 1), 60) for suffix in ("mp4", "mkv", "ts")),
     _timed("12 fps.mov", range(FRAMES + 1), 12),
     # A player shows the last frame as long as the one before it.
-    *(_timed(f"variable.{suffix}", (*VARIABLE, 26), 25) for suffix in ("mp4", "mkv", "flv")),
+    *(_timed(f"variable.{suffix}", (*VARIABLE, 26), 25) for suffix in ("mp4", "mov", "mkv", "flv", "ts")),
+    _timed("variable.webm", (*VARIABLE, 26), 25, codec="libvpx-vp9"),
+    _timed("variable.gif", (*VARIABLE, 26), 25, codec="gif", pixels="rgb8"),
     *(
         Kind(f"stream copy from frame 4.{suffix}", of(copied, start=4, options=CLOSED), tuple(range(4, FRAMES)))
+        for suffix in ("mp4", "mov")
+    ),
+    *(
+        Kind(f"stream copy with B-frames.{suffix}", of(copied, start=4, options={"g": "6", "bf": "2"}), EVERY[4:])
         for suffix in ("mp4", "mov")
     ),
     # Others have no edit lists: a copy begins at the key frame before.
@@ -137,6 +143,7 @@ STREAMS = [
     Kind("sound that lasts longer.mp4", of(with_other_streams, sound="aac", seconds=1.0)),
     Kind("two videos.mp4", of(with_other_streams, second=True)),
     Kind("two videos.mkv", of(with_other_streams, second=True)),
+    Kind("two videos.ts", of(with_other_streams, second=True)),
     Kind("cover.mp4", of(with_cover)),
     Kind("cover.mkv", of(with_cover)),
 ]

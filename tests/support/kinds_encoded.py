@@ -6,8 +6,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from corner_videos import PRIMARIES_2020, as_yuv, hlg, linear, pq, write
-from video_kinds import FINE, FULL, HEIGHT, NEAR_5_BITS, NEAR_HDR, WIDTH, X265, Kind, kind, of, pictures
+from video_kinds import (
+    FINE,
+    FULL,
+    HEIGHT,
+    NEAR_5_BITS,
+    NEAR_HDR,
+    NO_LOG,
+    WIDTH,
+    X265,
+    Kind,
+    kind,
+    of,
+    pictures,
+    written,
+)
 from video_surgery import with_exif
 
 CONTAINERS = [
@@ -61,6 +76,7 @@ CONTAINERS = [
     kind("faststart.mp4", mux={"movflags": "faststart"}),
 ]
 
+HIDDEN = {"auto-alt-ref": "1", "lag-in-frames": "16"}  # decoded, and never shown
 CODECS = [
     kind("h264 with B-frames.mp4", options={"bf": "3", "g": "5"}),
     kind("h264 rgb.mkv", "libx264rgb", "rgb24"),
@@ -69,6 +85,13 @@ CODECS = [
     kind("av1.mp4", "libsvtav1"),
     kind("av1.mkv", "libsvtav1"),
     kind("vp8.webm", "libvpx"),
+    kind("vp8 with hidden frames.webm", "libvpx", options=HIDDEN),
+    kind("vp9 with hidden frames.webm", "libvpx-vp9", options=HIDDEN),
+    kind("vp9 with hidden frames.mp4", "libvpx-vp9", options=HIDDEN),
+    kind("h264 with B-frames.avi", options={"bf": "2"}),
+    kind("h264 with B-frames.ts", options={"bf": "2"}),
+    kind("hevc with B-frames.mkv", "libx265", options={"x265-params": f"bframes=3:{NO_LOG}"}),
+    kind("mpeg4 with B-frames.avi", "mpeg4", options={"bf": "2"}),
     kind("vp9.mp4", "libvpx-vp9"),
     kind("mpeg4.mp4", "mpeg4", options={"bf": "2"}),
     kind("mpeg2.ts", "mpeg2video", options={"bf": "2"}),
@@ -145,6 +168,15 @@ def _signals(path: Path, matrix: int, full: bool, size: tuple[int, int] = (HEIGH
     return write(path, signals, **{"pixels": "yuv422p10le", "tags": tags, **how})
 
 
+def _wide(path: Path, from_bt709: np.ndarray, primaries: int, transfer: int) -> Path:
+    """Of wider primaries than an SDR screen's, with its transfer function."""
+    signals = [linear(each) @ from_bt709.T for each in pictures()]
+    signals = [np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) for light in signals]
+    matrix = 9 if primaries == 9 else 1
+    tags = {"colorspace": matrix, "color_range": 1, "color_trc": transfer, "color_primaries": primaries}
+    return write(path, [as_yuv(each, matrix, False) for each in signals], pixels="yuv420p10le", tags=tags)
+
+
 def _hdr(path: Path, curve: Any, transfer: int, codec: str = "libx264") -> Path:
     signals = [as_yuv(curve(linear(each) @ PRIMARIES_2020.T), 9, False) for each in pictures()]
     tags = {"colorspace": 9, "color_range": 1, "color_trc": transfer, "color_primaries": 9}
@@ -152,11 +184,19 @@ def _hdr(path: Path, curve: Any, transfer: int, codec: str = "libx264") -> Path:
     return write(path, signals, codec=codec, pixels="yuv420p10le", tags=tags, options=options)
 
 
+# Of DCI-P3 with D65, by SMPTE RP 177 from both chromaticities.
+PRIMARIES_P3 = np.array([[0.8225, 0.1775, 0.0], [0.0332, 0.9668, 0.0], [0.0171, 0.0724, 0.9105]])
 COLORS = [
     Kind(f"{name} {'full' if full else 'limited'}.{suffix}", partial(_signals, matrix=matrix, full=full))
     for name, matrix in (("BT.601", 5), ("SMPTE 170M", 6), ("BT.709", 1), ("BT.2020", 9))
     for full, suffix in ((False, "mp4"), (True, "mkv"))
 ] + [
+    *(
+        Kind(f"transfer {name}.mp4", partial(written, tags={"color_trc": number}))
+        for name, number in (("BT.709", 1), ("SMPTE 170M", 6), ("sRGB", 13), ("BT.2020 in 10 bits", 14))
+    ),
+    Kind("P3.mov", partial(_wide, from_bt709=PRIMARIES_P3, primaries=12, transfer=1)),
+    Kind("BT.2020 without HDR.mp4", partial(_wide, from_bt709=PRIMARIES_2020, primaries=9, transfer=14)),
     Kind("PQ.mp4", partial(_hdr, curve=pq, transfer=16, codec="libx265"), near=NEAR_HDR, said="PQ.mp4 (PQ)"),
     Kind("PQ.mkv", partial(_hdr, curve=pq, transfer=16), near=NEAR_HDR, said="PQ.mkv (PQ)"),
     Kind(
