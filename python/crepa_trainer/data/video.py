@@ -196,20 +196,19 @@ def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
     decoded = 0
     # A recording of a broadcast begins and ends anywhere.
     recording = container.format.name.split(",")[0] == "mpegts"
-    pending: str | None = None
+    begun = pending = False
     for packet in container.demux(stream):
-        if pending is not None and packet.size:
-            raise VideoError(pending)
+        # A file that was cut off ends with a damaged packet and decodes without an error up to there.
+        if packet.size and (pending or (packet.is_corrupt and not recording)):
+            # What the decoder still holds is whole; how much it holds depends on its threads.
+            for frame in stream.codec_context.decode(None):
+                decoded += 1
+                yield frame
+            raise VideoError(f"damaged{'' if recording else ' or cut off'} after frame {decoded}")
         if packet.is_corrupt:
-            # A file that was cut off ends with a damaged packet and decodes without an error up to there.
-            if not recording:
-                # What the decoder still holds is whole; how much it holds depends on its threads.
-                for frame in stream.codec_context.decode(None):
-                    decoded += 1
-                    yield frame
-                raise VideoError(f"damaged or cut off after frame {decoded}")
-            pending = None if decoded == 0 else f"damaged after frame {decoded}"
+            pending = begun
             continue
+        begun = begun or packet.is_keyframe
         try:
             frames = packet.decode()
         except av.FFmpegError:
