@@ -18,11 +18,13 @@ from video_surgery import (
     damaged,
     edited,
     jpeg_file,
+    through_a_pipe,
     with_cover,
     with_display_size,
     with_orientation_message,
     with_other_streams,
     with_rotation,
+    with_zeros,
     write_animated_webp,
     write_audio,
 )
@@ -151,6 +153,23 @@ STREAMS = [
 WHOLE_FRAMES = {"g": "1"}
 M2TS = {"format": "mpegts", "mux": {"mpegts_m2ts_mode": "1"}}
 JPEGS = {"codec": "mjpeg", "pixels": "yuvj420p", "tags": FULL}
+# Nothing is missing at their ends, whatever they say.
+WHOLE = [
+    *(
+        Kind(f"through a pipe.{suffix}", of(through_a_pipe, codec=codec))
+        for suffix, codec in (
+            ("mkv", "libx264"),
+            ("webm", "libvpx-vp9"),
+            ("avi", "mpeg4"),
+            ("flv", "libx264"),
+            ("ts", "libx264"),
+            ("ogv", "libvpx"),
+        )
+    ),
+    Kind("zeros after its end.gif", of(with_zeros, codec="gif", pixels="rgb8")),
+    Kind("zeros after its end.mp4", of(with_zeros)),
+    Kind("zeros after its end.mkv", of(with_zeros)),
+]
 # What is left of them is trained on.
 CUT = [
     Kind(f"cut off.{suffix}", of(cut_off, frames=6, **how), EVERY[:6], said=f"cut off.{suffix} {said}")
@@ -192,16 +211,15 @@ CUT_IN_A_FRAME = [
 ]
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nts.ts\n#EXT-X-ENDLIST\n"
-DAMAGE = "corrupt|damaged|cannot be decoded"
 REFUSED = [
     Kind("without its index.mp4", of(cut_off, frames=6, options=WHOLE_FRAMES), (), why="cannot be decoded"),
     *(
-        Kind(f"damaged in the middle.{suffix}", of(damaged, frame=5, **how), (), why=DAMAGE, late=late)
-        for suffix, late, how in (
-            ("mp4", True, {"options": {"g": "4"}}),
-            ("mkv", True, {"options": {"g": "4"}}),
-            ("avi", False, {"codec": "mpeg4", "options": {"g": "4"}}),
-            ("ts", False, {"options": WHOLE_FRAMES}),
+        Kind(f"damaged in the middle.{suffix}", of(damaged, frame=5, **how), (), why=why, late=late)
+        for suffix, late, why, how in (
+            ("mp4", True, "frame [0-9] is corrupt", {"options": {"g": "4"}}),
+            ("mkv", True, "frame [0-9] is corrupt", {"options": {"g": "4"}}),
+            ("avi", False, "frame 5 is corrupt", {"codec": "mpeg4", "options": {"g": "4"}}),
+            ("ts", False, "damaged after frame [45]", {"options": WHOLE_FRAMES}),
         )
     ),
     Kind("one frame.mp4", lambda path: write(path, pictures(frames=1)), (), why="1 frames, the shortest clip needs 5"),
@@ -221,4 +239,4 @@ PASSED_OVER = {
     "notes.json": (lambda path: path.write_text("{}"), "files of other kinds"),
     "alone.txt": (lambda path: path.write_text("a caption"), "captions without a video"),
 }
-CHANGED = [*SHAPES, *TIMES, *STREAMS, *CUT, *CUT_IN_A_FRAME, *REFUSED]
+CHANGED = [*SHAPES, *TIMES, *STREAMS, *WHOLE, *CUT, *CUT_IN_A_FRAME, *REFUSED]

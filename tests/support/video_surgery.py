@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -216,6 +216,32 @@ def cut_off(path: Path, pictures: Pictures, frames: int, *, share: float = 0.5, 
     write(path, pictures, **how)
     place, size = _places(path)[frames]
     path.write_bytes(path.read_bytes()[: place + round(share * size)])
+
+
+def with_zeros(path: Path, pictures: Pictures, **how: Any) -> None:
+    """Zeros after its end, as tools leave them that write whole blocks."""
+    write(path, pictures, **how)
+    path.write_bytes(path.read_bytes() + bytes(512))
+
+
+class _Pipe:
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> int:
+        return self.file.write(data)
+
+
+def through_a_pipe(path: Path, pictures: Pictures, codec: str) -> None:
+    """Nothing that was written can be put right at the end, such as sizes."""
+    muxer = {".mkv": "matroska", ".ts": "mpegts"}.get(path.suffix, path.suffix[1:])
+    with path.open("wb") as file, av.open(_Pipe(file), "w", format=muxer) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def damaged(path: Path, pictures: Pictures, frame: int, **how: Any) -> None:

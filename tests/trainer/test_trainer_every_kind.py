@@ -119,6 +119,7 @@ TRAINED = [kind for kind in KINDS if kind.frames]
 def test_what_is_trained_on_is_what_a_player_shows(folder: Folder, kind: Kind) -> None:
     info, clips = folder.clips(kind)
     assert (info.frames, info.height, info.width) == (len(kind.frames), *kind.size)
+    assert (info.cut is not None) == kind.name.startswith("cut off")
     shown = numbers(info, clips)
     assert shown == {n: kind.frames[n] for n in shown}
     assert {0, info.frames - 1} <= set(shown)

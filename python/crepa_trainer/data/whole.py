@@ -13,6 +13,7 @@ _TS_PACKETS = (188, 192, 204)
 _SEGMENT = 0x18538067  # Matroska's outermost element, after the header
 _LAST_PAGE = 4  # of Ogg's flags
 _LAST_OF_GIF = b"\x3b"
+_ZEROS = 1 << 16  # bytes that may follow it
 
 
 def what_is_cut_off(path: Path, stream: Any) -> str | None:
@@ -78,10 +79,10 @@ def _vint(file: BinaryIO, *, keep_marker: bool = False) -> tuple[int, int]:
 
 
 def _end_of_riff(file: BinaryIO) -> int:
-    """Of an AVI's first part; 0 where it was not written to its end."""
+    """Of an AVI's first part; 0 where it was written to a pipe and does not say."""
     file.seek(4)
     size = int.from_bytes(file.read(4), "little")
-    return size + 8 if size else 0
+    return 0 if size in (0, 0xFFFFFFFF) else size + 8
 
 
 def _ends_with_a_packet(file: BinaryIO, size: int) -> bool:
@@ -108,7 +109,7 @@ def _ends_with_a_last_page(file: BinaryIO, size: int) -> bool:
 
 
 def _ends_with_its_mark(file: BinaryIO, size: int) -> bool:
-    file.seek(max(size - 64, 0))
+    file.seek(max(size - _ZEROS, 0))
     return file.read().rstrip(b"\0").endswith(_LAST_OF_GIF)
 
 
