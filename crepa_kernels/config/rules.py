@@ -36,6 +36,9 @@ UNSUPPORTED_KEYS: dict[str, Any] = {
 }
 UNSUPPORTED = "not supported by this package"
 
+# What operators, schedules and checkpoints hold.
+LEAST_INTEGER, MOST_INTEGER = -(2**63), 2**63 - 1
+
 RECOMMENDED_BLOCK_INDEX = {family.name: family.block_index for family in FAMILIES}
 
 _PRESET_BASE = {
@@ -87,6 +90,18 @@ def describe(key: str, value: Any, rule: str) -> str:
     if len(text) > 80:
         text = text[:77] + "..."
     return f"{key} = {text}: {rule}"
+
+
+def whole_rule(rule: str, value: Any) -> str:
+    """A key's rule, with that of all integers where `value` breaks it."""
+    return f"{rule}; integers have at most 64 bits" if _is_too_long(value) else rule
+
+
+def _is_too_long(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_too_long, value))
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not LEAST_INTEGER <= value <= MOST_INTEGER
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -15,6 +15,8 @@ from ..neighbours import Neighbours
 from ..ops.resample import LARGEST
 from .rules import (
     DINOV2_HUB_IDS,
+    LEAST_INTEGER,
+    MOST_INTEGER,
     PREFIX,
     PRESETS,
     ConfigError,
@@ -25,6 +27,7 @@ from .rules import (
     refused_keys,
     unknown_key,
     unknown_preset,
+    whole_rule,
 )
 from .sources import add_options, merge, read_json, unknown_options
 
@@ -36,7 +39,7 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_whole_number)]
+Integer = Annotated[int, Field(le=MOST_INTEGER), BeforeValidator(_whole_number)]
 _SIGNS = {"ge": ">=", "gt": ">"}
 
 
@@ -61,7 +64,7 @@ class CrepaConfig(BaseModel):
 
     Every field's description is its rule: it is shown in errors, in `--help` and in `model_json_schema()`.
     A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every
-    wrong key with its value and rule. `None` means the default.
+    wrong key with its value and rule. `None` means the default. Integers have at most 64 bits.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -102,7 +105,7 @@ class CrepaConfig(BaseModel):
         description='frames to the image size, or to a patch a student token; must be "square" or "grid"',
     )
     crepa_encoder_frames_batch_size: Integer = Field(
-        -1, description="frames encoded at a time, all at once where <= 0; must be an integer"
+        -1, ge=LEAST_INTEGER, description="frames encoded at a time, all at once where <= 0; must be an integer"
     )
     crepa_feature_source: Literal["encoder", "backbone"] = Field(
         "encoder", description='where teacher features come from; must be "encoder" or "backbone"'
@@ -158,7 +161,9 @@ class CrepaConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             refused = refused_keys(error, fields)
-            problems += [describe(written.get(key, key), values[key], fields[key].description or "") for key in refused]
+            for key in refused:
+                rule = whole_rule(fields[key].description or "", values[key])
+                problems.append(describe(written.get(key, key), values[key], rule))
             super().__init__(**{key: value for key, value in values.items() if key not in refused})
         problems += [
             problem

@@ -21,6 +21,7 @@ from crepa_kernels.config.rules import (
     refused_keys,
     unknown_key,
     unknown_preset,
+    whole_rule,
 )
 from crepa_kernels.config.schema import Integer, flag, integer, number
 from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
@@ -63,7 +64,7 @@ class RunSettings(BaseModel):
     """Settings of a training run, immutable. Every field's description is its rule, in errors and in `--help`.
 
     A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every wrong
-    key with its value and rule. `None` means the default.
+    key with its value and rule. `None` means the default. Integers have at most 64 bits.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -178,7 +179,7 @@ class RunSettings(BaseModel):
             super().__init__(**given)
         except ValidationError as error:
             for key in refused_keys(error, fields):
-                rule = fields[key].description or ""
+                rule = whole_rule(fields[key].description or "", given.get(key))
                 problems.append(describe(key, given[key], rule) if key in given else f"{key}: {rule}")
         else:
             problems += _contradictions(self)

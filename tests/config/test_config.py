@@ -85,6 +85,8 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("crepa_similarity_ema_decay", 0.999, 0.999),
     ("crepa_threshold_mode", "recoverable", "recoverable"),
     ("crepa_probe_interval", 1, 1),
+    ("crepa_encoder_frames_batch_size", -(2**63), -(2**63)),
+    *((key, 2**63 - 1, 2**63 - 1) for key in ("crepa_block_index", "crepa_adjacent_distance", "crepa_warmup_steps")),
     *(("crepa_backend", value, value) for value in ("auto", "triton", "torch", "reference")),
     ("crepa_encoder", "facebook/dinov2-small", "facebook/dinov2-small"),
     ("crepa_encoder", "./my encoder", "./my encoder"),
@@ -108,6 +110,7 @@ BAD: list[tuple[str, Any, str]] = [
     *((key, value, "a number") for key in NUMBERS for value in (True, False, "0.5", "nan", [0.5], {})),
     *((key, value, "a number") for key in NUMBERS for value in (math.nan, math.inf, -math.inf, 10**400)),
     *((key, value, 'must be "') for key in WORDS for value in ("nearest", "", "Last", 1, True, ["last"])),
+    *((key, value, "at most 64 bits") for key in INTEGERS for value in (2**63, -(2**63) - 1, 1e19, 10**400)),
     ("crepa_block_index", -1, ">= 0"),
     ("crepa_teacher_block_index", -1, ">= 0"),
     ("crepa_lambda", -0.1, ">= 0"),
@@ -223,6 +226,7 @@ def test_the_schema_describes_every_key() -> None:
     assert all(" must be " in field["description"] for field in properties.values())
     assert {key: field["default"] for key, field in properties.items()} == DEFAULTS
     assert properties["crepa_scheduler"]["enum"] == ["constant", "linear", "cosine", "polynomial"]
+    assert properties["crepa_warmup_steps"]["maximum"] == 2**63 - 1
     assert properties["crepa_probe_interval"] | {"minimum": 1, "type": "integer"} == properties["crepa_probe_interval"]
 
 

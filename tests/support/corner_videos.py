@@ -15,6 +15,8 @@ import numpy as np
 CORNERS = {"red": (220, 40, 40), "green": (40, 200, 60), "yellow": (230, 220, 50), "blue": (50, 60, 220)}
 HEIGHT, WIDTH = 96, 160
 IDENTITY = (1, 0, 0, 1)
+PRIMARIES_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
 
 
 def corners(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -92,3 +94,29 @@ def set_matrix(path: Path, matrix: Sequence[int]) -> None:
     # After version and flags, times, track, duration, layer and volume.
     data[header + 44 : header + 80] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def as_yuv(signal: np.ndarray, matrix: int, full: bool) -> np.ndarray:
+    """R'G'B' in 0 to 1 as 10-bit Y'CbCr, by the equations of BT.601, 709 and 2020."""
+    kr, kb = MATRICES[matrix]
+    y = signal @ np.array([kr, 1 - kr - kb, kb])
+    chroma = np.stack([(signal[..., 2] - y) / (2 - 2 * kb), (signal[..., 0] - y) / (2 - 2 * kr)], axis=-1)
+    low, luma, wide = (0, 1023, 1023) if full else (64, 876, 896)
+    return np.rint(np.concatenate([low + luma * y[..., None], 512 + wide * chroma], -1)).astype(np.uint16)
+
+
+def linear(picture: np.ndarray) -> np.ndarray:
+    signal = picture / 255
+    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+
+
+def pq(light: np.ndarray) -> np.ndarray:
+    """ST 2084, of light in units of 203 cd/m2."""
+    power = (light.clip(0) * 203 / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+
+
+def hlg(light: np.ndarray) -> np.ndarray:
+    scene = 0.26496256 * light.clip(0) ** (1 / 1.2)
+    log = 0.17883277 * np.log((12 * scene - 0.28466892).clip(1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)

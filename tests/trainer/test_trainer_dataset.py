@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepa_trainer.data import clips as data
 from crepa_trainer.data.clips import read_clips, read_frames
 from crepa_trainer.data.dataset import Bucket, choose_bucket, clip_starts, find_clips, read_captions
-from crepa_trainer.data.video import DataError, VideoError, VideoInfo, probe_video
+from crepa_trainer.data.video import DataError, Upright, VideoError, VideoInfo, probe_video
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.settings import RunSettings
 from tiny_pipelines import save_tiny_wan_pipeline
@@ -151,7 +150,7 @@ def test_clips_are_cut_where_they_start(tmp_path: Path) -> None:
 
 def test_only_the_frames_of_open_clips_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "long.mp4", moving_square(60))
-    shrunk, most = data.upright, 0
+    shrunk, most = Upright.__call__, 0
     made: list[weakref.ref[np.ndarray]] = []
 
     def counted(*args: Any) -> np.ndarray:
@@ -161,7 +160,7 @@ def test_only_the_frames_of_open_clips_are_held(tmp_path: Path, monkeypatch: pyt
         most = max(most, sum(ref() is not None for ref in made))
         return picture
 
-    monkeypatch.setattr(data, "upright", counted)
+    monkeypatch.setattr(Upright, "__call__", counted)
     assert len(list(read_clips(path, 48, 80, [0, 3, 30, 50], 5))) == 4
     # Two clips share frames 3 and 4; frames between clips are never shrunk.
     assert len(made) == 8 + 5 + 5

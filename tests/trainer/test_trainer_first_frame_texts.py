@@ -15,11 +15,13 @@ from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.files import file_name
 from crepa_trainer.data.names import FORMAT, CacheNames
+from crepa_trainer.data.video import DataError
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.hunyuan_video import HunyuanVideoFamily
 from crepa_trainer.settings import RunSettings
 from hub_cases import CASES
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
@@ -181,3 +183,31 @@ def test_what_else_a_text_depends_on_is_in_its_name(models: Path, data: Path, tm
     assert names[1].text(CAPTION, clips.keys[0]) != clips.files[0].text
     parts = [part for part, *_ in names[0].text_encoder]
     assert "image_processor/preprocessor_config.json" in parts
+
+
+@pytest.mark.parametrize(
+    ("case", "weights", "message"),
+    [
+        ("wan image encoder", "vae/diffusion_pytorch_model", r"a\.mp4: the VAE makes NaN or infinity of the clip at"),
+        (
+            "wan image encoder",
+            "image_encoder/model",
+            r"a\.mp4: the image encoder makes NaN or infinity of the clip at frame 0",
+        ),
+        (
+            "hunyuan token_replace",
+            "text_encoder/model",
+            r"a\.txt with the first frame of a\.mp4 \[0:5\]: the text encoder makes NaN or infinity of it",
+        ),
+    ],
+    ids=["vae", "image encoder", "text encoder"],
+)
+def test_what_is_not_finite_is_said_of_the_part_that_made_it(
+    data: Path, tmp_path: Path, case: str, weights: str, message: str
+) -> None:
+    model = tmp_path / "hunyuan"
+    CASES[case].save(model)
+    file = model / f"{weights}.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=message):
+        prepare(settings(model, data))

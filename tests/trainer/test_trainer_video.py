@@ -12,14 +12,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from corner_videos import HEIGHT, WIDTH, corner_error, corners, write
+from corner_videos import HEIGHT, PRIMARIES_2020, WIDTH, as_yuv, corner_error, corners, hlg, linear, pq, write
 from crepa_trainer.data.clips import read_clips, read_frames
 from crepa_trainer.data.video import VideoError, VideoInfo, probe_video
 
 NEAR = 8  # of 255: what 4:2:0 and a quantizer leave of a flat colour
 NEAR_HDR = 25  # tone mapping bends what is bright
-PRIMARIES_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
-MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
 
 
 def shown(path: Path, **how: Any) -> tuple[VideoInfo, float]:
@@ -59,32 +57,6 @@ def test_pixels_that_are_not_square_and_lie_on_their_side(tmp_path: Path) -> Non
     path = write(tmp_path / "a.mp4", [stored] * 3, matrix=(0, 1, -1, 0), aspect=Fraction(4, 3))
     info, error = shown(path)
     assert (info, error < NEAR) == (VideoInfo(3, HEIGHT * 4 // 3, WIDTH), True), (info, error)
-
-
-def as_yuv(signal: np.ndarray, matrix: int, full: bool) -> np.ndarray:
-    """R'G'B' in 0 to 1 as 10-bit Y'CbCr, by the equations of BT.601, 709 and 2020."""
-    kr, kb = MATRICES[matrix]
-    y = signal @ np.array([kr, 1 - kr - kb, kb])
-    chroma = np.stack([(signal[..., 2] - y) / (2 - 2 * kb), (signal[..., 0] - y) / (2 - 2 * kr)], axis=-1)
-    low, luma, wide = (0, 1023, 1023) if full else (64, 876, 896)
-    return np.rint(np.concatenate([low + luma * y[..., None], 512 + wide * chroma], -1)).astype(np.uint16)
-
-
-def linear(picture: np.ndarray) -> np.ndarray:
-    signal = picture / 255
-    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
-
-
-def pq(light: np.ndarray) -> np.ndarray:
-    """ST 2084, of light in units of 203 cd/m2."""
-    power = (light.clip(0) * 203 / 10000) ** 0.1593017578125
-    return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
-
-
-def hlg(light: np.ndarray) -> np.ndarray:
-    scene = 0.26496256 * light.clip(0) ** (1 / 1.2)
-    log = 0.17883277 * np.log((12 * scene - 0.28466892).clip(1e-9)) + 0.55991073
-    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
@@ -130,29 +102,6 @@ def test_bt2020_primaries_without_hdr_are_converted(tmp_path: Path) -> None:
     tags = {"colorspace": 9, "color_range": 1, "color_trc": 14, "color_primaries": 9}
     path = write(tmp_path / "a.mkv", [as_yuv(signal, 9, False)] * 2, pixels="yuv420p10le", tags=tags)
     assert shown(path)[1] < NEAR
-
-
-CONTAINERS = {
-    "mp4": {}, "mkv": {}, "mov": {}, "ts": {}, "flv": {}, "3gp": {}, "m2ts": {}, "f4v": {},
-    "avi": {"codec": "mpeg4"}, "wmv": {"codec": "wmv2"}, "asf": {"codec": "msmpeg4"},
-    "webm": {"codec": "libvpx-vp9"}, "gif": {"codec": "gif", "pixels": "rgb8"}, "mpg": {"codec": "mpeg2video"},
-    "mxf": {"codec": "mpeg2video"}, "m4v": {"codec": "mpeg4"}, "nut": {"codec": "ffv1"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", CONTAINERS)
-def test_every_container(tmp_path: Path, suffix: str) -> None:
-    how = CONTAINERS[suffix]
-    if how.get("codec", "libx264") not in av.codecs_available:
-        pytest.skip(f"this FFmpeg has no {how['codec']}")
-    options = {} if how.get("codec") in (None, "gif", "ffv1", "libvpx-vp9") else {"qmin": "1", "qmax": "3"}
-    muxer = {"m2ts": "mpegts", "f4v": "mp4", "m4v": "mp4"}.get(suffix)
-    path = write(tmp_path / f"a.{suffix}", [corners()] * 12, options=options, format=muxer, **how)
-    info, error = shown(path)
-    assert info == VideoInfo(12, HEIGHT, WIDTH)
-    # A GIF has 8 colour levels a channel here, and is otherwise right.
-    assert error < (40 if suffix == "gif" else NEAR)
-    assert info.rate == pytest.approx(25, rel=0.03)
 
 
 def counted(frames: int) -> list[np.ndarray]:

@@ -146,8 +146,7 @@ def prepare_cache(
         raise DataError(f"no usable clip in {videos} video(s): {listed(map(': '.join, skipped.items()))}")
     prompts = _validation_texts(settings.validation_prompts, clips, names)
     captions = [
-        _Text(key.caption, str(caption_file(found.folder / key.video)), each.text, each.latents)
-        for key, each in clips.items()
+        _Text(key.caption, _source(key, found.folder, family), each.text, each.latents) for key, each in clips.items()
     ]
     filler.encode_texts([*captions, *prompts])
     embeddings = [_in_fp32(_read_or_remove(text.file)) for text in prompts]
@@ -164,6 +163,11 @@ class _Text:
     source: str
     file: Path
     clip: Path | None
+
+
+def _source(key: ClipKey, folder: Path, family: TrainingFamily) -> str:
+    read_too = f" with the first frame of {key.name}" if family.text_image_parts else ""
+    return f"{caption_file(folder / key.video)}{read_too}"
 
 
 def clip_of_prompt(number: int, clips: int) -> int:
@@ -321,13 +325,18 @@ class _Filler:
             if files.latents in missing:
                 tensors = encoders.latents(pixels)
                 if not _finite(tensors):
-                    raise VideoError(f"the VAE makes NaN or infinity of the clip at frame {start}")
+                    raise VideoError(f"the {self._maker(tensors)} makes NaN or infinity of the clip at frame {start}")
                 write_tensors(files.latents, tensors)
             if files.teacher is not None and files.teacher in missing:
                 tensors = encoders.teacher_side(pixels, bucket)
                 if not _finite(tensors):
                     raise VideoError(f"the teacher makes NaN or infinity of the clip at frame {start}")
                 write_tensors(files.teacher, tensors)
+
+    def _maker(self, tensors: Mapping[str, Tensor]) -> str:
+        """What made those of a clip's encoding that are not finite."""
+        wrong = {name for name, tensor in tensors.items() if not _finite({name: tensor})}
+        return "image encoder" if wrong <= self.family.of_image_encoder else "VAE"
 
     def _in_step(self, what: str, rounds: list[list[T]]) -> Iterator[list[T]]:
         """Each round, waited for by all: a barrier at the end alone would run into the time limit of one."""

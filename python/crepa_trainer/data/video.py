@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import statistics
-import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from typing import Any
 
 import av
 import numpy as np
+from av.format import Flags
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from .color import to_rgb, transfer
+from .whole import boxes, what_is_cut_off
 
 # Demuxers of text that names other files.
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "sdp", "rtsp"})
@@ -26,6 +29,7 @@ _FRAME_A_PACKET = frozenset(
     {"av1", "dnxhd", "ffv1", "h264", "hevc", "libaom-av1", "libdav1d", "mjpeg", "prores", "rawvideo", "vp9"}
 )
 _MOV, _MATROSKA = "mov", "matroska"
+_MOST_REORDERED = 16  # frames, of H.264 and H.265
 _SLACK = 1e-3  # seconds: some containers count in milliseconds
 
 
@@ -53,6 +57,7 @@ class VideoInfo:
         rate: frames a second on average, 0 where the file does not say.
         constant: whether all frames are shown equally long.
         hdr: "PQ", "HLG" or None.
+        cut: what the file lacks at its end, where that can be known.
     """
 
     frames: int
@@ -61,6 +66,7 @@ class VideoInfo:
     rate: float = field(default=0.0, compare=False)
     constant: bool = field(default=True, compare=False)
     hdr: str | None = field(default=None, compare=False)
+    cut: str | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -124,7 +130,7 @@ def probe_video(path: Path, fps: float | None = None) -> VideoInfo:
                 break
         times = shown if times is None else times
         base = float(stream.time_base or 0)
-        info = None if first is None or not sure or None in times else _info(first, stream, times, base, fps)
+        info = None if first is None or not sure or None in times else _info(path, first, stream, times, base, fps)
     return _decoded_info(path, fps) if info is None else info
 
 
@@ -136,13 +142,15 @@ def _decoded_info(path: Path, fps: float | None) -> VideoInfo:
             times.append(frame.pts)
         if first is None:
             raise VideoError("no frame in its video stream")
-        if None in times or len(set(times)) < len(times):
+        if _is_bare(stream) or None in times or len(set(times)) < len(times):
             times = list(range(len(times)))
-            return _info(first, stream, times, 1 / _guessed_rate(stream), fps)
-        return _info(first, stream, times, float(stream.time_base or 0), fps)
+            return _info(path, first, stream, times, 1 / _guessed_rate(stream), fps)
+        return _info(path, first, stream, times, float(stream.time_base or 0), fps)
 
 
-def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, fps: float | None) -> VideoInfo:
+def _info(
+    path: Path, first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, fps: float | None
+) -> VideoInfo:
     """times: of each frame that is shown, in units of `base` seconds, in any order."""
     seconds = [time * base for time in sorted(times)]
     lasts = [after - before for before, after in itertools.pairwise(seconds)] or [1 / _guessed_rate(stream)]
@@ -154,7 +162,13 @@ def _info(first: av.VideoFrame, stream: Any, times: Sequence[int], base: float, 
     rate = len(even) / sum(even) if constant else (len(seconds) - 1) / span
     frames = len(seconds) if fps is None else max(math.ceil((span + lasts[-1] - _SLACK) * fps), 1)
     height, width = shown_size(first, stream)
-    return VideoInfo(frames, height, width, rate, constant, transfer(first, stream))
+    cut = what_is_cut_off(path, stream)
+    return VideoInfo(frames, height, width, rate, constant, transfer(first, stream), cut)
+
+
+def _is_bare(stream: Any) -> bool:
+    """Whether a file is the stream of a codec alone, whose times FFmpeg guesses, and at its end wrongly."""
+    return bool(stream.container.format.flags & Flags.no_timestamps.value)
 
 
 def _guessed_rate(stream: Any) -> float:
@@ -175,33 +189,26 @@ def _indexed_times(path: Path, stream: Any) -> list[int] | None:
 def _has_fragments(path: Path) -> bool:
     """Whether an MP4 goes on after its header, in `moof` boxes."""
     with path.open("rb") as file:
-        while len(header := file.read(8)) == 8:
-            size, name = struct.unpack(">I4s", header)
-            if name == b"moof":
-                return True
-            read = 8
-            if size == 1:
-                size, read = int.from_bytes(file.read(8), "big"), 16
-            if size < read:  # 0: to the end of the file
-                return False
-            file.seek(size - read, 1)
-    return False
+        return any(name == b"moof" for name, _, _ in boxes(file))
 
 
 def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
     decoded = 0
     # A recording of a broadcast begins and ends anywhere.
     recording = container.format.name.split(",")[0] == "mpegts"
-    pending: str | None = None
+    begun = pending = False
     for packet in container.demux(stream):
-        if pending is not None and packet.size:
-            raise VideoError(pending)
+        # A file that was cut off ends with a damaged packet and decodes without an error up to there.
+        if packet.size and (pending or (packet.is_corrupt and not recording)):
+            # What the decoder still holds is whole; how much it holds depends on its threads.
+            for frame in stream.codec_context.decode(None):
+                decoded += 1
+                yield frame
+            raise VideoError(f"damaged{'' if recording else ' or cut off'} after frame {decoded}")
         if packet.is_corrupt:
-            # A file that was cut off ends with a damaged packet and decodes without an error up to there.
-            if not recording:
-                raise VideoError(f"damaged or cut off after frame {decoded}")
-            pending = None if decoded == 0 else f"damaged after frame {decoded}"
+            pending = begun
             continue
+        begun = begun or packet.is_keyframe
         try:
             frames = packet.decode()
         except av.FFmpegError:
@@ -223,11 +230,11 @@ def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterat
     start = time = 0.0
     shown: av.VideoFrame | None = None
     taken = 0
-    for frame in frames:
+    for frame, said in _timed(frames, stream):
         if shown is None:
-            start = time = frame.time or 0.0
+            start = time = said or 0.0
         else:
-            now = time + lasts if frame.time is None or frame.time <= time else frame.time
+            now = time + lasts if said is None or said <= time else said
             time, lasts = now, now - time
             while start + taken / fps + _SLACK < time:
                 yield shown
@@ -238,30 +245,72 @@ def _at_rate(frames: Iterable[av.VideoFrame], fps: float, stream: Any) -> Iterat
         taken += 1
 
 
+def _timed(frames: Iterable[av.VideoFrame], stream: Any) -> Iterator[tuple[av.VideoFrame, float | None]]:
+    """Each frame with the second at which it is shown, or None where the file does not say that."""
+    if _is_bare(stream) or stream.container.format.name != "avi":
+        yield from ((frame, None if _is_bare(stream) else frame.time) for frame in frames)
+        return
+    # An AVI has times of decoding alone: frames come in the order in which they are shown, their times do not.
+    held: deque[av.VideoFrame] = deque()
+    times: list[float] = []
+    for frame in frames:
+        held.append(frame)
+        heapq.heappush(times, math.inf if frame.time is None else frame.time)
+        if len(held) > _MOST_REORDERED:
+            yield held.popleft(), _known(heapq.heappop(times))
+    while held:
+        yield held.popleft(), _known(heapq.heappop(times))
+
+
+def _known(time: float) -> float | None:
+    return None if math.isinf(time) else time
+
+
 def shown_size(frame: av.VideoFrame, stream: Any) -> tuple[int, int]:
     """Height and width of the upright picture in square pixels."""
     height, width = frame.height, max(1, round(frame.width * _pixel_aspect(stream)))
     return (width, height) if _turn(frame)[0] else (height, width)
 
 
-def upright(frame: av.VideoFrame, stream: Any, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8 of the picture that is shown, its aspect kept and its centre cropped."""
-    transposed, flip_down, flip_right = _turn(frame)
-    if transposed:
-        height, width = width, height
-    aspect = _pixel_aspect(stream)
-    scale = max(height / frame.height, width / (frame.width * aspect))
-    tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
-    picture = to_rgb(frame, stream, scaler, tall, wide)
-    top, left = (tall - height) // 2, (wide - width) // 2
-    picture = picture[top : top + height, left : left + width]
-    picture = picture.swapaxes(0, 1) if transposed else picture
-    return picture[:: -1 if flip_down else 1, :: -1 if flip_right else 1]
+class Upright:
+    """The pictures of a video as they are shown, their aspect kept and their centre cropped to `height` and `width`.
+
+    All are turned as `first` is, its first frame: what a stream itself says of it comes with key frames alone.
+    """
+
+    def __init__(self, first: av.VideoFrame, stream: Any, height: int, width: int) -> None:
+        self.stream, self.turn, self.scaler = stream, _turn(first), VideoReformatter()
+        self.size = (width, height) if self.turn[0] else (height, width)
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        height, width = self.size
+        aspect = _pixel_aspect(self.stream)
+        scale = max(height / frame.height, width / (frame.width * aspect))
+        tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
+        picture = to_rgb(frame, self.stream, self.scaler, tall, wide)
+        top, left = (tall - height) // 2, (wide - width) // 2
+        picture = picture[top : top + height, left : left + width]
+        transposed, flip_down, flip_right = self.turn
+        picture = picture.swapaxes(0, 1) if transposed else picture
+        return picture[:: -1 if flip_down else 1, :: -1 if flip_right else 1]
 
 
 def _pixel_aspect(stream: Any) -> float:
     """How much wider than tall a stored pixel is shown."""
     return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+
+
+def _unknown_side_data(cls: Any, value: int) -> Any:
+    kind = object.__new__(cls)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
+
+
+# PyAV refuses to tell anything of what lies beside a frame with which there is a kind newer than its own list, such as
+# the EXIF of JPEGs and TIFFs.
+_side_data_types: Any = SideDataType
+_side_data_types._missing_ = classmethod(_unknown_side_data)
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

@@ -218,6 +218,11 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """Parts of the pipeline that encode the given image, beside the VAE."""
         return ()
 
+    @property
+    def of_image_encoder(self) -> frozenset[str]:
+        """Names of those tensors of `encode_clip` that `image_parts` make, and not the VAE."""
+        return frozenset()
+
     def load_image_encoder(self) -> DiffusionPipeline | None:
         """`image_parts` in a pipeline without the rest, frozen, in fp32; None where there are none."""
         return None

@@ -82,6 +82,10 @@ class WanFamily(TrainingFamily):
 
         return tokens(tokenizer, prompt_clean(prompt))
 
+    @property
+    def of_image_encoder(self) -> frozenset[str]:
+        return frozenset({"image_embeds"})
+
     def load_image_encoder(self) -> DiffusionPipeline | None:
         return self._bare_pipeline("image2video", self._image_models()) if self.image_parts else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -66,14 +67,22 @@ def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
     cropped = [(name, share) for name, info, bucket in videos if (share := cropped_share(info, bucket)) > MUCH_CROPPED]
     larger = [(name, times) for name, info, bucket in videos if (times := enlargement(info, bucket)) > MUCH_ENLARGED]
     hdr = [f"{name} ({info.hdr})" for name, info, _ in videos if info.hdr]
+    skipped = [f"{_below(found.folder, path)} ({reason})" for path, reason in found.skipped.items()]
     rows = {
         "passed over": counted(found.passed_over),
+        "skipped": listed(skipped),
+        "cut off": listed(f"{name} {info.cut}" for name, info, _ in videos if info.cut),
         "frame rates": _rates([info for _, info, _ in videos], fps),
         "cropped": listed(f"{name} loses {share:.0%} of its picture" for name, share in cropped),
         "enlarged": listed(f"{name} {times:.2g} times" for name, times in larger),
         "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
     }
     return [(name, text) for name, text in rows.items() if text]
+
+
+def _below(folder: Path, path: str) -> str:
+    """A path as the plan names videos."""
+    return Path(path).relative_to(folder).as_posix()
 
 
 def _cut_rows(plan: Plan) -> Rows:
