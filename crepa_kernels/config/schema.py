@@ -12,7 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..grid import SpatialAlign
 from ..neighbours import Neighbours
-from ..ops.resample import LARGEST
 from .rules import (
     DINOV2_HUB_IDS,
     LEAST_INTEGER,
@@ -306,7 +305,7 @@ class CrepaConfig(BaseModel):
     def neighbours(self) -> Neighbours:
         """The neighbour options of the loss."""
         return Neighbours(
-            min(self.crepa_adjacent_distance, LARGEST),  # a clip's frames are fewer, and clamp it
+            self.crepa_adjacent_distance,
             self.crepa_adjacent_tau,
             self.crepa_cumulative_neighbors,
             self.crepa_normalize_neighbour_sum,

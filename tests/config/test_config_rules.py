@@ -220,7 +220,7 @@ def test_neighbour_weights_add_up(distance: int, tau: float) -> None:
 
 def test_no_neighbours_weigh_nothing_and_huge_distances_are_finite() -> None:
     assert Neighbours(0, 1.0, cumulative=True).weight_sum == 0.0
-    huge = CrepaConfig(crepa_adjacent_distance=10**400)
+    huge = CrepaConfig(crepa_adjacent_distance=2**63 - 1)
     assert huge.replace(crepa_cumulative_neighbors=True).neighbours.weight_sum == pytest.approx(2 / (math.e - 1))
     assert huge.neighbours.weight_sum == 0.0
 
