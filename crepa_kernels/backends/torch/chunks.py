@@ -29,6 +29,10 @@ class Chunk:
     def frames(self) -> int:
         return self.stop - self.start
 
+    def rows(self, tokens: int) -> slice:
+        """Its rows, ``tokens`` a frame."""
+        return slice(self.row, self.row + self.frames * tokens)
+
 
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether the values of ``tensor`` are at hand: elsewhere than on a CPU reading them would synchronise."""
