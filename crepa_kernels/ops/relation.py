@@ -1,14 +1,14 @@
 """``crepa_kernels::relate_frames``: the relational loss of one clip and its gradient, from rows of unit length.
 
-With Z the student's rows, Y the teacher's, S = Z + Y and D = Z - Y, the differences of cosines of the tokens of frames
-f and k are ``A = Z_f Z_k' - Y_f Y_k' = (D_f S_k' + S_f D_k') / 2``, which loses nothing where Z is near Y. No matrix of
-all tokens by all tokens is made. There are two ways:
+With Z the student's rows, Y the teacher's and D = Z - Y, the differences of cosines of the tokens of frames f and k are
+``A = Z_f Z_k' - Y_f Y_k' = Z_f D_k' + D_f Y_k'``, which loses nothing where Z is near Y, nor where it is near 0. No
+matrix of all tokens by all tokens is made. There are two ways:
 
-1. *By features*, for the square of A. From the E x E matrices a = S'S, b = D'D, c = D'S of each frame, and their sums
-   A_f, B_f, C_f over the frames k that f is compared with, times w[f, k]::
+1. *By features*, for the square of A. From the E x E matrices m = Z'Z, q = D'Z, b = D'D of each frame, and their sums
+   M_f, Q_f, B_f over the frames k that f is compared with, times w[f, k]::
 
-       sum_k w |A|^2 = (<b_f, A_f> + <c_f, C_f'>) / 2
-       dZ_f          = D_f (A_f + C_f') + S_f (C_f + B_f)
+       sum_k w |A|^2 = 2 <b_f, M_f - Q_f> + 2 <q_f, Q_f'> + <b_f, B_f - 2 Q_f>     (in the sum over all f)
+       dZ_f          = 4 (D_f (M_f - Q_f) + Z_f Q_f)
 
    which are five products. Where all pairs of frames count alike, the clip is one frame.
 2. *By tokens*: a tile of A is made, its part of the cost and of ``dZ_f = 2 sum_k w phi'(A) Z_k`` taken, and it is
@@ -33,7 +33,7 @@ _TILE_ELSEWHERE = 1 << 24
 
 define(
     "relate_frames",
-    "(Tensor s, Tensor d, int[] offsets, float[] weights, float? margin, Tensor(a!) gradient) -> Tensor",
+    "(Tensor z, Tensor d, int[] offsets, float[] weights, float? margin, Tensor(a!) gradient) -> Tensor",
 )
 keeps_type("relate_frames")
 relate_frames_op = torch.ops.crepa_kernels.relate_frames.default
@@ -41,35 +41,35 @@ relate_frames_op = torch.ops.crepa_kernels.relate_frames.default
 
 @torch.library.impl("crepa_kernels::relate_frames", "CompositeExplicitAutograd")
 def _relate_frames(
-    s: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
+    z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:
     """The sum over frames f and k of w[f, k] times the mean of phi(A), in fp32 (fp64 for fp64 rows).
 
     Args:
-        s, d: (T, M, E), Z + Y and Z - Y; frames outside the loss are zero in both.
+        z, d: (T, M, E), Z and D; frames outside the loss are zero in both.
         offsets, weights: each |k - f| of the pairs of frames once, and their w[f, k].
         margin: phi(a) = max(|a| - margin, 0); None: a squared.
         gradient: (T, M, E) in the type of the result, written: M times its gradient with respect to Z; or empty.
     """
-    frames, tokens, _ = s.shape
+    frames, tokens, _ = z.shape
     into = gradient.zero_() if gradient.numel() else None
     pairs = _Pairs(dict(zip(offsets, weights, strict=True)), frames)
-    if margin is None and not _prefers_tokens(s, pairs, into is not None):
-        found = _by_features(s, d, into, pairs)
-    elif pairs.all and (frames * tokens) ** 2 <= _tile_size(s):
+    if margin is None and not _prefers_tokens(z, pairs, into is not None):
+        found = _by_features(z, d, into, pairs)
+    elif pairs.all and (frames * tokens) ** 2 <= _tile_size(z):
         # One tile has every pair of tokens.
         whole = None if into is None else into.flatten(0, 1)[None]
-        found = _by_tokens(s.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}, margin, tokens)
+        found = _by_tokens(z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}, margin, tokens)
     else:
-        found = _by_tokens(s, d, into, pairs.weights, margin, tokens)
+        found = _by_tokens(z, d, into, pairs.weights, margin, tokens)
     return found / tokens**2
 
 
 @torch.library.register_fake("crepa_kernels::relate_frames")
 def _relate_frames_fake(
-    s: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
+    z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:
-    return s.new_empty((), dtype=_wide(s))
+    return z.new_empty((), dtype=_wide(z))
 
 
 class _Pairs:
@@ -92,9 +92,9 @@ def _tile_size(rows: Tensor) -> int:
     return _TILE.get(rows.device.type, _TILE_ELSEWHERE)
 
 
-def _prefers_tokens(s: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
+def _prefers_tokens(z: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
     """Whether the squares take fewer multiplications by tokens than by features."""
-    frames, tokens, features = s.shape
+    frames, tokens, features = z.shape
     # A tile takes two products for both of its directions, a frame's own tile one; each direction has a gradient.
     by_tokens = (pairs.own + pairs.apart) * (2 if with_gradient else 1) * tokens**2 * features
     sums = 0 if pairs.all or pairs.all_others else 3 * (pairs.own + pairs.apart)
@@ -122,41 +122,41 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _Moments(NamedTuple):
-    """a = S'S, b = D'D and c = D'S of some rows, each (E, E)."""
+    """m = Z'Z, q = D'Z and b = D'D of some rows, each (E, E)."""
 
-    a: Tensor
+    m: Tensor
+    q: Tensor
     b: Tensor
-    c: Tensor
 
     def plus(self, other: _Moments, weight: float = 1.0) -> _Moments:
         return _Moments(*(torch.add(one, two, alpha=weight) for one, two in zip(self, other, strict=True)))
 
 
-def _moments(s: Tensor, d: Tensor) -> _Moments:
-    return _Moments(_product(s.t(), s), _product(d.t(), d), _product(d.t(), s))
+def _moments(z: Tensor, d: Tensor) -> _Moments:
+    return _Moments(_product(z.t(), z), _product(d.t(), z), _product(d.t(), d))
 
 
-def _by_features(s: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:
+def _by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:
     """The sum of w |A|^2 over all pairs of frames."""
-    frames, weights = s.shape[0], pairs.weights
+    frames, weights = z.shape[0], pairs.weights
     if pairs.all:
-        clip = _moments(s.flatten(0, 1), d.flatten(0, 1))
-        _add_gradient(gradient, s, d, clip, range(frames))
+        clip = _moments(z.flatten(0, 1), d.flatten(0, 1))
+        _add_gradient(gradient, z, d, clip, range(frames))
         return _cost(clip, clip)
-    total = s.new_zeros((), dtype=_wide(s))
+    total = z.new_zeros((), dtype=_wide(z))
     reach, held = max(weights), dict[int, _Moments]()
     whole: _Moments | None = None
     for frame in range(frames):
         for ahead in range(frame, min(frame + reach, frames - 1) + 1):
             if ahead not in held:
-                held[ahead] = _moments(s[ahead], d[ahead])
+                held[ahead] = _moments(z[ahead], d[ahead])
         if pairs.all_others and whole is None:
             whole = held[0]
             for ahead in range(1, frames):
                 whole = whole.plus(held[ahead])
         sums = _around(held, frame, weights) if whole is None else whole.plus(held[frame], -1.0)
         total += _cost(held[frame], sums)
-        _add_gradient(gradient, s, d, sums, range(frame, frame + 1))
+        _add_gradient(gradient, z, d, sums, range(frame, frame + 1))
         held.pop(frame - reach, None)
     return total
 
@@ -172,52 +172,53 @@ def _around(held: dict[int, _Moments], frame: int, weights: dict[int, float]) ->
 
 
 def _cost(own: _Moments, sums: _Moments) -> Tensor:
-    return ((own.b * sums.a).sum() + (own.c * sums.c.t()).sum()) / 2
+    rest = torch.add(sums.b, sums.q, alpha=-2).add_(sums.m - sums.q, alpha=2)
+    return (own.b * rest).sum() + 2 * (own.q * sums.q.t()).sum()
 
 
-def _add_gradient(gradient: Tensor | None, s: Tensor, d: Tensor, sums: _Moments, frames: range) -> None:
+def _add_gradient(gradient: Tensor | None, z: Tensor, d: Tensor, sums: _Moments, frames: range) -> None:
     """Adds dZ / M of ``frames``, which ``sums`` is of."""
     if gradient is None:
         return
-    of_d, of_s = (((one + two) / s.shape[1]).to(s.dtype) for one, two in ((sums.a, sums.c.t()), (sums.c, sums.b)))
+    of_d, of_z = ((matrix * (4 / z.shape[1])).to(z.dtype) for matrix in (sums.m - sums.q, sums.q))
     for frame in frames:
         _add_product(gradient[frame], d[frame], of_d)
-        _add_product(gradient[frame], s[frame], of_s)
+        _add_product(gradient[frame], z[frame], of_z)
 
 
 def _by_tokens(
-    s: Tensor, d: Tensor, gradient: Tensor | None, weights: dict[int, float], margin: float | None, tokens: int
+    z: Tensor, d: Tensor, gradient: Tensor | None, weights: dict[int, float], margin: float | None, tokens: int
 ) -> Tensor:
     """The sum of w phi(A) over all pairs of frames; the gradient is divided by ``tokens``."""
-    frames, width, _ = s.shape
-    rows = min(width, max(1, _tile_size(s) // width))
-    together = max(1, _tile_size(s) // width**2)
-    total = s.new_zeros((), dtype=_wide(s))
+    frames, width, _ = z.shape
+    rows = min(width, max(1, _tile_size(z) // width))
+    together = max(1, _tile_size(z) // width**2)
+    total = z.new_zeros((), dtype=_wide(z))
     for offset, weight in weights.items():
         for first in range(0, frames - offset, together):
             left = slice(first, min(first + together, frames - offset))
             right = slice(left.start + offset, left.stop + offset)
             for start in range(0, width, rows):
                 part = slice(start, min(start + rows, width))
-                tile = _tile(s, d, left, right, part)
-                cost, slope = _cost_and_slope(tile, margin)
+                cost, slope = _cost_and_slope(_tile(z, d, left, right, part), margin)
                 total += cost.mul_(weight * (2 if offset else 1))
                 if gradient is None:
                     continue
-                slope = slope.mul_(weight / tokens).to(s.dtype)  # with Z = (S + D) / 2
-                _add_product(gradient[left, part], slope, s[right] + d[right])
+                slope = slope.mul_(2 * weight / tokens).to(z.dtype)
+                _add_product(gradient[left, part], slope, z[right])
                 if offset:
-                    _add_product(gradient[right], slope.mT, s[left, part] + d[left, part])
+                    _add_product(gradient[right], slope.mT, z[left, part])
     return total
 
 
-def _tile(s: Tensor, d: Tensor, left: slice, right: slice, part: slice) -> Tensor:
+def _tile(z: Tensor, d: Tensor, left: slice, right: slice, part: slice) -> Tensor:
     """A (frames, rows, M) of the rows ``part`` of the frames ``left`` against all rows of the frames ``right``."""
-    tile = _product(d[left, part], s[right].mT)
-    if left == right and part == slice(0, s.shape[1]):
-        return (tile + tile.mT).mul_(0.5)
-    _add_product(tile, s[left, part], d[right].mT)
-    return tile.mul_(0.5)
+    if left == right and part == slice(0, z.shape[1]):
+        half = _product(d[left], torch.sub(z[left], d[left], alpha=0.5).mT)
+        return half + half.mT
+    tile = _product(z[left, part], d[right].mT)
+    _add_product(tile, d[left, part], (z[right] - d[right]).mT)
+    return tile
 
 
 def _cost_and_slope(tile: Tensor, margin: float | None) -> tuple[Tensor, Tensor]:

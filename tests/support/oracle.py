@@ -144,20 +144,23 @@ class StudentSide:
         cancelled2 = self.cancelled2[counted]
         return float(cancelled2.max()) ** 0.5 if cancelled2.numel() else 1.0
 
-    def squares(self, dp2: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the gradients of ``leaves``, from those of p: sums of squares where they are sums."""
-        gamma, weight = self.leaves.get("gamma"), self.leaves["weight"]
-        dp2 = (self.to_student**2).T @ dp2  # (B, T, P, E)
-        daffine2 = dp2 @ weight**2
-        dx2 = daffine2 if gamma is None else daffine2 * gamma**2
-        x2 = self.x**2
-        row_sums2 = dx2.sum(dim=-1, keepdim=True) + x2 * (dx2 * x2).sum(dim=-1, keepdim=True)
+    def of_leaves(self, dp: torch.Tensor, power: int = 2) -> dict[str, torch.Tensor]:
+        """Of the gradients of ``leaves``, the sum of summands to a power, from that of p's (B, T, M, E).
+
+        The power is 2 for errors that are not related, 1 for the most that related ones make.
+        """
+        to_student, x, affine = (tensor.abs() ** power for tensor in (self.to_student, self.x, self.affine))
+        weight, gamma = self.leaves["weight"].abs() ** power, self.leaves.get("gamma")
+        dp = to_student.T @ dp  # (B, T, P, E)
+        daffine = dp @ weight
+        dx = daffine if gamma is None else daffine * gamma.abs() ** power
+        row_sums = dx.sum(dim=-1, keepdim=True) + x * (dx * x).sum(dim=-1, keepdim=True)
         return {
-            "h": self.inverse_std**2 * (dx2 + row_sums2 / self.x.shape[-1] ** 2),
-            "gamma": (daffine2 * x2).sum(dim=(0, 1, 2)),
-            "beta": daffine2.sum(dim=(0, 1, 2)),
-            "weight": torch.einsum("btpe,btpd->ed", dp2, self.affine**2),
-            "bias": dp2.sum(dim=(0, 1, 2)),
+            "h": self.inverse_std**power * (dx + row_sums / self.x.shape[-1] ** power),
+            "gamma": (daffine * x).sum(dim=(0, 1, 2)),
+            "beta": daffine.sum(dim=(0, 1, 2)),
+            "weight": torch.einsum("btpe,btpd->ed", dp, affine),
+            "bias": dp.sum(dim=(0, 1, 2)),
         }
 
 
@@ -277,7 +280,7 @@ class Sums:
         cosine2 = torch.maximum(terms.sum(dim=-1, keepdim=True) ** 2, (terms**2).sum(dim=-1, keepdim=True))
         along2 = torch.where(norms > NORM_FLOOR, cosine2 * unit**2, 0.0)
         dp2 = (cost[..., None, None] / p.shape[2] / norms) ** 2 * (self.z**2 + along2) * self.side.cancelled2
-        return self.side.squares(dp2)
+        return self.side.of_leaves(dp2)
 
     def of_values(self, cost: torch.Tensor, seen: int) -> dict[str, torch.Tensor]:
         unit, tokens = self.side.p / row_norms(self.side.p), self.side.p.shape[2]

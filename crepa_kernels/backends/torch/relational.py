@@ -66,9 +66,9 @@ class _ClipSums(torch.autograd.Function):
                 if keep:
                     record.add(chunk.rows(inputs.plan.tokens), projected)
             gradient = rows.room_for_gradient(record) if keep else rows.norm.new_empty(0)
-            offsets = relation.offsets(len(rows.s))
+            offsets = relation.offsets(len(rows.z))
             sums[clip] = relate_frames_op(
-                rows.s, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient
+                rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient
             )
             if keep:
                 rows.keep(gradient, record)
@@ -86,7 +86,7 @@ class _ClipRows:
     """Rows of a clip from its first frame in the loss to its last; frames between them that are not in it are zero.
 
     Attributes:
-        s, d: (T', M, E), the sum and the difference of the student's and the teacher's unit rows.
+        z, d: (T', M, E), the student's unit rows, and what they differ from the teacher's by.
         norm: (T', M), the length of p.
     """
 
@@ -98,14 +98,14 @@ class _ClipRows:
         shape, like = (frames, inputs.plan.tokens, student.weight.shape[0]), inputs.hidden_states
         dtype = _operand_type(student.compute_dtype, student.accum_dtype, like.device)
         new = like.new_zeros if self.has_holes else like.new_empty
-        self.s, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
+        self.z, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
         self.norm = new(shape[:2], dtype=student.accum_dtype)
 
     def _frames(self, chunk: Chunk) -> slice:
         return slice(chunk.start - self.first, chunk.stop - self.first)
 
     def add(self, chunk: Chunk, projected: Projected, teacher: TeacherFrames) -> None:
-        frames, shape = self._frames(chunk), (chunk.frames, *self.s.shape[1:])
+        frames, shape = self._frames(chunk), (chunk.frames, *self.z.shape[1:])
         p = unfolded_rows(projected.rows.to(self.accum_dtype), *projected.fold).view(shape)
         self.norm[frames] = torch.linalg.vector_norm(p, dim=-1)
         z = p / floored_norm(self.norm[frames])[..., None]
@@ -116,20 +116,20 @@ class _ClipRows:
         if mask is not None and not is_readable(mask):
             counted = mask[chunk.clip, chunk.start : chunk.stop, None, None]
             z, y = z.where(counted, 0), y.where(counted, 0)
-        self.s[frames], self.d[frames] = z + y, z - y
+        self.z[frames], self.d[frames] = z, z - y
 
     def room_for_gradient(self, record: Record) -> torch.Tensor:
         """(T', M, E) in ``accum_dtype``: the clip's own rows of q where they can hold it."""
-        rows = slice(self.chunks[0].row, self.chunks[-1].rows(self.s.shape[1]).stop)
+        rows = slice(self.chunks[0].row, self.chunks[-1].rows(self.z.shape[1]).stop)
         if self.has_holes or record.q.dtype != self.accum_dtype:
-            return self.s.new_empty(self.s.shape, dtype=self.accum_dtype)
-        return record.q[rows].view(self.s.shape)
+            return self.z.new_empty(self.z.shape, dtype=self.accum_dtype)
+        return record.q[rows].view(self.z.shape)
 
     def keep(self, gradient: torch.Tensor, record: Record) -> None:
         """Records q and numbers of each row; ``gradient`` (T', M, E) is dZ."""
         for chunk in self.chunks:
-            frames, rows = self._frames(chunk), chunk.rows(self.s.shape[1])
-            z = (self.s[frames].to(self.accum_dtype) + self.d[frames]).flatten(0, 1).mul_(0.5)
+            frames, rows = self._frames(chunk), chunk.rows(self.z.shape[1])
+            z = self.z[frames].flatten(0, 1)
             dz, norm = gradient[frames].flatten(0, 1), self.norm[frames].flatten()
             along, floored = torch.mul(dz, z).sum(dim=-1), norm <= NORM_FLOOR
             inverse = floored_norm(norm).reciprocal_()
