@@ -144,7 +144,8 @@ def relational_reference(inputs: LossInputs, relation: Relation) -> torch.Tensor
         if mask is not None:
             student, teacher = (rows.where(mask[..., None, None], 0) for rows in (student, teacher))
         p, y = student.flatten(1, 2), teacher.flatten(1, 2)
-        difference = product(p, p) - product(y, y)
+        # torch.compile wants two tensors.
+        difference = product(p, p.clone()) - product(y, y.clone())
         cost = difference.square() if relation.margin is None else F.relu(difference.abs() - relation.margin)
         frames = (inputs.frames, inputs.plan.tokens)
         mean = cost.unflatten(2, frames).unflatten(1, frames).mean(dim=(2, 4))  # (B, T, T)

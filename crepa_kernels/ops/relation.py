@@ -226,4 +226,5 @@ def _cost_and_slope(tile: Tensor, margin: float | None) -> tuple[Tensor, Tensor]
     if margin is None:
         return (tile * tile).sum(), tile.mul_(2)
     excess = (tile.abs() - margin).clamp_min_(0)
-    return excess.sum(), tile.sign_().mul_(excess > 0)
+    # The sign of NaN is 0: where the loss is NaN, so is the gradient.
+    return excess.sum(), torch.where(excess > 0, tile.sign_(), excess * 0)

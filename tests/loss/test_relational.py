@@ -81,3 +81,38 @@ def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, dtype:
         if related.case.tiny and dtype == torch.float16:
             continue  # which has no such weights
         check(related, tensors, exact, found, backend, eps)
+
+
+def test_the_drawn_configurations_hold_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the two tests above claim to cover is in CI's share of them already."""
+    drawn = [draw_related(seed) for seed in range(IN_CI)]
+
+    def some(condition: Callable[[Related], object], least: int = 2) -> None:
+        assert sum(bool(condition(related)) for related in drawn) >= least
+
+    for pairs in PAIRS:
+        for squared in (True, False):
+            some(lambda r, key=(pairs, squared): (r.pairs, r.margin is None) == key)
+        for align in ("student", "teacher", "smaller", "pool"):
+            some(lambda r, key=(pairs, align): (r.pairs, r.case.spatial_align) == key, 1)
+    some(lambda r: r.margin == 0)
+    some(lambda r: r.pairs == "neighbours" and 0 < r.case.distance < r.case.frames - 1)
+    some(lambda r: r.case.frames == 1)
+    some(lambda r: r.case.feature_size == 1)
+    some(lambda r: r.case.tiny)
+    some(lambda r: r.case.zero_rows)
+    some(lambda r: not r.case.linear_bias)
+    some(lambda r: r.case.affine == "none")
+    some(lambda r: r.case.frame_mask is not None and r.case.teacher_mask is not None)
+    some(lambda r: 0 < r.case.counted.sum() < r.case.counted.numel() and r.case.garbage)
+    some(lambda r: not r.case.counted.any(), 1)
+    for name in GRADIENTS:
+        some(lambda r, name=name: name not in r.case.required)
+    ways: list[str] = []
+    for way in ("_by_features", "_by_tokens"):
+        take = getattr(relation, way)
+        monkeypatch.setattr(relation, way, lambda *given, way=way, take=take: ways.append(way) or take(*given))
+    for related in drawn:
+        if related.margin is None:
+            related.run(related.case.tensors(torch.float32), "torch")
+    assert min(ways.count("_by_features"), ways.count("_by_tokens")) >= 5

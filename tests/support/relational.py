@@ -148,7 +148,7 @@ class _Roundings:
         self.cancelled2 = self.side.cancelled2.flatten(1, 2)  # (B, N, 1)
         u2, v2 = self.u**2, self.v**2
         of_u2 = u2 @ u2.mT
-        # An error of a, squared; that of a row's norm, in fp32 (fp64) whatever the type of h, is one of all its numbers.
+        # Errors of a, squared. That of a row's norm, in fp32 (fp64) whatever the type of h, is one of all its numbers.
         wide = torch.finfo(torch.float64 if self.eps < 1e-12 else torch.float32).eps / self.eps
         norms2 = 2 * wide**2 * ((self.u @ self.u.mT) ** 2 + (self.v @ self.v.mT) ** 2)
         self.a2 = of_u2 * (self.cancelled2 + self.cancelled2.mT) + 2 * v2 @ v2.mT + norms2

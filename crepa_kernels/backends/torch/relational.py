@@ -74,12 +74,12 @@ class _ClipSums(torch.autograd.Function):
                 rows.keep(gradient, record)
         if keep:
             record.save(ctx, settings, beta, bias)
+            ctx.frames = inputs.frames
         return sums
 
     @staticmethod
     def backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        frames = ctx.saved_tensors[0].shape[1]
-        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, frames)), None, None, None
+        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), None, None, None
 
 
 class _ClipRows:
