@@ -133,7 +133,17 @@ class _Moments(NamedTuple):
 
 
 def _moments(z: Tensor, d: Tensor) -> _Moments:
-    return _Moments(_product(z.t(), z), _product(d.t(), z), _product(d.t(), d))
+    return _Moments(_gram(z), _product(d.t(), z), _gram(d))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows' rows, (E, E). Of its four quarters one is another's mirror image, where they are large enough to gain."""
+    half = rows.shape[1] // 2
+    if half < 128:
+        return _product(rows.t(), rows)
+    left, right = rows[:, :half], rows[:, half:]
+    across = _product(left.t(), right)
+    return torch.cat((torch.cat((_gram(left), across), 1), torch.cat((across.t(), _gram(right)), 1)))
 
 
 def _by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:

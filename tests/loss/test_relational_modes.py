@@ -14,6 +14,7 @@ from relational import PAIRS, Related, Tensors, relational_truth, simply_related
 from torch import nn
 
 from benches.measure import peak_bytes
+from benches.peers import eager_relations
 from crepa_kernels import CrepaProjector, relational_loss
 from crepa_kernels.ops import relation
 
@@ -36,6 +37,15 @@ def test_all_pairs_are_the_mean_over_all_tokens_of_the_clip(backend: str) -> Non
     torch.testing.assert_close(squared, difference.square().mean(), rtol=1e-12, atol=0)
     margin = relational_loss(tensors["h"], tensors["y"], projector, **grids, margin=0.1, backend=backend)
     torch.testing.assert_close(margin, (difference.abs() - 0.1).clamp(min=0).mean(), rtol=1e-12, atol=0)
+
+
+@each_cost
+def test_the_form_that_is_measured_against_is_the_same_loss(margin: float | None) -> None:
+    related = simply_related(margin=margin, teacher_grid=(3, 4))
+    tensors = related.case.tensors(torch.float64)
+    loss = eager_relations(tensors["h"], tensors["y"], related.case.projector(tensors), margin)
+    exact = relational_truth(related, tensors).results["loss"]
+    torch.testing.assert_close(loss.detach(), exact, rtol=1e-12, atol=0)
 
 
 @both_backends
@@ -296,6 +306,12 @@ def test_the_ways_and_tiles_change_nothing(
         loss, gradient = related_frames(rows, offsets, margin)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(gradient, 7 * slope, rtol=1e-11, atol=1e-13)
+
+
+def test_wide_features_are_multiplied_by_quarters() -> None:
+    """An odd number of them, of which the halves are wide enough once and the quarters are not."""
+    rows = rows_of_a_clip(torch.float64, 301)[1].flatten(0, 1)
+    torch.testing.assert_close(relation._gram(rows), rows.mT @ rows, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
