@@ -74,6 +74,7 @@ bench: $(VENV)/.test
 	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json; status=$$?; \
 		$(BIN)/python -m benches.table && exit $$status
 	$(BIN)/python -m benches.bench_resample --out benches/results/resample-cpu.json
+	$(BIN)/python -m benches.bench_relational --out benches/results/relational-cpu.json
 
 # One binary for every Python and torch >= 2.10; abi3audit reads its symbols.
 wheel: $(VENV)/.test

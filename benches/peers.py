@@ -70,6 +70,24 @@ def eager_neighbours(
         return _adjacent_loss(p, teacher_features, distance, tau)
 
 
+def eager_relations(
+    hidden_states: torch.Tensor, teacher_features: torch.Tensor, projector: nn.Module, margin: float | None = None
+) -> torch.Tensor:
+    """The relational loss of all pairs on one grid as its papers' code has it: two matrices of all tokens by all.
+
+    Args:
+        hidden_states: (B, T, M, D).
+        teacher_features: (B, T, M, E).
+        projector: D -> E, applied to all tokens.
+        margin: differences of cosines cost what they exceed it by; None: their squares.
+    """
+    with _autocast(hidden_states):
+        p, y = (F.normalize(rows, dim=-1).flatten(1, 2) for rows in (projector(hidden_states), teacher_features))
+        difference = p @ p.mT - y @ y.mT  # (B, T M, T M)
+        cost = difference.square() if margin is None else F.relu(difference.abs() - margin)
+        return cost.mean()
+
+
 def _autocast(hidden_states: torch.Tensor) -> AbstractContextManager[object]:
     half = hidden_states.dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(hidden_states.device.type, dtype=hidden_states.dtype) if half else nullcontext()

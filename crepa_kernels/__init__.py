@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .frames import frame_indices, select_frames
 from .grid import resample_tokens
-from .loss import CrepaOutput, available_backends, crepa_loss, similarity_matrix
+from .loss import CrepaOutput, available_backends, crepa_loss, relational_loss, similarity_matrix
 from .projector import CrepaProjector
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "crepa_loss",
     "frame_indices",
     "image_to_video_mask",
+    "relational_loss",
     "resample_tokens",
     "select_frames",
     "similarity_matrix",

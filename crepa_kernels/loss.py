@@ -1,4 +1,4 @@
-"""The drop-in call: ``crepa_loss``, the choice of backend, and the similarity matrix for plots."""
+"""The drop-in calls: ``crepa_loss`` and ``relational_loss``, the choice of backend, the similarity matrix for plots."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backends.reference import crepa_reference, reference_matrix
+from .backends.reference import crepa_reference, reference_matrix, relational_reference
 from .backends.torch.autograd import crepa_torch
 from .backends.torch.autograd import kept_bytes as torch_keeps
+from .backends.torch.relational import relational_torch
 from .backends.triton.availability import why_no_triton, why_not_triton_for
 from .backends.triton.operator import crepa_triton
 from .backends.triton.operator import kept_bytes as triton_keeps
 from .backends.triton.self_check import prefers_triton
 from .grid import SpatialAlign, plan_alignment
 from .inputs import LossInputs, check_inputs
-from .neighbours import Neighbours
+from .neighbours import Neighbours, Pairs, Relation
 from .ops.compiling import constant_when_compiled
 from .output import CrepaOutput
 from .projector import CrepaProjector
 
-__all__ = ["CrepaOutput", "available_backends", "crepa_loss", "similarity_matrix"]
+__all__ = ["CrepaOutput", "available_backends", "crepa_loss", "relational_loss", "similarity_matrix"]
 
 
 def _kept_or_recomputed(backend: Callable[[LossInputs], CrepaOutput]) -> Callable[[LossInputs], CrepaOutput]:
@@ -155,6 +156,78 @@ def crepa_loss(
             recompute=recompute,
         )
         return _BACKENDS[_backend_for(backend, inputs)](inputs)
+
+    return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
+
+
+def relational_loss(
+    hidden_states: torch.Tensor,
+    teacher_features: torch.Tensor,
+    projector: nn.Module,
+    *,
+    student_grid: Sequence[int],
+    teacher_grid: Sequence[int],
+    pairs: Pairs = "all",
+    distance: int = 1,
+    tau: float = 1.0,
+    margin: float | None = None,
+    spatial_align: SpatialAlign = "student",
+    antialias: bool = True,
+    frame_index: torch.Tensor | Sequence[int] | None = None,
+    frame_mask: torch.Tensor | None = None,
+    teacher_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Token relation distillation: a clip's tokens are to be as similar to each other as the teacher's are.
+
+    Equation, with p = projector(h), unit rows of p and y, and the M tokens i, j of frames f, k on the common grid::
+
+        A[(f,i),(k,j)] = <p[f,i], p[k,j]> - <y[f,i], y[k,j]>
+        loss = mean_b( sum_{f,k} w[f,k] mean_{i,j} phi(A[(f,i),(k,j)]) / sum_{f,k} w[f,k] )
+
+    ``pairs="all"`` with a margin of 0.1 is VideoREPA's loss (arXiv 2505.23656), ``"frame"`` the manifold loss of U-REPA
+    (arXiv 2503.18414). No matrix of all tokens by all tokens is made, but by ``backend="reference"``.
+
+    Args:
+        hidden_states: (B, T, P, D), the block's video tokens in raster order; fp64, fp32, fp16 or bf16.
+        teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
+        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear.
+        student_grid: (height, width) of the P tokens.
+        teacher_grid: (height, width) of the N tokens.
+        pairs: w[f, k] is 1 for f = k (``"frame"``), for all f and k (``"all"``), for f != k (``"cross"``), or
+            exp(-|f - k| / tau) for |f - k| <= distance (``"neighbours"``); else 0.
+        distance: frames, of ``"neighbours"``; those that are farther apart are not compared.
+        tau: decay of the neighbours' weight, frames.
+        margin: phi(a) = max(|a| - margin, 0), with derivative 0 where |a| is the margin; None: a squared.
+        spatial_align, antialias, frame_index: as in ``crepa_loss``.
+        frame_mask: (B, T) bool, student frames in the loss.
+        teacher_mask: (B, T) bool, teacher frames that exist, after ``frame_index``. A frame is compared where both
+            masks have it, and is as if it were not there where not.
+        backend: ``"reference"``, or any other name for the fast algebra. ``CREPA_BACKEND`` in the environment
+            overrides it.
+
+    Returns:
+        The loss, a scalar in fp32 (fp64 for fp64 hidden states), with gradients as ``crepa_loss`` has them. A clip
+        without a pair of frames is not in the mean; with no clip left the loss and its gradients are 0.
+
+    Raises:
+        ValueError: as ``crepa_loss``, and for other ``pairs``, or a margin that is not a number of at least 0.
+    """
+    relation = Relation(pairs, distance, tau, margin)
+
+    def run() -> torch.Tensor:
+        inputs = check_inputs(
+            hidden_states,
+            teacher_features,
+            projector,
+            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            Neighbours(distance=0),
+            frame_index=frame_index,
+            frame_mask=frame_mask,
+            teacher_mask=teacher_mask,
+        )
+        reference = requested_backend(backend) == "reference"
+        return relational_reference(inputs, relation) if reference else relational_torch(inputs, relation)
 
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 

@@ -1,14 +1,28 @@
-"""Which teacher frames a student frame is pulled toward, and how strongly."""
+"""Which frames a frame is compared with, and how strongly."""
 
 from __future__ import annotations
 
 import math
 import sys
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from .ops.resample import LARGEST
+
+Pairs = Literal["frame", "all", "cross", "neighbours"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_decay(distance: int, tau: float) -> None:
+    if isinstance(distance, bool) or not isinstance(distance, int) or not 0 <= distance <= LARGEST:
+        raise ValueError(f"distance must be an integer of at least 0, of 64 bits, got {distance!r}")
+    if not (_is_number(tau) and 0 < tau <= sys.float_info.max):
+        raise ValueError(f"tau must be a finite number above 0, got {tau!r}")
 
 
 @dataclass(frozen=True)
@@ -28,11 +42,7 @@ class Neighbours:
     normalize_sum: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.distance, bool) or not isinstance(self.distance, int) or not 0 <= self.distance <= LARGEST:
-            raise ValueError(f"distance must be an integer of at least 0, of 64 bits, got {self.distance!r}")
-        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if not (number and 0 < self.tau <= sys.float_info.max):
-            raise ValueError(f"tau must be a finite number above 0, got {self.tau!r}")
+        _check_decay(self.distance, self.tau)
 
     def offsets(self, frames: int) -> dict[int, float]:
         """Positive offset -> weight in a clip of ``frames`` frames, all of which exist (d is clamped to frames - 1)."""
@@ -82,3 +92,44 @@ class Neighbours:
         # Not a product: at offset 0 the exponent is NaN where tau is 0 in the type.
         weights = torch.exp(-offset.to(like.dtype) / self.tau).where(chosen & (offset > 0), 0)
         return weights if teacher_mask is None else weights * teacher_mask[:, None, :]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The pairs of frames whose tokens the relational loss compares, and what a difference of cosines costs.
+
+    Attributes:
+        pairs: ``"frame"`` is each frame with itself, ``"all"`` every two, ``"cross"`` every two different ones,
+            ``"neighbours"`` each with itself and, by exp(-offset / tau), with those at most ``distance`` away.
+        distance: frames, of ``"neighbours"``.
+        tau: decay of the neighbours' weight, frames.
+        margin: a difference a costs max(|a| - margin, 0); None: a squared.
+    """
+
+    pairs: Pairs = "all"
+    distance: int = 1
+    tau: float = 1.0
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs not in get_args(Pairs):
+            raise ValueError(f"pairs must be one of {', '.join(get_args(Pairs))}, got {self.pairs!r}")
+        _check_decay(self.distance, self.tau)
+        if self.margin is not None and not (_is_number(self.margin) and 0 <= self.margin <= sys.float_info.max):
+            raise ValueError(f"margin must be None or a finite number of at least 0, got {self.margin!r}")
+
+    def offsets(self, frames: int) -> dict[int, float]:
+        """Offset |k - f| -> w[f, k] in a clip of ``frames`` frames; offsets of weight 0 are left out."""
+        if self.pairs == "neighbours":
+            weights = {o: math.exp(-o / self.tau) for o in range(min(self.distance, frames - 1) + 1)}
+            return {offset: weight for offset, weight in weights.items() if weight > 0}
+        first, last = int(self.pairs == "cross"), 1 if self.pairs == "frame" else frames
+        return dict.fromkeys(range(first, last), 1.0)
+
+    def weights(self, frames: int, like: torch.Tensor) -> torch.Tensor:
+        """w[f, k], (T, T), on the device and in the floating type of ``like``."""
+        weights = like.new_zeros(frames, frames)
+        for offset, weight in self.offsets(frames).items():
+            weights.diagonal(offset).fill_(weight)
+            weights.diagonal(-offset).fill_(weight)
+        return weights

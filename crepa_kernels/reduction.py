@@ -1,4 +1,4 @@
-"""From per-frame similarities to the loss and its metrics: (B, T) numbers, the same for every backend."""
+"""From numbers of frames or clips to the loss and its metrics, the same for every backend."""
 
 from __future__ import annotations
 
@@ -71,6 +71,26 @@ def reduce_frames(own: torch.Tensor, total: torch.Tensor, reduction: Reduction) 
         alignment_score=(score * reduction.frame_share).sum(),
         frame_similarity=own,
     )
+
+
+def reduce_pairs(sums: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+    """Equation: ``mean over clips of sums[b] / (the sum of w[f, k] over the clip's frames f and k)``, a scalar.
+
+    A clip without a pair of frames is left out of the mean, and with no clip left the loss is 0.
+
+    Args:
+        sums: (B,), the sum over pairs of frames of w[f, k] times the mean cost of their tokens' pairs.
+        mask: (B, T) bool, frames in the loss; None: all.
+        weights: (T, T), w[f, k].
+    """
+    if mask is None:
+        total = weights.sum().expand(sums.shape)
+    else:
+        total = (weights * (mask[:, :, None] & mask[:, None, :])).sum(dim=(1, 2))
+    known = total > 0
+    # What a clip without pairs holds may be NaN.
+    mean = sums.where(known, 0) / total.where(known, 1)
+    return mean.sum() / known.sum().clamp(min=1)
 
 
 def counted_frames(frames: torch.Tensor, *masks: torch.Tensor | None) -> torch.Tensor:

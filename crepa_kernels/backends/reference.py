@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..inputs import LossInputs, frames_at
+from ..neighbours import Relation
 from ..ops.rows import NORM_FLOOR
 from ..output import CrepaOutput
-from ..reduction import plan_reduction, reduce_frames
+from ..reduction import plan_reduction, reduce_frames, reduce_pairs
 
 
 def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -134,3 +135,20 @@ def reference_matrix(inputs: LossInputs) -> torch.Tensor:
         similarity = pair_similarity(student_rows(inputs), teacher_rows(inputs, aligned=False))
         mask = inputs.frame_mask
         return similarity if mask is None else similarity.where(mask[..., None], 0)
+
+
+def relational_reference(inputs: LossInputs, relation: Relation) -> torch.Tensor:
+    """The relational loss by every pair of tokens of a clip, (B, T M, T M) numbers; differentiable twice."""
+    with torch.autocast(inputs.hidden_states.device.type, enabled=False):
+        student, teacher, mask = student_rows(inputs), teacher_rows(inputs), inputs.frame_mask
+        if mask is not None:
+            student, teacher = (rows.where(mask[..., None, None], 0) for rows in (student, teacher))
+        p, y = student.flatten(1, 2), teacher.flatten(1, 2)
+        # torch.compile wants two tensors.
+        difference = product(p, p.clone()) - product(y, y.clone())
+        cost = difference.square() if relation.margin is None else F.relu(difference.abs() - relation.margin)
+        frames = (inputs.frames, inputs.plan.tokens)
+        mean = cost.unflatten(2, frames).unflatten(1, frames).mean(dim=(2, 4))  # (B, T, T)
+        weights = relation.weights(inputs.frames, like=mean)
+        sums = (weights * mean.where(weights > 0, 0)).sum(dim=(1, 2))
+        return reduce_pairs(sums, mask, weights)

@@ -77,11 +77,7 @@ def _align_rows(
         own, total, 1 / max(|p|, floor) and <q, p>, each (F x M,) in fp32 (fp64 for fp64).
     """
     tokens, accum_dtype = teacher[0].shape[0], weights.dtype
-    p = projected.to(accum_dtype)
-    if mean is not None and inverse_std is not None and row_sums is not None:
-        p = torch.addr(p, mean, row_sums, alpha=-1) * inverse_std[:, None]
-    if offset is not None:
-        p = p + offset
+    p = unfolded_rows(projected.to(accum_dtype), mean, inverse_std, row_sums, offset)
     unit = [_unit(frame.to(accum_dtype)) for frame in teacher]
     frames = range(first, first + len(p) // tokens)
     y = torch.cat([unit[frame - base] for frame in frames])
@@ -95,7 +91,7 @@ def _align_rows(
         inside = ((row >= start) & (row < stop))[:, None]
         y, z = y.where(inside, 0), z.where(inside, 0)
     norm = torch.linalg.vector_norm(p, dim=-1)
-    inverse = _floored(norm).reciprocal_()
+    inverse = floored_norm(norm).reciprocal_()
     scratch = torch.mul(p, z)
     total = scratch.sum(dim=-1).mul_(inverse)
     own = torch.mul(p, y, out=scratch).sum(dim=-1).mul_(inverse)
@@ -106,13 +102,27 @@ def _align_rows(
     return own, total, inverse, (total / inverse).where(floored, 0)
 
 
+def unfolded_rows(
+    projected: Tensor,
+    mean: Tensor | None,
+    inverse_std: Tensor | None,
+    row_sums: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """p (rows, E) of ``projected`` tokens, which may have been projected before they were normalised."""
+    p = projected
+    if mean is not None and inverse_std is not None and row_sums is not None:
+        p = torch.addr(p, mean, row_sums, alpha=-1) * inverse_std[:, None]
+    return p if offset is None else p + offset
+
+
 def _unit(rows: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / _floored(norm)
+    return rows / floored_norm(norm)
 
 
-def _floored(norm: Tensor) -> Tensor:
-    # A norm that overflows would make a row of zeros.
+def floored_norm(norm: Tensor) -> Tensor:
+    """max(norm, 1e-12), NaN where it overflowed, which would make a row of zeros."""
     return norm.clamp_min(NORM_FLOOR).where(norm < math.inf, math.nan)
 
 

@@ -103,22 +103,75 @@ def neighbour_weights(case: Any, exists: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-def truth(
-    case: Any,
-    tensors: dict[str, torch.Tensor | None],
-    wide: torch.dtype = torch.float64,
-    narrow: torch.dtype | None = None,
-) -> Truth:
-    """Loss, metrics and all gradients of ``case`` on ``tensors`` (h, y, gamma, beta, weight, bias), in float64.
+@dataclass
+class StudentSide:
+    """The way from h to p, and the teacher's features before theirs.
 
-    With ``wide`` fp32 this is the eager arithmetic that crepa_loss promises for its types instead: ``F.layer_norm``
-    and all else in fp32, the product's operands and result rounded to ``narrow``, the type of h if not given. Its
-    error is the yardstick of ``reference``.
+    Attributes:
+        leaves: h, gamma, beta, weight and bias by name, those that there are.
+        p: (B, T, M, E), on the common grid.
+        x, affine, inverse_std: LayerNorm of h (B, T, P, D), without and with its affine part, and 1/std.
+        y: (B, S, N, E), as given.
+        to_student, to_teacher: (M, P) and (M, N), what takes the two sides to the common grid.
     """
+
+    leaves: dict[str, torch.Tensor]
+    p: torch.Tensor
+    x: torch.Tensor
+    affine: torch.Tensor
+    inverse_std: torch.Tensor
+    y: torch.Tensor
+    to_student: torch.Tensor
+    to_teacher: torch.Tensor
+
+    def floored(self, counted: torch.Tensor) -> torch.Tensor:
+        """(B, T, P) bool, tokens of the frames ``counted`` whose gradient goes through a row below the norm's floor."""
+        below = (row_norms(self.p)[..., 0] <= NORM_FLOOR) & counted[..., None]
+        return (below.to(self.p.dtype) @ self.to_student) > 0
+
+    @property
+    def cancelled2(self) -> torch.Tensor:
+        """(B, T, M, 1), at least 1: the summands of a row of p over what is left of them, squared."""
+        weight, bias = self.leaves["weight"], self.leaves.get("bias")
+        summands2 = self.affine**2 @ (weight**2).T
+        summands2 = self.to_student**2 @ (summands2 if bias is None else summands2 + bias**2)
+        norms = row_norms(self.p)
+        lost = summands2.sum(dim=-1, keepdim=True) / norms**2
+        return torch.where(norms > NORM_FLOOR, lost.clamp(min=1), 1.0)
+
+    def cancelled(self, counted: torch.Tensor) -> float:
+        """The root of the largest of the above in the frames ``counted``."""
+        cancelled2 = self.cancelled2[counted]
+        return float(cancelled2.max()) ** 0.5 if cancelled2.numel() else 1.0
+
+    def of_leaves(self, dp: torch.Tensor, power: int = 2) -> dict[str, torch.Tensor]:
+        """Of the gradients of ``leaves``, the sum of summands to a power, from that of p's (B, T, M, E).
+
+        The power is 2 for errors that are not related, 1 for the most that related ones make.
+        """
+        to_student, x, affine = (tensor.abs() ** power for tensor in (self.to_student, self.x, self.affine))
+        weight, gamma = self.leaves["weight"].abs() ** power, self.leaves.get("gamma")
+        dp = to_student.T @ dp  # (B, T, P, E)
+        daffine = dp @ weight
+        dx = daffine if gamma is None else daffine * gamma.abs() ** power
+        row_sums = dx.sum(dim=-1, keepdim=True) + x * (dx * x).sum(dim=-1, keepdim=True)
+        return {
+            "h": self.inverse_std**power * (dx + row_sums / self.x.shape[-1] ** power),
+            "gamma": (daffine * x).sum(dim=(0, 1, 2)),
+            "beta": daffine.sum(dim=(0, 1, 2)),
+            "weight": torch.einsum("btpe,btpd->ed", dp, affine),
+            "bias": dp.sum(dim=(0, 1, 2)),
+        }
+
+
+def student_side(
+    case: Any, tensors: dict[str, torch.Tensor | None], wide: torch.dtype, narrow: torch.dtype | None
+) -> StudentSide:
+    """The student's side of ``case`` in ``wide``, fp64 or as eager arithmetic has it: see ``truth``."""
     exact = wide == torch.float64
     narrow = wide if exact else narrow or tensors["h"].dtype
     inputs = {name: None if t is None else t.detach().to(wide).contiguous() for name, t in tensors.items()}
-    exists, counted = case.existing, case.counted
+    counted = case.counted
     inputs["h"] = torch.where(counted[..., None, None], inputs["h"], 0.0)
     leaves = {name: t.requires_grad_() for name, t in inputs.items() if t is not None and name != "y"}
     h, y, gamma, beta, weight, bias = (inputs[name] for name in ("h", "y", "gamma", "beta", "weight", "bias"))
@@ -134,6 +187,31 @@ def truth(
         affine = torch.nn.functional.layer_norm(h, h.shape[-1:], gamma, beta, case.eps)
     p = (affine.to(narrow) @ weight.to(narrow).T).to(wide)
     p = to_student @ (p if bias is None else p + bias)  # (B, T, M, E)
+    if exact and h.shape[-1] == 1:
+        # LayerNorm of one number is all cancellation, of fp32 (fp64) numbers whatever the type of h.
+        kind = tensors["h"].dtype
+        x = (
+            h * inverse_std * torch.finfo(torch.promote_types(kind, torch.float32)).eps / torch.finfo(kind).eps
+        ).detach()
+        affine = (affine.abs() + x.abs()).detach()
+    return StudentSide(leaves, p, x.detach(), affine.detach(), inverse_std.detach(), y, to_student, to_teacher)
+
+
+def truth(
+    case: Any,
+    tensors: dict[str, torch.Tensor | None],
+    wide: torch.dtype = torch.float64,
+    narrow: torch.dtype | None = None,
+) -> Truth:
+    """Loss, metrics and all gradients of ``case`` on ``tensors`` (h, y, gamma, beta, weight, bias), in float64.
+
+    With ``wide`` fp32 this is the eager arithmetic that crepa_loss promises for its types instead: ``F.layer_norm``
+    and all else in fp32, the product's operands and result rounded to ``narrow``, the type of h if not given. Its
+    error is the yardstick of ``reference``.
+    """
+    exact = wide == torch.float64
+    side = student_side(case, tensors, wide, narrow)
+    p, y, leaves, exists, counted = side.p, side.y, side.leaves, case.existing, case.counted
     student = p / row_norms(p)
 
     weights = neighbour_weights(case, exists).to(wide)
@@ -143,7 +221,7 @@ def truth(
     own_rows, z = (torch.zeros(p.shape, dtype=wide) for _ in range(2))
     for b, f in counted.nonzero().tolist():
         for k, w in [(f, 1.0)] + [(k, float(w)) for k, w in enumerate(weights[b, f]) if w > 0]:
-            rows = to_teacher @ y[b, index[b, k]]
+            rows = side.to_teacher @ y[b, index[b, k]]
             rows = rows / row_norms(rows)
             s = (student[b, f] * rows).sum() / len(rows)
             total[b, f] = total[b, f] + w * s
@@ -171,19 +249,11 @@ def truth(
     gradients = dict(zip(leaves, torch.autograd.grad(connected, list(leaves.values())), strict=True))
     results = {name: value.detach() for name, value in {**values, **gradients}.items()}
     with torch.no_grad():
-        below = (row_norms(p)[..., 0] <= NORM_FLOOR) & counted[..., None]
-        floored = (below.to(wide) @ to_student) > 0
         if not exact:
-            return Truth(results, {}, floored, 1.0)
-        if h.shape[-1] == 1:
-            # LayerNorm of one number is all cancellation, of fp32 (fp64) numbers whatever the type of h.
-            kind = tensors["h"].dtype
-            x = h * inverse_std * torch.finfo(torch.promote_types(kind, torch.float32)).eps / torch.finfo(kind).eps
-            affine = affine.abs() + x.abs()
-        sums = Sums(p, z, own_rows, x, affine, inverse_std, gamma, weight, bias, to_student)
-        cancelled2 = sums.cancelled2[counted]
+            return Truth(results, {}, side.floored(counted), 1.0)
+        sums = Sums(side, z, own_rows)
         squares = {**sums.of_gradients(cost), **sums.of_values(cost, seen)}
-        return Truth(results, squares, floored, float(cancelled2.max()) ** 0.5 if cancelled2.numel() else 1.0)
+        return Truth(results, squares, side.floored(counted), side.cancelled(counted))
 
 
 @dataclass
@@ -198,49 +268,23 @@ class Sums:
     left out for D > 1, so that mean / std = 100 is no excuse: there eager's own error is the bound.
     """
 
-    p: torch.Tensor
+    side: StudentSide
     z: torch.Tensor
     own_rows: torch.Tensor
-    x: torch.Tensor
-    affine: torch.Tensor
-    inverse_std: torch.Tensor
-    gamma: torch.Tensor | None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    to_student: torch.Tensor
-
-    @property
-    def cancelled2(self) -> torch.Tensor:
-        """(B, T, M, 1), at least 1: the summands of a row of p over what is left of them, squared."""
-        summands2 = self.affine**2 @ (self.weight**2).T
-        summands2 = self.to_student**2 @ (summands2 if self.bias is None else summands2 + self.bias**2)
-        norms = row_norms(self.p)
-        lost = summands2.sum(dim=-1, keepdim=True) / norms**2
-        return torch.where(norms > NORM_FLOOR, lost.clamp(min=1), 1.0)
 
     def of_gradients(self, cost: torch.Tensor) -> dict[str, torch.Tensor]:
-        norms = row_norms(self.p)
-        unit = self.p / norms
+        p = self.side.p
+        norms = row_norms(p)
+        unit = p / norms
         terms = unit * self.z
         cosine2 = torch.maximum(terms.sum(dim=-1, keepdim=True) ** 2, (terms**2).sum(dim=-1, keepdim=True))
         along2 = torch.where(norms > NORM_FLOOR, cosine2 * unit**2, 0.0)
-        dp2 = (cost[..., None, None] / self.p.shape[2] / norms) ** 2 * (self.z**2 + along2) * self.cancelled2
-        dp2 = (self.to_student**2).T @ dp2  # (B, T, P, E)
-        daffine2 = dp2 @ self.weight**2
-        dx2 = daffine2 if self.gamma is None else daffine2 * self.gamma**2
-        x2 = self.x**2
-        row_sums2 = dx2.sum(dim=-1, keepdim=True) + x2 * (dx2 * x2).sum(dim=-1, keepdim=True)
-        return {
-            "h": self.inverse_std**2 * (dx2 + row_sums2 / self.x.shape[-1] ** 2),
-            "gamma": (daffine2 * x2).sum(dim=(0, 1, 2)),
-            "beta": daffine2.sum(dim=(0, 1, 2)),
-            "weight": torch.einsum("btpe,btpd->ed", dp2, self.affine**2),
-            "bias": dp2.sum(dim=(0, 1, 2)),
-        }
+        dp2 = (cost[..., None, None] / p.shape[2] / norms) ** 2 * (self.z**2 + along2) * self.side.cancelled2
+        return self.side.of_leaves(dp2)
 
     def of_values(self, cost: torch.Tensor, seen: int) -> dict[str, torch.Tensor]:
-        unit, tokens = self.p / row_norms(self.p), self.p.shape[2]
-        lost2 = self.cancelled2
+        unit, tokens = self.side.p / row_norms(self.side.p), self.side.p.shape[2]
+        lost2 = self.side.cancelled2
         total2, own2 = ((lost2 * (unit * k) ** 2).sum(dim=(-2, -1)) / tokens**2 for k in (self.z, self.own_rows))
         return {
             "loss": (cost**2 * total2).sum(),

@@ -16,6 +16,7 @@ What makes it cheap, with x the normalised token (no affine part), W' = W diag(g
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
 from ...output import CrepaOutput
 from ...reduction import plan_reduction, reduce_frames
 from .chunks import Chunk, chunk_policy, plan_chunks
-from .student import Aligned, Settings, StudentRows, keeps_aligned, product_type
+from .student import Aligned, Projected, Settings, StudentRows, keeps_aligned, product_type
 from .teacher import TeacherRows
 
 
@@ -100,7 +101,7 @@ def _rows_in_range(inputs: LossInputs, chunk: Chunk) -> tuple[int, int]:
     return start, stop
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """Numbers kept for each row: 1 / |p| and <q, p>, and on equal grids the token's mean in two parts and 1/std."""
 
     inverse_norm: torch.Tensor
@@ -108,6 +109,42 @@ class _Kept(NamedTuple):
     mean: torch.Tensor
     low: torch.Tensor
     inverse_std: torch.Tensor
+
+
+class Record:
+    """What the forward pass keeps for the backward pass of the rows of ``chunks``, which is filled chunk by chunk.
+
+    Attributes:
+        q: (rows, E); the gradient of row p is q / |p| times one number a frame.
+        kept: numbers of each row.
+    """
+
+    def __init__(
+        self, student: StudentRows, chunks: list[Chunk], dtype: torch.dtype, needs_input_grad: Sequence[bool]
+    ) -> None:
+        self.student, self.chunks = student, chunks
+        self.need_folded = needs_input_grad[1] or needs_input_grad[3]  # gamma's or the weight's gradient
+        h, rows = student.hidden_states, sum(chunk.frames for chunk in chunks) * student.plan.tokens
+        self.q = h.new_empty((rows, student.weight.shape[0]), dtype=dtype)
+        sizes = (2, rows), (3, rows if student.plan.student == "keep" else 0)
+        numbers = (h.new_empty(size, dtype=student.accum_dtype) for size in sizes)
+        self.kept = Kept(*itertools.chain.from_iterable(numbers))
+        self.aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
+
+    def add(self, rows: slice, projected: Projected) -> None:
+        """A chunk's tokens: their statistics, and where they are kept the rows that were projected."""
+        for values, into in zip(projected.statistics or (), self.kept[2:], strict=False):
+            into[rows] = values
+        if projected.aligned is not None and self.student.keeps_aligned:
+            x, *of_tokens = projected.aligned
+            self.aligned += [x if self.need_folded else x.new_empty(0), *of_tokens]
+
+    def save(self, ctx: Any, settings: Settings, beta: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        """For ``projector_gradients``."""
+        student = self.student
+        tensors = student.hidden_states, student.gamma, beta, student.weight, bias, student.offset
+        ctx.save_for_backward(*tensors, self.q, *self.kept, *self.aligned)
+        ctx.settings, ctx.chunks = settings, self.chunks
 
 
 class _FrameSimilarity(torch.autograd.Function):
@@ -133,85 +170,84 @@ class _FrameSimilarity(torch.autograd.Function):
         own = hidden_states.new_zeros(hidden_states.shape[:2], dtype=student.accum_dtype)
         total = torch.zeros_like(own)
         keep = grad_enabled and any(ctx.needs_input_grad)
-        need_folded = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]  # gamma's or the weight's gradient
-        rows = sum(chunk.frames for chunk in chunks) * tokens if keep else 0
-        q = hidden_states.new_empty((rows, weight.shape[0]), dtype=inputs.compute_dtype)
-        statistics = rows if inputs.plan.student == "keep" else 0
-        numbers = (hidden_states.new_empty(sizes, dtype=student.accum_dtype) for sizes in ((2, rows), (3, statistics)))
-        kept = _Kept(*itertools.chain.from_iterable(numbers))
-        aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
+        record = Record(student, chunks if keep else [], inputs.compute_dtype, ctx.needs_input_grad)
         for chunk in chunks:
             projected = student.project(chunk)
-            span, out = slice(chunk.start, chunk.stop), slice(chunk.row, chunk.row + chunk.frames * tokens)
+            span, out = slice(chunk.start, chunk.stop), chunk.rows(tokens)
             own_rows, total_rows, inverse_norm, q_dot_p = align_rows_op(
                 projected.rows, *projected.fold, *teacher.around(chunk), chunk.start, teacher.offsets,
-                *_rows_in_range(inputs, chunk), q[out],
+                *_rows_in_range(inputs, chunk), record.q[out],
             )  # fmt: skip
             own[chunk.clip, span] = own_rows.view(-1, tokens).mean(dim=-1)
             total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
             if keep:
-                kept.inverse_norm[out], kept.q_dot_p[out] = inverse_norm, q_dot_p
-                for values, into in zip(projected.statistics or (), kept[2:], strict=False):
-                    into[out] = values
-                if projected.aligned is not None and student.keeps_aligned:
-                    x, *of_tokens = projected.aligned
-                    aligned += [x if need_folded else x.new_empty(0), *of_tokens]
+                record.kept.inverse_norm[out], record.kept.q_dot_p[out] = inverse_norm, q_dot_p
+                record.add(out, projected)
         if keep:
-            ctx.save_for_backward(hidden_states, gamma, beta, weight, bias, student.offset, q, *kept, *aligned)
-            ctx.settings, ctx.chunks = settings, chunks
+            record.save(ctx, settings, beta, bias)
         ctx.mark_non_differentiable(own)
         return own, total
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        with torch.no_grad():
-            gradients = _FrameSimilarity._gradients(ctx, grad_total)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return gradients
-        # A graph of the gradients is made: a second derivative that stops here must not be taken for 0.
-        made = _Once.apply(
-            *(tensor for tensor in (*ctx.saved_tensors[:5], grad_total) if tensor is not None),
-            *(gradient for gradient in gradients if gradient is not None),
-        )
-        guarded = iter(made[-sum(gradient is not None for gradient in gradients) :])
-        return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+        return *projector_gradients(ctx, grad_total), None, None, None
 
-    @staticmethod
-    def _gradients(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # A backward pass inside autocast would cast the fp32 products below.
-        with torch.autocast(grad_total.device.type, enabled=False):
-            hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
-            kept, aligned = rest[: len(_Kept._fields)], iter(rest[len(_Kept._fields) :])
-            need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
-            student = StudentRows(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
-            gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
-            tokens = ctx.settings.plan.tokens
-            for chunk in ctx.chunks:
-                rows = slice(chunk.row, chunk.row + chunk.frames * tokens)
-                grad = grad_total[chunk.clip, chunk.start : chunk.stop].contiguous()
-                of_chunk = Aligned(*itertools.islice(aligned, 3)) if student.keeps_aligned else None
-                gradients.add(chunk, grad, q[rows], _Kept(*(tensor[rows] for tensor in kept)), of_chunk)
-            gradients.release()
-            # W' = W diag(gamma) and c = W beta + b, taken apart again.
-            d_weight, d_offset = gradients.folded, gradients.offset
-            accum_dtype = d_offset.dtype
-            weight_accum = weight.to(accum_dtype)
-            d_gamma = None
-            if need_gamma or need_weight:
-                if d_weight is None:
-                    d_weight = torch.zeros_like(weight_accum)
-                if need_gamma:
-                    d_gamma = (weight_accum * d_weight).sum(dim=0)
-                if gamma is not None:
-                    d_weight.mul_(gamma.to(accum_dtype))
-                if beta is not None:
-                    d_weight.addr_(d_offset, beta.to(accum_dtype))
-            d_beta = weight_accum.t() @ d_offset if need_beta else None
-            d_bias = d_offset if need_bias else None
-            d_weight = d_weight if need_weight else None
-            pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
-            weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
-            return gradients.hidden_states, *weights, None, None, None
+
+def projector_gradients(ctx: Any, grad_frames: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of h, gamma, beta, weight and bias, of which ``Record.save`` kept the rows.
+
+    Args:
+        ctx: of the function whose first five arguments they are.
+        grad_frames: (B, T), what each frame's mean over its tokens of <q, dp> / |p| is multiplied by.
+    """
+    with torch.no_grad():
+        gradients = _gradients(ctx, grad_frames)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    # A graph of the gradients is made: a second derivative that stops here must not be taken for 0.
+    made = _Once.apply(
+        *(tensor for tensor in (*ctx.saved_tensors[:5], grad_frames) if tensor is not None),
+        *(gradient for gradient in gradients if gradient is not None),
+    )
+    guarded = iter(made[-sum(gradient is not None for gradient in gradients) :])
+    return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+
+
+def _gradients(ctx: Any, grad_frames: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # A backward pass inside autocast would cast the fp32 products below.
+    with torch.autocast(grad_frames.device.type, enabled=False):
+        hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
+        kept, aligned = rest[: len(Kept._fields)], iter(rest[len(Kept._fields) :])
+        need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
+        student = StudentRows(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
+        gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
+        tokens = ctx.settings.plan.tokens
+        for chunk in ctx.chunks:
+            rows = chunk.rows(tokens)
+            grad = grad_frames[chunk.clip, chunk.start : chunk.stop].contiguous()
+            of_chunk = Aligned(*itertools.islice(aligned, 3)) if student.keeps_aligned else None
+            gradients.add(chunk, grad, q[rows], Kept(*(tensor[rows] for tensor in kept)), of_chunk)
+        gradients.release()
+        # W' = W diag(gamma) and c = W beta + b, taken apart again.
+        d_weight, d_offset = gradients.folded, gradients.offset
+        accum_dtype = d_offset.dtype
+        weight_accum = weight.to(accum_dtype)
+        d_gamma = None
+        if need_gamma or need_weight:
+            if d_weight is None:
+                d_weight = torch.zeros_like(weight_accum)
+            if need_gamma:
+                d_gamma = (weight_accum * d_weight).sum(dim=0)
+            if gamma is not None:
+                d_weight.mul_(gamma.to(accum_dtype))
+            if beta is not None:
+                d_weight.addr_(d_offset, beta.to(accum_dtype))
+        d_beta = weight_accum.t() @ d_offset if need_beta else None
+        d_bias = d_offset if need_bias else None
+        d_weight = d_weight if need_weight else None
+        pairs = ((d_gamma, gamma), (d_beta, beta), (d_weight, weight), (d_bias, bias))
+        weights = [None if grad is None else grad.to(like.dtype) for grad, like in pairs]
+        return gradients.hidden_states, *weights
 
 
 class _Once(torch.autograd.Function):
@@ -241,7 +277,7 @@ class _Gradients:
             self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
         self.centered = student.centered if need_h and student.plan.student == "keep" else None
 
-    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: _Kept, aligned: Aligned | None) -> None:
+    def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: Kept, aligned: Aligned | None) -> None:
         """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E), and what was kept of its rows.
 
         Rows whose ``aligned`` was not kept are aligned again.
@@ -291,7 +327,7 @@ class _Gradients:
         g: torch.Tensor,
         scaled: torch.Tensor,
         along: torch.Tensor,
-        kept: _Kept,
+        kept: Kept,
         out: torch.Tensor | None,
     ) -> None:
         """dh = (g / std) W'' + x (<g, c> - <g, p>) / (D std), the second term being where the product's sum starts."""

@@ -71,6 +71,10 @@ class Chunk:
     def frames(self) -> int:
         return self.stop - self.start
 
+    def rows(self, tokens: int) -> slice:
+        """Its rows, ``tokens`` a frame."""
+        return slice(self.row, self.row + self.frames * tokens)
+
 
 def plan_chunks(inputs: LossInputs, policy: ChunkPolicy) -> list[Chunk]:
     """Runs of frames in the loss, a cache's worth of tokens each.

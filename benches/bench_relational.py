@@ -1,0 +1,139 @@
+"""Forward + backward of the relational loss against the form with matrices of all tokens by all tokens.
+
+    python -m benches.bench_relational [--device cuda] [--out benches/results/relational-cpu.json]
+
+The peer is ``eager_relations``: all pairs of tokens, as the papers' code has it. Each case is timed with hidden states
+of a width so small that the projector takes no time, which is what the targets are of, and with those of a block of
+1536 channels, whose projector both forms have. Only pairs that the peer has are compared with it; of the others the
+times stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benches.bench_resample import processor
+from benches.gpu.measure import commit
+from benches.gpu.results import write_whole
+from benches.measure import interleaved_medians, keep_heap_warm, peak_bytes
+from benches.peers import eager_relations
+from crepa_kernels import CrepaProjector, relational_loss
+
+# Times faster than the peer by frames, squared, without the projector's time; and most of its memory.
+AT_LEAST = {8: 6.0, 21: 15.0}
+AT_MOST_OF_ITS_PEAK = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    frames: int
+    hidden_size: int
+    margin: float | None = None
+    grid: tuple[int, int] = (16, 26)
+    feature_size: int = 384
+
+    @property
+    def has_target(self) -> bool:
+        return self.margin is None and self.hidden_size < self.feature_size
+
+
+CASES = [Case(frames, width, margin) for frames in AT_LEAST for width in (32, 1536) for margin in (None, 0.1)]
+
+
+def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    shape = (1, case.frames, case.grid[0] * case.grid[1])
+    h = torch.randn(*shape, case.hidden_size, device=device).requires_grad_()
+    y = torch.randn(*shape, case.feature_size, device=device)
+    projector = CrepaProjector(case.hidden_size, case.feature_size).to(device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def step(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            forward().backward()
+            h.grad = None
+            projector.zero_grad()
+            wait()
+
+        return run
+
+    def ours(pairs: str) -> Callable[[], None]:
+        return step(
+            lambda: relational_loss(
+                h, y, projector, student_grid=case.grid, teacher_grid=case.grid, pairs=pairs, margin=case.margin
+            )
+        )
+
+    calls = {"eager": step(lambda: eager_relations(h, y, projector, case.margin))}
+    calls |= {pairs: ours(pairs) for pairs in ("all", "frame", "cross", "neighbours")}
+    seconds = interleaved_medians(calls, rounds)
+    peaks = {name: _peak(calls[name], device) for name in ("eager", "all")}
+    return {
+        **asdict(case),
+        "median_ms": {name: 1e3 * value for name, value in seconds.items()},
+        "times_faster_than_eager": seconds["eager"] / seconds["all"],
+        "peak_bytes": peaks,
+        "peak_of_eagers": peaks["all"] / peaks["eager"],
+    }
+
+
+def _peak(call: Callable[[], None], device: str) -> int:
+    if device == "cpu":
+        return peak_bytes(call)
+    call()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return int(torch.cuda.max_memory_allocated()) - int(before)
+
+
+def misses(case: Case, row: dict[str, object]) -> list[str]:
+    """What the targets of a CPU ask for and ``row`` has not."""
+    if not case.has_target:
+        return []
+    found = []
+    if (faster := float(str(row["times_faster_than_eager"]))) < AT_LEAST[case.frames]:
+        found.append(f"{case.frames} frames: x{faster:.1f}, at least x{AT_LEAST[case.frames]:.0f} is wanted")
+    if (share := float(str(row["peak_of_eagers"]))) > AT_MOST_OF_ITS_PEAK and case.frames == max(AT_LEAST):
+        found.append(f"{case.frames} frames: {100 * share:.1f} % of the memory, at most 5 % is wanted")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The relational loss against matrices of all tokens by all tokens")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--case", default="", help="only cases whose description contains this")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args(arguments)
+    keep_heap_warm()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
+    rows: list[dict[str, object]] = []
+    missed: list[str] = []
+    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
+    for case in CASES:
+        if options.case not in str(case):
+            continue
+        row = measure(case, options.device, options.rounds)
+        rows.append(row)
+        missed += misses(case, row) if options.device == "cpu" else []
+        faster, share = float(str(row["times_faster_than_eager"])), 100 * float(str(row["peak_of_eagers"]))
+        print(
+            f"{case.frames:2d} frames D {case.hidden_size:4d} margin {case.margin}: x{faster:.1f}, "
+            f"{share:.1f} % of the memory",
+            flush=True,
+        )
+        if options.out:
+            write_whole(options.out, json.dumps({**found, "cases": rows}, indent=1) + "\n")
+    if missed:
+        parser.exit(1, "\n".join(missed) + "\n")
+
+
+if __name__ == "__main__":
+    main()

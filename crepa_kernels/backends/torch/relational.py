@@ -1,0 +1,145 @@
+"""The relational loss on the ``torch`` backend's rows: a clip at a time, without a matrix of all its tokens.
+
+The gradient of a clip's sum is made with the sum, from what it has at hand. With Z the rows of p by their length, what
+is kept for the backward pass is ``q = dZ - <dZ, Z> Z`` and two numbers a token, as ``crepa_torch`` keeps them.
+
+A plain autograd function, as ``crepa_torch``'s is: what is large and has loops is in operators, and the rest of it is
+traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...inputs import LossInputs
+from ...neighbours import Relation
+from ...ops.relation import relate_frames_op
+from ...ops.rows import NORM_FLOOR, floored_norm, unfolded_rows
+from ...reduction import reduce_pairs
+from .autograd import Record, projector_gradients
+from .chunks import Chunk, chunk_policy, plan_chunks
+from .student import Projected, Settings, StudentRows
+from .teacher import TeacherFrames
+
+
+def relational_torch(inputs: LossInputs, relation: Relation) -> torch.Tensor:
+    """The relational loss of ``inputs``; differentiable once."""
+    with torch.autocast(inputs.hidden_states.device.type, enabled=False):
+        gamma, beta, weight, bias, _ = inputs.projector
+        sums = _ClipSums.apply(
+            inputs.hidden_states, gamma, beta, weight, bias, inputs, relation, torch.is_grad_enabled()
+        )
+        return reduce_pairs(sums, inputs.frame_mask, relation.weights(inputs.frames, like=sums))
+
+
+class _ClipSums(torch.autograd.Function):
+    """(B,): the sum over pairs of frames of w[f, k] times the mean cost of their tokens' pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: LossInputs,
+        relation: Relation,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
+        policy = chunk_policy()
+        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype, policy)
+        student = StudentRows(settings, hidden_states, gamma, beta, weight, bias)
+        teacher, chunks = TeacherFrames(inputs, policy), plan_chunks(inputs, policy)
+        keep = grad_enabled and any(ctx.needs_input_grad)
+        record = Record(student, chunks if keep else [], student.compute_dtype, ctx.needs_input_grad)
+        sums = hidden_states.new_zeros(inputs.batch, dtype=student.accum_dtype)
+        for clip in range(inputs.batch):
+            of_clip = [chunk for chunk in chunks if chunk.clip == clip]
+            if not of_clip:
+                continue
+            rows = _ClipRows(inputs, student, of_clip)
+            for chunk in of_clip:
+                projected = student.project(chunk)
+                rows.add(chunk, projected, teacher)
+                if keep:
+                    record.add(chunk.rows(inputs.plan.tokens), projected)
+            gradient = rows.room_for_gradient(record) if keep else rows.norm.new_empty(0)
+            offsets = relation.offsets(len(rows.z))
+            sums[clip] = relate_frames_op(
+                rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient
+            )
+            if keep:
+                rows.keep(gradient, record)
+        if keep:
+            record.save(ctx, settings, beta, bias)
+            ctx.frames = inputs.frames
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), None, None, None
+
+
+class _ClipRows:
+    """Rows of a clip from its first frame in the loss to its last; frames between them that are not in it are zero.
+
+    Attributes:
+        z, d: (T', M, E), the student's unit rows, and what they differ from the teacher's by.
+        norm: (T', M), the length of p.
+    """
+
+    def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk]) -> None:
+        self.inputs, self.chunks, self.first, self.policy = inputs, chunks, chunks[0].start, student.policy
+        frames = chunks[-1].stop - self.first
+        self.has_holes = frames > sum(chunk.frames for chunk in chunks)
+        self.accum_dtype = student.accum_dtype
+        shape, like = (frames, inputs.plan.tokens, student.weight.shape[0]), inputs.hidden_states
+        dtype = _operand_type(student.compute_dtype, student.accum_dtype, like.device)
+        new = like.new_zeros if self.has_holes else like.new_empty
+        self.z, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
+        self.norm = new(shape[:2], dtype=student.accum_dtype)
+
+    def _frames(self, chunk: Chunk) -> slice:
+        return slice(chunk.start - self.first, chunk.stop - self.first)
+
+    def add(self, chunk: Chunk, projected: Projected, teacher: TeacherFrames) -> None:
+        frames, shape = self._frames(chunk), (chunk.frames, *self.z.shape[1:])
+        p = unfolded_rows(projected.rows.to(self.accum_dtype), *projected.fold).view(shape)
+        self.norm[frames] = torch.linalg.vector_norm(p, dim=-1)
+        z = p / floored_norm(self.norm[frames])[..., None]
+        y = torch.stack([teacher.frame(chunk.clip, frame) for frame in range(chunk.start, chunk.stop)])
+        y = y.to(self.accum_dtype)
+        y = y / floored_norm(torch.linalg.vector_norm(y, dim=-1, keepdim=True))
+        mask = self.inputs.frame_mask
+        if mask is not None and not self.policy.readable(mask):
+            counted = mask[chunk.clip, chunk.start : chunk.stop, None, None]
+            z, y = z.where(counted, 0), y.where(counted, 0)
+        self.z[frames], self.d[frames] = z, z - y
+
+    def room_for_gradient(self, record: Record) -> torch.Tensor:
+        """(T', M, E) in ``accum_dtype``: the clip's own rows of q where they can hold it."""
+        rows = slice(self.chunks[0].row, self.chunks[-1].rows(self.z.shape[1]).stop)
+        if self.has_holes or record.q.dtype != self.accum_dtype:
+            return self.z.new_empty(self.z.shape, dtype=self.accum_dtype)
+        return record.q[rows].view(self.z.shape)
+
+    def keep(self, gradient: torch.Tensor, record: Record) -> None:
+        """Records q and numbers of each row; ``gradient`` (T', M, E) is dZ."""
+        for chunk in self.chunks:
+            frames, rows = self._frames(chunk), chunk.rows(self.z.shape[1])
+            z = self.z[frames].flatten(0, 1)
+            dz, norm = gradient[frames].flatten(0, 1), self.norm[frames].flatten()
+            along, floored = torch.mul(dz, z).sum(dim=-1), norm <= NORM_FLOOR
+            inverse = floored_norm(norm).reciprocal_()
+            # Below the floor the length is a constant, and nothing of Z is taken off.
+            record.q[rows] = torch.addcmul(dz, z, along.where(~floored, 0)[:, None], value=-1)
+            record.kept.inverse_norm[rows] = inverse
+            record.kept.q_dot_p[rows] = (along / inverse).where(floored, 0)
+
+
+def _operand_type(compute_dtype: torch.dtype, accum_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """``compute_dtype`` where its products can be written in ``accum_dtype``: by NVIDIA's library. Else that itself."""
+    return compute_dtype if device.type == "cuda" and torch.version.hip is None else accum_dtype
