@@ -94,7 +94,8 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     Raises:
         ValueError: if the projector is anything else, or its weights are sharded and not gathered.
     """
-    layers = list(projector.children()) if isinstance(projector, nn.Module) else []
+    # Not children(), nor an attribute twice: each takes as long as an operator's checks.
+    layers = list(projector._modules.values()) if isinstance(projector, nn.Module) else []
     plain = isinstance(projector, nn.Sequential) and [type(layer) for layer in layers] == [
         nn.LayerNorm,
         nn.Linear,
@@ -108,7 +109,8 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     norm, linear = layers
     assert isinstance(norm, nn.LayerNorm)  # for the type checker: compared just above
     assert isinstance(linear, nn.Linear)
-    for parameter in (norm.weight, norm.bias, linear.weight, linear.bias):
+    weights = ProjectorWeights(norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+    for parameter in weights[:4]:
         if type(parameter).__name__ == "DTensor":
             raise ValueError(
                 "the projector's weights are DTensors: make it a CrepaProjector and its own fully_shard unit, so that "
@@ -118,7 +120,7 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
         raise ValueError(
             f"the projector's LayerNorm is over {tuple(norm.normalized_shape)}, its Linear takes {linear.in_features}"
         )
-    return ProjectorWeights(norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+    return weights
 
 
 def check_tensors(

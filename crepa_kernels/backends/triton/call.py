@@ -150,14 +150,16 @@ class Call(Arguments):
         tokens = self.tokens
         return tokens.shape[0] == 1 or tokens.stride(0) == tokens.shape[1] * tokens.stride(1)
 
-    @cached_property
+    @property
     def fused(self) -> bool:
         """Whether the extension normalises and resamples the student in one pass over the tokens, each way."""
+        if self.change != RESAMPLE:
+            return False
         # Tensors without memory stand for a GPU's, in a call whose launches are recorded.
         device_type = "cuda" if self.tokens.is_meta else self.tokens.device.type
         # Its rows have the tokens' type, and fp32 ones are rounded to the products' afterwards.
         same_type = self.tokens.dtype in (self.compute_dtype, torch.float32)
-        return self.change == RESAMPLE and same_type and has_extension(device_type)
+        return same_type and has_extension(device_type)
 
     @property
     def geometry(self) -> tuple[Sequence[int], Sequence[int], bool]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -44,8 +44,7 @@ class Launch:
     stages: int = 1
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a launch reads and writes (tensors or bytes) and its matrix operations."""
 
     read: tuple[torch.Tensor | int, ...]

@@ -193,7 +193,9 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice")
+        raise RuntimeError(
+            "crepa_kernels::frame_alignment can be differentiated once; backend 'reference' can be twice"
+        )
 
 
 # Not by ``torch.library.register_autograd``, which reads the schema's arguments one by one in every call: 0.05 ms.
@@ -208,7 +210,7 @@ def _gradients_with_none(*arguments: Any) -> tuple[Tensor, ...]:
         made: tuple[Tensor, ...] = _Gradients.apply(*arguments)
         return made
     with torch._C._AutoDispatchBelowAutograd():
-        return frame_alignment_backward_op(*arguments)  # type: ignore[no-any-return]
+        return frame_alignment_backward_op(*arguments)
 
 
 torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_align_with_gradients)

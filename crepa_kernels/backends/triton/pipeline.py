@@ -76,7 +76,7 @@ def _offset_parts(call: Call, chunks: list[RowChunk]) -> tuple[torch.Tensor, Seq
     else:
         counts = [row_programs(chunk.rows, call.choice.rows, device) for chunk in chunks]
     parts = torch.empty((sum(counts), call.feature_size), dtype=torch.float32, device=device)
-    return parts, parts.split(counts)
+    return parts, (parts,) if len(counts) == 1 else parts.split(counts)
 
 
 def _compare(
@@ -94,8 +94,8 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]
     makes_rows = not one_pass or call.neighbour_mode == COMBINED
     folded, tables, norms = fold_projector(call), frame_tables(call), _norms(call, one_pass)
     statistics = call.tokens.new_empty((call.statistics_count, call.student_rows), dtype=torch.float32)
-    mean, inverse_std = statistics[0], statistics[1]
-    slope = statistics[2] if stored and raw else None
+    mean, inverse_std, *slopes = statistics.unbind()
+    slope = slopes[0] if slopes else None
     columns = -(-features // call.choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((call.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((call.all_rows if stored else 0, features), dtype=call.compute_dtype)
@@ -111,7 +111,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]
             assert norms is not None  # for the type checker
             project_and_compare(operand, norms, chunk, inputs, parts)
             continue
-        out = grad_rows[chunk.first_row : chunk.stop_row] if stored else None
+        out = within(grad_rows, slice(chunk.first_row, chunk.stop_row)) if stored else None
         projected = product("p", operand, folded.weight.t(), out=out, tf32=tf32)
         _compare(projected, chunk, inputs, parts, slope, chunk_parts[index] if stored else None)
     loss, metrics, frame_similarity = finish(parts, call, tables)
@@ -130,8 +130,9 @@ def backward(
     scale = grad_loss.float() * (-1.0 / (call.batch * call.frames * call.per_frame))
     tables = None if stored else frame_tables(call)
     norms = None if stored else _norms(call, one_pass=False)
-    folded, mean, inverse_std = FoldedProjector(kept.weight, kept.shift, kept.offset), *kept.statistics[:2]
-    slope = kept.statistics[2] if stored and raw else torch.empty_like(mean)
+    folded = FoldedProjector(kept.weight, kept.shift, kept.offset)
+    mean, inverse_std, *slopes = kept.statistics.unbind()
+    slope = slopes[0] if slopes else torch.empty_like(mean)
     # Inputs of an operator stay as they are: what is measured again goes elsewhere.
     scratch = (mean, inverse_std) if raw else (torch.empty_like(mean), torch.empty_like(mean))
     hidden_grad = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
@@ -140,7 +141,7 @@ def backward(
     folded_grad: torch.Tensor | None = None
     dx_weight = scaled_weight(call, folded.weight, scale) if needs.hidden_states and raw else folded.weight
     chunks = row_chunks(call, limited=not raw or not stored or call.mask is not None)
-    offset_parts, chunk_parts = _offset_parts(call, [] if stored else chunks)
+    offset_parts, chunk_parts = (kept.offset_grad, ()) if stored else _offset_parts(call, chunks)
     for index, chunk in enumerate(chunks):
         rows = slice(chunk.first_row, chunk.stop_row)
         operand = None

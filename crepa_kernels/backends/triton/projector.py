@@ -209,17 +209,19 @@ def unfold_gradients(
     programs = ceil_div(features, rows * steps)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     parts = weight.new_empty((2, programs, width) if need_affine else (2, 0, 0), dtype=torch.float32)
+    gamma_parts, beta_parts = parts.unbind()
     launch(
         "weight_gradients", _weight_gradient_kernel, (programs, 1 if centered else ceil_div(width, low)),
         Cost((folded_grad, weight), (weight_grad, parts)), warps=warps,
         folded_grad=folded_grad, offset_grad=offset_grad, scale_in=scale, weight=weight,
         gamma=weight if gamma is None else gamma, beta=weight if beta is None else beta, weight_grad=weight_grad,
-        gamma_parts=parts[0], beta_parts=parts[1], features=features, width=width, HAS_GAMMA=gamma is not None,
+        gamma_parts=gamma_parts, beta_parts=beta_parts, features=features, width=width, HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None, CENTERED=centered, WEIGHT=need_weight, AFFINE=need_affine,
         ROWS=rows, STEPS=steps, LO=low, HI=high,
     )  # fmt: skip
     # One sum each, since an operator's results share no memory.
     gamma_grad, beta_grad = (
-        operator("weight_sums", Cost((part,), (4 * part.shape[1],)), partial(part.sum, 0)) for part in parts
+        operator("weight_sums", Cost((part,), (4 * part.shape[1],)), partial(part.sum, 0))
+        for part in (gamma_parts, beta_parts)
     )
     return weight_grad, gamma_grad, beta_grad
