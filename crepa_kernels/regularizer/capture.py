@@ -104,14 +104,18 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._training = module.training
         self._gradients = torch.is_grad_enabled()
-        wanted = self.enabled and self._training and self._gradients
-        if wanted and not torch.compiler.is_compiling():
-            check_runs(self._transformer, self._projector)
+        if not torch.compiler.is_compiling():
+            self._check_runs()
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         self._arguments = {name: _described(given.get(name)) for name in self._family.arguments}
         for slot in self._slots.values():
-            slot.armed = wanted
+            slot.armed = self.enabled and self._training and self._gradients
             slot.output = None
+
+    def _check_runs(self) -> None:
+        # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
+        if self.enabled and self._training and self._gradients:
+            check_runs(self._transformer, self._projector)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self._slots.values():
