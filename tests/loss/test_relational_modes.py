@@ -237,7 +237,7 @@ def test_one_nan_makes_the_loss_nan(side: str, pairs: str, margin: float | None,
 
 
 @both_backends
-@pytest.mark.parametrize("large", ["y", "weight"])
+@pytest.mark.parametrize("large", ["y", "weight", "h"])
 def test_a_norm_that_overflows_is_no_finite_loss(large: str, backend: str) -> None:
     related = simply_related()
     tensors = related.case.tensors(torch.float32)
