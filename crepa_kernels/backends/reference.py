@@ -20,9 +20,11 @@ def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
     gamma, beta, weight, bias, eps = inputs.projector
     accum_dtype, compute_dtype = inputs.statistics_type, inputs.compute_dtype
     shape = hidden_states.shape
-    normalized = F.layer_norm(
-        hidden_states.to(accum_dtype), shape[-1:], _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps
-    )
+    tokens = hidden_states.to(accum_dtype)
+    normalized = F.layer_norm(tokens, shape[-1:], _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps)
+    # NaN where the variance overflows, of which LayerNorm makes zeros.
+    variance = tokens.detach().var(dim=-1, correction=0, keepdim=True)
+    normalized = normalized + (variance - variance)
     if compute_dtype == torch.float16:
         # The operands are rounded, but not their gradients: fp16 cannot hold that of a row below the norm's floor.
         rows, columns = _rounded(normalized, compute_dtype), _rounded(weight.to(accum_dtype), compute_dtype)

@@ -19,6 +19,7 @@ import torch
 from .extension import log_fallback
 from .register import define, keeps_type
 from .resample import check_tokens, in_parts, on_grid, resampler, widened
+from .rows import layer_norm
 
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -85,7 +86,7 @@ def normalize_and_resample(*arguments: Any) -> Statistics:
     make = resampler(tokens, source, target, antialias)
     statistics = (mean[..., None], inverse_std[..., None])
     for h, rows, into_mean, into_std, keep in in_parts(tokens, out, *statistics, _of_rows(in_loss)):
-        x, part_mean, part_std = torch.native_layer_norm(_readable(h, keep), h.shape[-1:], None, None, eps)
+        x, part_mean, part_std = layer_norm(_readable(h, keep), eps)
         into_mean.copy_(part_mean)
         into_std.copy_(part_std if keep is None else part_std.where(keep, 0))
         rows.copy_(make(x))

@@ -28,8 +28,8 @@ from torch import Tensor
 from .register import define, keeps_type
 
 # Numbers of a tile of A: what a CPU's caches hold, and what fills a GPU.
-_TILE = {"cpu": 1 << 20}
-_TILE_ELSEWHERE = 1 << 24
+TILE = {"cpu": 1 << 20}
+TILE_ELSEWHERE = 1 << 24
 
 define(
     "relate_frames",
@@ -54,14 +54,14 @@ def _relate_frames(
     frames, tokens, _ = z.shape
     into = gradient.zero_() if gradient.numel() else None
     pairs = _Pairs(dict(zip(offsets, weights, strict=True)), frames)
-    if margin is None and not _prefers_tokens(z, pairs, into is not None):
-        found = _by_features(z, d, into, pairs)
+    if margin is None and not prefers_tokens(z, pairs, into is not None):
+        found = by_features(z, d, into, pairs)
     elif pairs.all and (frames * tokens) ** 2 <= _tile_size(z):
         # One tile has every pair of tokens.
         whole = None if into is None else into.flatten(0, 1)[None]
-        found = _by_tokens(z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}, margin, tokens)
+        found = by_tokens(z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}, margin, tokens)
     else:
-        found = _by_tokens(z, d, into, pairs.weights, margin, tokens)
+        found = by_tokens(z, d, into, pairs.weights, margin, tokens)
     return found / tokens**2
 
 
@@ -89,10 +89,10 @@ def _wide(rows: Tensor) -> torch.dtype:
 
 
 def _tile_size(rows: Tensor) -> int:
-    return _TILE.get(rows.device.type, _TILE_ELSEWHERE)
+    return TILE.get(rows.device.type, TILE_ELSEWHERE)
 
 
-def _prefers_tokens(z: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
+def prefers_tokens(z: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
     """Whether the squares take fewer multiplications by tokens than by features."""
     frames, tokens, features = z.shape
     # A tile takes two products for both of its directions, a frame's own tile one; each direction has a gradient.
@@ -133,20 +133,20 @@ class _Moments(NamedTuple):
 
 
 def _moments(z: Tensor, d: Tensor) -> _Moments:
-    return _Moments(_gram(z), _product(d.t(), z), _gram(d))
+    return _Moments(gram(z), _product(d.t(), z), gram(d))
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram(rows: Tensor) -> Tensor:
     """rows' rows, (E, E). Of its four quarters one is another's mirror image, where they are large enough to gain."""
     half = rows.shape[1] // 2
     if half < 128:
         return _product(rows.t(), rows)
     left, right = rows[:, :half], rows[:, half:]
     across = _product(left.t(), right)
-    return torch.cat((torch.cat((_gram(left), across), 1), torch.cat((across.t(), _gram(right)), 1)))
+    return torch.cat((torch.cat((gram(left), across), 1), torch.cat((across.t(), gram(right)), 1)))
 
 
-def _by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:
+def by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:
     """The sum of w |A|^2 over all pairs of frames."""
     frames, weights = z.shape[0], pairs.weights
     if pairs.all:
@@ -196,7 +196,7 @@ def _add_gradient(gradient: Tensor | None, z: Tensor, d: Tensor, sums: _Moments,
         _add_product(gradient[frame], z[frame], of_z)
 
 
-def _by_tokens(
+def by_tokens(
     z: Tensor, d: Tensor, gradient: Tensor | None, weights: dict[int, float], margin: float | None, tokens: int
 ) -> Tensor:
     """The sum of w phi(A) over all pairs of frames; the gradient is divided by ``tokens``."""

@@ -193,6 +193,17 @@ def wide_statistics(tokens: Tensor) -> Tensor | None:
     return tokens.new_ones(tokens.shape[-1], dtype=torch.float32) if half else None
 
 
+def layer_norm(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's LayerNorm without affine part, of tokens (..., C), and mean and 1/std (..., 1).
+
+    Where the variance overflows, of which PyTorch's makes a row of zeros, the row's first number and 1/std are NaN.
+    """
+    x, mean, inverse_std = torch.native_layer_norm(tokens, tokens.shape[-1:], wide_statistics(tokens), None, eps)
+    overflowed = inverse_std == 0
+    x[..., :1].masked_fill_(overflowed, math.nan)
+    return x, mean, inverse_std.masked_fill_(overflowed, math.nan)
+
+
 @torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
 def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
@@ -201,7 +212,7 @@ def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """
     rows = tokens.reshape(-1, tokens.shape[-1])
     accum_dtype = torch.promote_types(tokens.dtype, torch.float32)
-    x, mean, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], wide_statistics(rows), None, eps)
+    x, mean, inverse_std = layer_norm(rows, eps)
     mean, inverse_std = mean.flatten().to(accum_dtype), inverse_std.flatten().to(accum_dtype)
     return x if normalized else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
 

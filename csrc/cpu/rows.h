@@ -55,7 +55,8 @@ void combine_all(int64_t count, const Tap<T, A>* taps, A* partial, Out* out, int
   combine_up_to_six<kCentred, true>(count, taps, partial, out, channels);
 }
 
-// Four sums at a time hide the latency of an addition. `low` is what rounding takes off the mean.
+// Four sums at a time hide the latency of an addition. `low` is what rounding takes off the mean. 1/std is NaN where the
+// variance overflowed: the row would be zeros.
 template <typename T, typename A>
 void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* low, A* inverse_std) {
   const int64_t quarter = channels / 4;
@@ -87,7 +88,7 @@ void row_statistics(const T* row, int64_t channels, A eps, A* mean, A* low, A* i
   const A variance = ((a + b) + (c + d)) / static_cast<A>(channels) - residue * residue;
   *mean = centre + residue;
   *low = residue - (*mean - centre);
-  *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps);
+  *inverse_std = A(1) / __builtin_sqrt((variance > 0 ? variance : A(0)) + eps) + (variance - variance);
 }
 
 // dh = scale r (g - sum(g) / C - x sum(g x) / C), x = (h - mean) r the normalized row and g its gradient.

@@ -14,7 +14,8 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-// Mean and 1/std of a row, by one warp; the second pass over the row finds it in the cache.
+// Mean and 1/std of a row, by one warp; the second pass over the row finds it in the cache. 1/std is NaN where the
+// variance overflowed: the row would be zeros.
 template <int kWidth, typename T, typename A>
 __device__ __forceinline__ void row_statistics(const T* row, int packs, A channels, A eps, A& mean, A& inverse_std) {
   const int lane = threadIdx.x % 32;
@@ -39,7 +40,8 @@ __device__ __forceinline__ void row_statistics(const T* row, int packs, A channe
   }
   const A residue = warp_sum(sum) / channels;
   mean += residue;
-  inverse_std = A(1) / sqrt(max(warp_sum(squares) / channels - residue * residue, A(0)) + eps);
+  const A variance = warp_sum(squares) / channels - residue * residue;
+  inverse_std = A(1) / sqrt(max(variance, A(0)) + eps) + (variance - variance);
 }
 
 // A block walks down a stripe of `columns` columns over `lines` lines of the result. The statistics of the source

@@ -306,6 +306,26 @@ def test_a_norm_that_overflows_is_no_finite_loss(large: str, options: dict[str, 
 
 
 @ANYWHERE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spatial_align", ["student", "teacher", "pool"])
+@pytest.mark.parametrize("width", [16, 512])
+def test_tokens_whose_variance_overflows_have_no_finite_loss(
+    width: int, spatial_align: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Divided by infinity they would all be LayerNorm's bias, with a gradient of 0; PyTorch's own are, if wide."""
+    given = arguments() | {"spatial_align": spatial_align, "projector": CrepaProjector(width, E)}
+    tokens = torch.randn(B, T, math.prod(GRID), width).to(dtype)
+    tokens[0, 1] *= 1e20
+    tokens.requires_grad_()
+    output = crepa_loss(**given | {"hidden_states": tokens}, backend=backend)
+    assert output.loss.isnan()
+    assert output.frame_similarity.isnan().tolist() == [[False, True, False], [False] * 3]
+    gradients = torch.autograd.grad(output.loss, [tokens, *given["projector"].parameters()])
+    assert gradients[0][0, 1].isnan().all()
+    assert all(gradient.isnan().any() for gradient in gradients[1:])
+
+
+@ANYWHERE
 @pytest.mark.parametrize("grid", [GRID, TEACHER_GRID], ids=["equal", "resampled"])
 @pytest.mark.parametrize("wrong", [-1, T])
 def test_a_compiled_loss_does_not_wrap_the_frame_index(wrong: int, grid: tuple[int, int], backend: str) -> None:

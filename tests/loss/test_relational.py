@@ -109,10 +109,10 @@ def test_the_drawn_configurations_hold_what_they_should(monkeypatch: pytest.Monk
     for name in GRADIENTS:
         some(lambda r, name=name: name not in r.case.required)
     ways: list[str] = []
-    for way in ("_by_features", "_by_tokens"):
+    for way in ("by_features", "by_tokens"):
         take = getattr(relation, way)
         monkeypatch.setattr(relation, way, lambda *given, way=way, take=take: ways.append(way) or take(*given))
     for related in drawn:
         if related.margin is None:
             related.run(related.case.tensors(torch.float32), "torch")
-    assert min(ways.count("_by_features"), ways.count("_by_tokens")) >= 5
+    assert min(ways.count("by_features"), ways.count("by_tokens")) >= 5

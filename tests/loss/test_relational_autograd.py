@@ -232,8 +232,8 @@ def test_rows_that_are_held_in_16_bits(
     masked: bool, pairs: str, margin: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a GPU holds them, whose library multiplies them into fp32: the same bound."""
-    monkeypatch.setattr(relational, "_operand_type", lambda compute_dtype, *_: compute_dtype)
-    monkeypatch.setattr(student, "_product_type", lambda compute_dtype, *_: compute_dtype)
+    monkeypatch.setattr(relational, "operand_type", lambda compute_dtype, *_: compute_dtype)
+    monkeypatch.setattr(student, "product_type", lambda compute_dtype, *_: compute_dtype)
     related = simply_related(pairs, margin, distance=2, frame_mask=HOLES if masked else None)
     tensors = related.case.tensors(torch.bfloat16)
     exact = relational_truth(related, tensors)

@@ -198,8 +198,8 @@ def test_a_device_is_asked_for_no_atomics_no_products_and_no_wait(dtype: torch.d
     Nor is anything read from the device or copied to it: a CUDA graph can capture any call.
     """
     arithmetic = {
-        "abs_", "add", "clamp_", "clamp_min_", "div", "div_", "mul", "mul_", "rsub", "sub", "sum", "where", "gather",
-        "native_layer_norm", "native_layer_norm_backward", "_embedding_bag_forward_only",
+        "abs_", "add", "clamp_", "clamp_min_", "div", "div_", "eq", "masked_fill_", "mul", "mul_", "rsub", "sub", "sum",
+        "where", "gather", "native_layer_norm", "native_layer_norm_backward", "_embedding_bag_forward_only",
     }  # fmt: skip
     memory = {"arange", "copy_", "_to_copy", "empty_like", "new_empty", "promote_types", "repeat", "scalar_tensor"}
     for call in calls_on("meta", dtype, frames=2, channels=4):

@@ -97,7 +97,7 @@ class _ClipRows:
         self.has_holes = frames > sum(chunk.frames for chunk in chunks)
         self.accum_dtype = student.accum_dtype
         shape, like = (frames, inputs.plan.tokens, student.weight.shape[0]), inputs.hidden_states
-        dtype = _operand_type(student.compute_dtype, student.accum_dtype, like.device)
+        dtype = operand_type(student.compute_dtype, student.accum_dtype, like.device)
         new = like.new_zeros if self.has_holes else like.new_empty
         self.z, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
         self.norm = new(shape[:2], dtype=student.accum_dtype)
@@ -140,6 +140,6 @@ class _ClipRows:
             record.kept.q_dot_p[rows] = (along / inverse).where(floored, 0)
 
 
-def _operand_type(compute_dtype: torch.dtype, accum_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def operand_type(compute_dtype: torch.dtype, accum_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """``compute_dtype`` where its products can be written in ``accum_dtype``: by NVIDIA's library. Else that itself."""
     return compute_dtype if device.type == "cuda" and torch.version.hip is None else accum_dtype

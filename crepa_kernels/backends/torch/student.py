@@ -14,7 +14,7 @@ from ...ops.layer_norm_resample import (
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
 )
-from ...ops.rows import layer_norm_rows_op, wide_statistics
+from ...ops.rows import layer_norm, layer_norm_rows_op, wide_statistics
 from .chunks import Chunk, ChunkPolicy
 
 
@@ -134,7 +134,7 @@ class StudentRows:
                 tokens, plan.student_grid, plan.grid, plan.antialias, self.eps
             )
         else:
-            x, mean, inverse_std = torch.native_layer_norm(tokens, (width,), wide_statistics(tokens), None, self.eps)
+            x, mean, inverse_std = layer_norm(tokens, self.eps)
             x = x.mean(dim=1)
         return Aligned(x.view(-1, width).to(self.compute_dtype), mean, inverse_std)
 

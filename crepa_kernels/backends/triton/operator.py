@@ -202,7 +202,8 @@ class _Gradients(torch.autograd.Function):
 def _align_with_gradients(*inputs: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
         output: tuple[Tensor, ...] = frame_alignment_op(*inputs)
-    return (_Alignment.apply(output, *inputs), *output[1:]) if torch.is_grad_enabled() else output
+    # Also where no graph is made: a function has no forward derivative, and says so instead of dropping one.
+    return (_Alignment.apply(output, *inputs), *output[1:])
 
 
 def _gradients_with_none(*arguments: Any) -> tuple[Tensor, ...]:

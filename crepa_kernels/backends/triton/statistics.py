@@ -54,7 +54,8 @@ def _statistics_kernel(
     squares = tl.sum(low * low, axis=1)
     if HI > 0:
         squares += tl.sum(high * high, axis=1)
-    inverse_std = 1 / tl.sqrt(squares / width + eps)
+    # NaN where the variance overflowed, whose row would be zeros.
+    inverse_std = 1 / tl.sqrt(squares / width + eps) + (squares - squares)
     tl.store(mean_out + row, mean, mask=inside)
     tl.store(inverse_std_out + row, inverse_std, mask=inside)
     if NORMALIZE:
