@@ -120,7 +120,7 @@ class DinoV2Teacher:
             student_grid: (height, width) of the student's tokens, which ``resize="grid"`` follows.
             device: where a model that is loaded now goes, and where the features are returned.
         """
-        model = self.load(device)
+        model = self._model if self._model is not None else self.load(device)
         patch = self.patch_size
         height, width = (patch * side for side in student_grid) if self._resize == "grid" else [self._image_size] * 2
         weight = next(model.parameters())
