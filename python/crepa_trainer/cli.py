@@ -174,7 +174,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
     add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
     add("--strict", action="store_true", help="stop at a video that cannot be used")
-    CrepaConfig.add_arguments(parser, DEMO_CREPA)
+    CrepaConfig.add_arguments(parser, {**DEMO_CREPA, "crepa_encoder": str(defaults.teacher_folder)})
 
 
 def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:

@@ -127,6 +127,8 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("--crepa_lambda" in text) == (len(words) == 2)
         assert ("--lora_rank" in text) == (words[0] == "run")
         assert ("--steps N" in text) == (words[0] == "demo")
+        # The demo's own teacher, not the one of a run.
+        assert ('(default: "runs/demo/models/' in " ".join(text.split())) == (words == ["demo", "--help"])
 
 
 @pytest.mark.parametrize("word", ["0", "-1", "ten", "1.5"])
