@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .ops.resample import LARGEST, check_tokens, check_type, resample_tokens_op
+from .ops.resample import LARGEST, check_flag, check_tokens, check_type, resample_tokens_op
 
 Grid = tuple[int, int]
 SpatialAlign = Literal["student", "teacher", "smaller", "pool"]
@@ -18,9 +18,9 @@ Change = Literal["keep", "resample", "pool"]
 
 def as_grid(grid: Sequence[int], name: str) -> Grid:
     """``grid`` as (height, width); a ValueError names it when it is not two positive integers."""
-    values = tuple(grid)
+    values = tuple(grid) if isinstance(grid, Sequence) else ()
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise ValueError(f"{name} must be (height, width), two positive integers, got {values}")
+        raise ValueError(f"{name} must be (height, width), two positive integers, got {grid!r}")
     if values[0] * values[1] > LARGEST:
         raise ValueError(f"{name} {values} has more tokens than 64 bits count")
     return values[0], values[1]
@@ -86,9 +86,10 @@ def plan_alignment(
     ``"pool"``: where the grids differ, both sides become one averaged token a frame.
 
     Raises:
-        ValueError: for another name, or a grid that is not two positive integers.
+        ValueError: for another name, a grid that is not two positive integers, or a flag that is none.
     """
     student, teacher = constant(as_grid(student_grid, "student_grid")), constant(as_grid(teacher_grid, "teacher_grid"))
+    check_flag(antialias, "antialias")
     if spatial_align not in get_args(SpatialAlign):
         raise ValueError(f"spatial_align must be one of {', '.join(get_args(SpatialAlign))}, got {spatial_align!r}")
     if student == teacher:
@@ -130,5 +131,6 @@ def resample_tokens(
             f"the last axis but one must be {source[0]} x {source[1]} = {num_tokens(source)}"
         )
     check_type(tokens, "tokens")
+    check_flag(antialias, "antialias")
     check_tokens(tokens, source, target)
     return resample_tokens_op(tokens, source, target, antialias)

@@ -87,6 +87,7 @@ def extension() -> Iterator[str]:
 def tile_choices() -> Iterator[str]:
     """One line a shape class and GPU; the interpreter's only choice on a CPU."""
     if why_no_triton() is not None:
+        yield "none: triton is off"
         return
     try:
         from .backends.triton.tiles import choice_source, choose

@@ -15,7 +15,7 @@ from torch import nn
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
-from .ops.resample import check_type
+from .ops.resample import check_flag, check_type
 from .transfer import moved
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,8 @@ def check_inputs(
     recompute: bool = False,
 ) -> LossInputs:
     """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
+    check_flag(normalize_by_frames, "normalize_by_frames")
+    check_flag(recompute, "recompute")
     weights = projector_weights(projector)
     check_tensors(hidden_states, teacher_features, weights, plan, token_range is not None)
     batch, frames = hidden_states.shape[:2]

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .ops.resample import LARGEST
+from .ops.resample import LARGEST, check_flag
 
 Pairs = Literal["frame", "all", "cross", "neighbours"]
 
@@ -43,6 +43,8 @@ class Neighbours:
 
     def __post_init__(self) -> None:
         _check_decay(self.distance, self.tau)
+        check_flag(self.cumulative, "cumulative")
+        check_flag(self.normalize_sum, "normalize_neighbour_sum")
 
     def offsets(self, frames: int) -> dict[int, float]:
         """Positive offset -> weight in a clip of ``frames`` frames, all of which exist (d is clamped to frames - 1)."""

@@ -24,12 +24,15 @@ class CrepaProjector(nn.Sequential):
         feature_size: E, the width of the teacher's patch features.
 
     Raises:
-        ValueError: if a size is not positive, or they are too large for 64 bits.
+        ValueError: if a size is not a positive integer, or they are too large for 64 bits.
     """
 
     def __init__(self, hidden_size: int, feature_size: int) -> None:
-        if hidden_size < 1 or feature_size < 1:
-            raise ValueError(f"hidden_size and feature_size must be positive, got {hidden_size} and {feature_size}")
+        sizes = (hidden_size, feature_size)
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(
+                f"hidden_size and feature_size must be positive integers, got {hidden_size!r} and {feature_size!r}"
+            )
         if hidden_size * feature_size > LARGEST:
             raise ValueError(
                 f"hidden_size and feature_size are too large for 64 bits, got {hidden_size} and {feature_size}"

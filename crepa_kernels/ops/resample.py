@@ -165,6 +165,12 @@ def _needs_fp32(tokens: torch.Tensor, antialias: bool) -> bool:
     return antialias and tokens.dtype in HALF_TYPES
 
 
+def check_flag(value: bool, name: str) -> None:
+    """ValueError naming ``name`` where ``value`` is not True or False: text such as "no" would be true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_type(tensor: torch.Tensor, name: str) -> None:
     """ValueError for another type than float64, float32, float16 and bfloat16: 8-bit floats have no arithmetic."""
     if tensor.dtype not in TYPES:

@@ -33,7 +33,15 @@ _WRAPPERS = {
 
 
 def check_attachable(transformer: nn.Module) -> None:
-    """ValueError, naming the order, for a transformer that is wrapped, sharded, without weights or has a projector."""
+    """ValueError, naming the order, for a transformer that is wrapped, sharded, without weights or has a projector.
+
+    Also one for what is no model, such as a class or a pipeline.
+    """
+    if not isinstance(transformer, nn.Module):
+        what = f"the class {transformer.__name__}" if isinstance(transformer, type) else type(transformer).__name__
+        inner = isinstance(getattr(transformer, "transformer", None), nn.Module)
+        hint = ", which has one: give its .transformer" if inner else ""
+        raise ValueError(f"CrepaRegularizer must be given the transformer itself, got {what}{hint}")
     names = {base.__name__ for base in type(transformer).__mro__}
     found = [text for name, text in _WRAPPERS.items() if name in names]
     parameters = list(transformer.parameters())

@@ -142,9 +142,12 @@ class Capture:
         """The output of block ``index`` in the last forward.
 
         Raises:
-            ValueError: when the model has not run since attaching or ``release()``, ran in a way that captures
-                nothing, or without the arguments that say how its tokens lie; the message says which and what to do.
+            ValueError: for a block that is not captured, when the model has not run since attaching or ``release()``,
+                ran in a way that captures nothing, or without the arguments that say how its tokens lie; the message
+                says which and what to do.
         """
+        if index not in self._slots:
+            raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._slots))}")
         if self._arguments is None and self._released:
             raise ValueError(
                 "the transformer's forward was not called before loss() since release(), or a loss() with weight 0, "

@@ -157,8 +157,8 @@ class CrepaRegularizer:
                 given.
 
         Raises:
-            ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; or CREPA
-                is off.
+            ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; for
+                another block; or CREPA is off.
         """
         if self.projector is None:
             raise ValueError("CREPA is off: nothing is captured")

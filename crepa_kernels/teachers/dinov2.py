@@ -64,6 +64,8 @@ class DinoV2Teacher:
         resize: str = "square",
         frames_batch_size: int = -1,
     ) -> None:
+        if isinstance(image_size, bool) or not isinstance(image_size, int):
+            raise ValueError(f"image_size must be an integer, in pixels, got {image_size!r}")
         if resize not in ("square", "grid"):
             raise ValueError(f'resize must be "square" or "grid", got {resize!r}')
         if not (isinstance(source, str | os.PathLike) or callable(source)):
@@ -170,15 +172,19 @@ class DinoV2Teacher:
             )
         self._config = config
 
-    def load(self, device: torch.device) -> nn.Module:
-        """The model, loaded now and not at the first frame.
+    def load(self, device: torch.device | str) -> nn.Module:
+        """The model, loaded now and not at the first frame; the same one until ``unload``.
 
         Args:
-            device: where it goes; in bf16 on a GPU and fp32 on a CPU.
+            device: where one of a name, folder or hub id goes, in bf16 on a GPU and fp32 on a CPU; a model that was
+                given, or comes from a callable, stays where it is.
 
         Raises:
             ValueError: as the constructor, for what its source holds.
         """
+        if self._model is not None:
+            return self._model
+        device = torch.device(device)
         if not isinstance(self._source, str):
             self._model = self._adopted(self._source())
             return self._model

@@ -187,6 +187,8 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint of which every byte is as it was written, parts of other steps or under other names included."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     file = folder / STATE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: {STATE_FILE} is missing")

@@ -99,7 +99,8 @@ def _run(argv: Sequence[str]) -> int:
     )
     demo = commands.add_parser(
         "demo",
-        usage="%(prog)s [--data FOLDER] [--output FOLDER] [--steps N] [--seed N] [--strict] [--crepa_... VALUE]",
+        usage="%(prog)s [--data FOLDER] [--output FOLDER] [--steps N] [--seed N] [--batch-size N] [--strict] "
+        "[--crepa_... VALUE]",
         help="train a small random Wan on real video and show what CREPA does",
         description="Trains a small Wan with seeded random weights on real video, with CREPA, in about two minutes on "
         "a CPU core; downloads nothing. It ends with a table and plots in the output folder.",
@@ -173,7 +174,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
     add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
     add("--strict", action="store_true", help="stop at a video that cannot be used")
-    CrepaConfig.add_arguments(parser, DEMO_CREPA)
+    CrepaConfig.add_arguments(parser, {**DEMO_CREPA, "crepa_encoder": str(defaults.teacher_folder)})
 
 
 def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
@@ -208,9 +209,12 @@ def _first_process() -> bool:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
     return number
 
 

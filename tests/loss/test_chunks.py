@@ -66,3 +66,9 @@ def test_the_chunk_off_the_cpu_keeps_the_peak_below_the_eager_loss() -> None:
 
     with chunked(ChunkPolicy(tokens=ChunkPolicy().limit("cuda"))):
         assert peak_bytes(lambda: step("torch")) < peak_bytes(lambda: step("reference"))
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, True, "many"])
+def test_a_number_of_tokens_is_at_least_one(tokens: Any) -> None:
+    with pytest.raises(ValueError, match=f"tokens must be None or an integer of at least 1, got {tokens!r}"):
+        ChunkPolicy(tokens=tokens)

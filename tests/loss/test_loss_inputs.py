@@ -85,6 +85,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "grid of zero": ({"teacher_grid": (0, 6)}, r"teacher_grid .*\(0, 6\)"),
     "negative grid": ({"student_grid": (-3, -4)}, r"student_grid .*\(-3, -4\)"),
     "grid of floats": ({"student_grid": (3.0, 4.0)}, r"student_grid .*\(3\.0, 4\.0\)"),
+    "grid of a number": ({"student_grid": 12}, r"student_grid .*two positive integers, got 12"),
+    "grid as text": ({"teacher_grid": "2x3"}, r"teacher_grid .*two positive integers, got '2x3'"),
+    "antialias as text": ({"antialias": "yes"}, r"antialias must be True or False, got 'yes'"),
     "hidden size": ({"projector": CrepaProjector(D + 1, E)}, r"16.* 17"),
     "feature size": ({"projector": CrepaProjector(D, E + 1)}, r"8.* 9"),
     "integer hidden states": ({"hidden_states": long(B, T, 12, D)}, r"hidden_states .*floating.*int64"),
@@ -195,6 +198,13 @@ BAD_PROJECTORS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.parametrize("flag", ["cumulative", "normalize_neighbour_sum", "normalize_by_frames", "recompute"])
+def test_flags_are_true_or_false(flag: str) -> None:
+    """ "no" would be true."""
+    with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'"):
+        crepa_loss(**{**arguments(), flag: "no"})
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_bad_input(change: dict[str, Any], message: str, backend: str) -> None:
@@ -253,9 +263,9 @@ def test_the_ends_of_what_is_allowed_are_right(masked: bool, cumulative: bool, b
     torch.testing.assert_close(crepa_loss(**given, tau=1e-50).loss, alone)
 
 
-@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (2**62, 4), (2**63, 2**63)])
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (2**62, 4), (2**63, 2**63), ("4", 4), (4, 4.0), (True, 4)])
 def test_bad_projector_sizes(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=f"{sizes[0]} and {sizes[1]}"):
+    with pytest.raises(ValueError, match=f"{sizes[0]!r} and {sizes[1]!r}"):
         CrepaProjector(*sizes)
 
 
@@ -271,6 +281,7 @@ BAD_RESAMPLING: dict[str, tuple[tuple[Any, ...], str]] = {
     "result beyond 64 bits": ((torch.randn(2, 12, 4), (3, 4), (2**40, 2**22)), r"\(2, 12, 4\).*64 bits"),
     "weights beyond 64 bits": ((torch.randn(1).expand(2**40, 1), (2**40, 1), (2**22, 1)), r"axis .*64 bits"),
     "8-bit": ((float8(2, 12, 4), (3, 4), (2, 2)), r"tokens .*bfloat16, got torch\.float8"),
+    "antialias as text": ((torch.randn(2, 12, 4), (3, 4), (2, 2), "no"), r"antialias must be True or False, got 'no'"),
     "target of floats": ((torch.randn(2, 12, 4), (3, 4), (2.5, 2)), r"target_grid .*2\.5"),
 }
 

@@ -103,6 +103,7 @@ def test_info_names_versions_and_why_a_backend_is_off() -> None:
     if torch.version.cuda is None:
         assert "\n  cuda: off: torch is built without CUDA\n" in done.stdout
     assert "self-check\n  not run: triton is off\n" in done.stdout
+    assert done.stdout.endswith("tiles (bfloat16)\n  none: triton is off\n")
     overridden = run("crepa_kernels.info", CREPA_BACKEND="reference")
     assert "CREPA_BACKEND=reference overrides what calls ask for" in overridden.stdout
     interpreted = run("crepa_kernels.info", TRITON_INTERPRET="1")

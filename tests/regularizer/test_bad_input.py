@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
@@ -58,6 +60,23 @@ def test_a_wrong_construction_attaches_nothing(settings: dict[str, Any], options
 def test_an_unsupported_class_says_which_families_are_supported() -> None:
     with pytest.raises(ValueError, match=r"AutoencoderKLWan is not a supported transformer.*wan"):
         regularizer(tiny_vae())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (WanTransformer3DModel, "the class WanTransformer3DModel"),
+        (
+            SimpleNamespace(transformer=torch.nn.Linear(1, 1)),
+            "which has one: give its .transformer",
+        ),
+        ("wan", "str"),
+    ],
+    ids=["class", "pipeline", "name"],
+)
+def test_what_is_no_model_is_named(wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"must be given the transformer itself, got .*{message}"):
+        regularizer(wrong)
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_only_the_asked_for_blocks_are_kept_and_only_until_released() -> None:
     transformer(**wan_inputs())
     first = capture.states(0).hidden_states
     assert not torch.equal(first, capture.states(2).hidden_states)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="block 1 is not captured, only 0, 2"):
         capture.states(1)
     transformer(**wan_inputs(seed=9))
     assert not torch.equal(first, capture.states(0).hidden_states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,22 @@ def test_features_are_the_patch_tokens_after_the_final_norm(registers: int) -> N
     assert found.features.shape == (2, 25, 32)
     # Images normalised in float64 here and in float32 there.
     torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", [CPU, "cpu"], ids=["device", "name"])
+def test_whatever_its_source_a_model_is_loaded_once(device: torch.device | str, tmp_path: Path) -> None:
+    model = tiny_dinov2(tmp_path)
+    for source in (model, lambda: model, str(tmp_path)):
+        teacher = DinoV2Teacher(source, image_size=70)
+        loaded = teacher.load(device)
+        assert loaded is teacher.load(device)
+        assert (loaded is model) == (source != str(tmp_path))
+
+
+@pytest.mark.parametrize("size", ["70", 70.0, True])
+def test_a_size_that_is_no_integer_is_named(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"image_size must be an integer, in pixels, got {size!r}"):
+        DinoV2Teacher("dinov2_vits14", image_size=size)
 
 
 def test_patches_are_in_raster_order() -> None:

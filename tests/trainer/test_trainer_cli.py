@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 
 import pytest
 from crepa_trainer.cli import main
+from crepa_trainer.reporting.progress import training_progress
 from crepa_trainer.terminal import plain
 from processes import run
+from rich.console import Console
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
@@ -123,6 +127,28 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("--crepa_lambda" in text) == (len(words) == 2)
         assert ("--lora_rank" in text) == (words[0] == "run")
         assert ("--steps N" in text) == (words[0] == "demo")
+        # The demo's own teacher, not the one of a run.
+        assert ('(default: "runs/demo/models/' in " ".join(text.split())) == (words == ["demo", "--help"])
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "ten", "1.5"])
+def test_a_number_that_is_none_is_named(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--steps", word])
+    assert f"argument --steps: must be an integer of at least 1, got {word}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 99, 100, 120])
+def test_what_is_said_of_a_step_fits_into_a_terminal(width: int) -> None:
+    """With the longest numbers that are usual."""
+    written = io.StringIO()
+    console = Console(file=written, width=width, force_terminal=True, color_system=None)
+    with training_progress(console, 20_000, 12_344) as show:
+        show(12_344, {"loss": 1.401, "flow_loss": 1.352, "crepa_similarity": -0.064, "crepa_weight": 0.5})
+    losses = "loss 1.401  flow 1.352  similarity -0.064  weight 0.500"
+    lines = written.getvalue().replace("\r", "\n").splitlines()
+    assert any(re.search(rf"12345/20000 {losses} [-0-9:]+$", line.strip()) for line in lines)
+    assert not any("…" in line for line in lines)
 
 
 WILD = "a\x1b[31m\nb\u202ec\x9b2J"

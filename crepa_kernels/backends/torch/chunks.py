@@ -22,13 +22,18 @@ class ChunkPolicy:
     """How the work is cut.
 
     Attributes:
-        tokens: worked on at a time, but a frame's at least; None: as many as suit the device.
+        tokens: worked on at a time, 1 or more, but a frame's at least; None: as many as suit the device.
         reads: whether masks and indices are read where that costs no waiting. Frames outside the loss are left out
             then; else, as on a GPU, all frames are worked on and masked.
     """
 
     tokens: int | None = None
     reads: bool = True
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.tokens, int) and not isinstance(self.tokens, bool)
+        if self.tokens is not None and not (whole and self.tokens >= 1):
+            raise ValueError(f"tokens must be None or an integer of at least 1, got {self.tokens!r}")
 
     def limit(self, device_type: str) -> int:
         """Tokens at a time on a device."""

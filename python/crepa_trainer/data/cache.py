@@ -268,6 +268,7 @@ class _Filler:
         if parts is not None:
             del parts
             release_memory()
+        self._tell_encoded(len(texts), "caption")
 
     def _embeddings(self, parts: Any, texts: Sequence[_Text]) -> Iterable[Text]:
         if not self.family.text_image_parts:
@@ -310,10 +311,10 @@ class _Filler:
             encoders.loaded.clear()
             release_memory()
         everywhere = gather_object([(skipped, lengths)])
-        return (
-            {video: reason for each, _ in everywhere for video, reason in each.items()},
-            {video: frames for _, each in everywhere for video, frames in each.items()},
-        )
+        skipped = {video: reason for each, _ in everywhere for video, reason in each.items()}
+        lengths = {video: frames for _, each in everywhere for video, frames in each.items()}
+        self._tell_encoded(len(videos) - len(skipped) - len(lengths), "video")
+        return skipped, lengths
 
     def _encode_video(self, encoders: _Encoders, clips: dict[ClipKey, ClipFiles], missing: set[Path]) -> None:
         first = next(iter(clips))
@@ -352,7 +353,11 @@ class _Filler:
                 yield each
                 self.state.wait_for_everyone()
                 progress.advance(task, len(each))
-        logger.info("encoded %d %s into %s", total, what, self.names.folder)
+
+    def _tell_encoded(self, number: int, what: str) -> None:
+        """Logs how many there are now that were missing."""
+        if number:
+            logger.info("encoded %d %s%s into %s", number, what, "s" * (number != 1), self.names.folder)
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:

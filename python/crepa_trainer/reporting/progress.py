@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
 _SHOWN = (("loss", "loss"), ("flow", "flow_loss"), ("similarity", "crepa_similarity"), ("weight", "crepa_weight"))
 
 
@@ -17,8 +18,7 @@ def training_progress(
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """Gives what is called after each step; where the console is a file, it prints a line every tenth of the run."""
     bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
+        *([TextColumn("training"), BarColumn()] if console.width >= _ROOM else []),
         MofNCompleteColumn(),
         TextColumn("{task.fields[losses]}"),
         TimeRemainingColumn(),
