@@ -36,7 +36,14 @@ PASSED = "passed"
 TESTS = [
     f"tests/{folder}/test_{name}.py"
     for folder, names in {
-        "loss": ("triton", "triton_operators", "triton_products", "triton_resampled", "autocast"),
+        "loss": (
+            "triton",
+            "triton_operators",
+            "triton_products",
+            "triton_resampled",
+            "autocast",
+            "relational_autograd",
+        ),
         "ops": ("extension_cuda", "layer_norm_resample_options", "resample_gather"),
         "regularizer": ("host_copy", "schedule_state"),
     }.items()
