@@ -24,10 +24,10 @@ CUDA_ENVS ?=
 FLOORS := $(VENV)/floors
 FLOORS_PYTHON ?= python3.10
 FLOORS_PIP := $(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
-FLOORS_TESTS := $(patsubst %,tests/%.py,$(addprefix loss/test_,import loss triton) config/test_config \
+FLOORS_TESTS := $(patsubst %,tests/%.py,$(addprefix loss/test_,import loss relational triton) config/test_config \
 	ops/test_extension_operators regularizer/test_capture models/test_families teachers/test_teachers \
-	$(addprefix trainer/test_trainer_,video dataset cache run validation stock_calls cut_captions family_runs end_to_end \
-	launcher))
+	$(addprefix trainer/test_trainer_,video every_kind dataset cache run validation stock_calls cut_captions \
+	family_runs end_to_end launcher))
 
 .PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench bench-gpu wheel clean
 
