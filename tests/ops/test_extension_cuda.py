@@ -93,7 +93,7 @@ def test_the_cuda_half_builds_where_torch_has_no_cuda(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (binary,) = (tmp_path / "lib" / "crepa_kernels").glob("_cuda*")
-    assert extension.built_for(binary)[0] == ["sm_90", "compute_90"]
+    assert sorted(extension.built_for(binary)[0]) == ["compute_90", "sm_90"]  # torch says in which order
     if disassembler() is not None:
         listed = [str(disassembler()), "--list-elf", "--list-ptx", str(binary)]
         contents = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
