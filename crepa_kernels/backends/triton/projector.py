@@ -205,7 +205,8 @@ def unfold_gradients(
     features, width = weight.shape
     rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4
     if centered:
-        rows, steps, (low, high), warps = 1, ceil_div(features, _PROGRAMS), split_width(width), 8
+        rows, steps, (low, high) = 1, ceil_div(features, _PROGRAMS), split_width(width)
+        warps = max(1, min(8, low // (4 * call.choice.tokens.lanes)))  # 16 bytes of fp32 a lane
     programs = ceil_div(features, rows * steps)
     weight_grad = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     parts = weight.new_empty((2, programs, width) if need_affine else (2, 0, 0), dtype=torch.float32)
