@@ -144,12 +144,13 @@ def compare_frames(
     # Two parts hold 16 bits, twice those of a bf16 product; three all 24. The interpreter has no 16-bit products.
     split = teacher.dtype == torch.bfloat16 and not INTERPRETED
     terms = (3 if projected.dtype == torch.float32 else 2) if split else 0
-    most, width = 64 if split else 32, power_of_2(features)
+    columns = max(16, min(64 if split else 32, power_of_2(features)))
+    warps = max(1, min(4, _block(chunk) * columns // (4 * call.choice.rows.lanes)))  # 16 bytes of fp32 a lane
     read = (projected, rows * features * teacher.element_size())
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
     written += [12 * rows] if parts is not None else []
     launch(
-        "frame_rows", _frame_rows_kernel, frame_grid(call, chunk), Cost(read, tuple(written)), warps=4,
+        "frame_rows", _frame_rows_kernel, frame_grid(call, chunk), Cost(read, tuple(written)), warps=warps,
         projected=projected, shift=folded.shift, offset=folded.offset,
         mean_in=dummy if statistics is None else statistics[0],
         inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher,
@@ -161,6 +162,6 @@ def compare_frames(
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
         share_scale=float(call.batch * call.frames), inverse_width=1.0 / folded.weight.shape[1],
         FOLDED=statistics is not None, PARTS=parts is not None, GRADIENT=offset_parts is not None,
-        TERMS=terms, BLOCK_F=_block(chunk), BLOCK_K=16 if call.frames <= 16 else 32, BLOCK_E=max(16, min(most, width)),
+        TERMS=terms, BLOCK_F=_block(chunk), BLOCK_K=16 if call.frames <= 16 else 32, BLOCK_E=columns,
         PRECISION=precision(teacher.device),
     )  # fmt: skip
