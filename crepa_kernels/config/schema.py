@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..grid import SpatialAlign
 from ..neighbours import Neighbours
 from .rules import (
-    DINOV2_HUB_IDS,
+    ENCODER_PATCH_SIZES,
     LEAST_INTEGER,
     MOST_INTEGER,
     PREFIX,
@@ -91,7 +91,7 @@ class CrepaConfig(BaseModel):
     crepa_encoder: str = Field(
         "dinov2_vitg14",
         min_length=1,
-        description=f"teacher; must be one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id",
+        description=f"teacher; must be one of {', '.join(ENCODER_PATCH_SIZES)}, a local folder or a hub id",
     )
     crepa_encoder_image_size: Integer = Field(
         518,
