@@ -116,7 +116,8 @@ def _crepa_rows(plan: Plan) -> Rows:
     elif not teacher_is_encoder(config):
         rows.append(("teacher", "none: the weight is 0 throughout"))
     else:
-        rows.append(("teacher", f"{config.crepa_encoder}, {_grids(plan.buckets)} patches a frame"))
+        grids = _grids(plan.buckets)
+        rows.append(("teacher", config.crepa_encoder + (f", {grids} patches a frame" if grids else "")))
         rows.append(("frames encoded", _encoded(plan)))
     parts = [f"projector with gradients and optimiser {readable_bytes(memory.projector)}"]
     parts.append(f"kept by the loss {readable_bytes(memory.kept)}")
