@@ -170,7 +170,7 @@ layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
 layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm_resample": (normalize_and_resample, lambda *given: Forward(*given).empty()),
     # Of this one alone the extension has no kernel: autograd needs a gradient that nothing else holds.
     "layer_norm_resample_backward": (
