@@ -63,6 +63,19 @@ class SpatialPlan:
         """M."""
         return num_tokens(self.grid)
 
+    @property
+    def project_first(self) -> bool:
+        """Whether the student is projected on its own grid and p is resampled: where that has fewer tokens.
+
+        Linear commutes with the resampling.
+        """
+        return self.student == "resample" and self.tokens > num_tokens(self.student_grid)
+
+    @property
+    def projected(self) -> int:
+        """Tokens a frame that are projected: P or M."""
+        return num_tokens(self.student_grid) if self.project_first else self.tokens
+
     def align(self, features: torch.Tensor, side: Literal["student", "teacher"]) -> torch.Tensor:
         """(..., tokens of that side's grid, C) -> (..., M, C), differentiable."""
         change, source = (self.student, self.student_grid) if side == "student" else (self.teacher, self.teacher_grid)

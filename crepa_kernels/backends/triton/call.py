@@ -49,7 +49,7 @@ class Arguments(NamedTuple):
     teacher: Tensor
     gamma: Tensor | None
     beta: Tensor | None
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     frame_index: Tensor | None
     frame_mask: Tensor | None

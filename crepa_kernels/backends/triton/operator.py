@@ -40,7 +40,7 @@ def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
     h, (gamma, beta, weight, bias, eps), plan = inputs.hidden_states, inputs.projector, inputs.plan
     trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    keep_aligned = keep and (weight.requires_grad or (gamma is not None and gamma.requires_grad))
+    keep_aligned = keep and any(tensor is not None and tensor.requires_grad for tensor in (gamma, weight))
     tokens = h if inputs.token_range is not None else h.flatten(1, 2)
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     teacher, frame_index = _teacher(inputs)
