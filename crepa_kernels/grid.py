@@ -47,6 +47,14 @@ def should_save_aligned(aligned: int, tokens: int) -> bool:
     return 4 * aligned <= tokens
 
 
+def should_project_first(aligned: int, tokens: int) -> bool:
+    """Whether ``tokens`` are projected before they are resampled to ``aligned`` ones: where those are more.
+
+    Linear commutes with the resampling, so the side with fewer tokens is projected.
+    """
+    return aligned > tokens
+
+
 @dataclass(frozen=True)
 class SpatialPlan:
     """What happens to each side so that both lie on one grid of ``tokens`` tokens a frame."""
@@ -65,11 +73,8 @@ class SpatialPlan:
 
     @property
     def project_first(self) -> bool:
-        """Whether the student is projected on its own grid and p is resampled: where that has fewer tokens.
-
-        Linear commutes with the resampling.
-        """
-        return self.student == "resample" and self.tokens > num_tokens(self.student_grid)
+        """Whether the student is projected on its own grid, and p is resampled."""
+        return self.student == "resample" and should_project_first(self.tokens, num_tokens(self.student_grid))
 
     @property
     def projected(self) -> int:

@@ -66,8 +66,6 @@ def requested_backend(backend: str) -> str:
 
 def _backend_for(backend: str, inputs: LossInputs) -> str:
     backend = requested_backend(backend)
-    if inputs.projector.weight is None and backend != "reference":
-        return "torch"
     if backend == "auto":
         return "triton" if prefers_triton(inputs) else "torch"
     h = inputs.hidden_states
