@@ -118,6 +118,11 @@ class Case:
             self.spatial_align
         ]
 
+    @property
+    def grows(self) -> bool:
+        """Whether the student is resampled to more tokens than it has."""
+        return self.resampled == "student" and math.prod(self.teacher_grid) > math.prod(self.student_grid)
+
     def projector(self, tensors: dict[str, torch.Tensor | None]) -> nn.Sequential | None:
         """A ``CrepaProjector`` where it can be one, else the plain Sequential of the two layers, or None."""
         if self.absent:
@@ -265,6 +270,8 @@ def draw(seed: int) -> Case:
         required=required,
         flattened=rng.random() < 0.3,
     )
+    if case.spatial_align == "teacher" and not case.grows and rng.random() < 0.4:
+        case = replace(case, student_grid=teacher_grid, teacher_grid=student_grid)
     if rng.random() < 0.25:
         case = replace(case, absent=True, hidden_size=case.feature_size, affine="none", linear_bias=False)
     return case

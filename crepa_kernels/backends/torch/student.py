@@ -6,6 +6,7 @@ the student's own tokens in the forward pass, and what is kept and comes after i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -232,16 +233,19 @@ class StudentRows:
         return Projected(rows, (None, None, None, None), projected.statistics, own=own)
 
     def recorded(self, rows: GradientRows, own_p: torch.Tensor | None) -> GradientRows:
-        """``rows`` of the common grid as they are kept: of the student's own tokens, where p was resampled to more."""
+        """``rows`` of the common grid as they are kept: of the student's own tokens, where p was resampled to more.
+
+        Those are then made in the place of ``rows.q``.
+        """
         if not self.plan.project_first or own_p is None:
             return rows
         plan, own = self.plan, num_tokens(self.plan.student_grid)
-        gradient = rows.q * rows.inverse_norm[:, None]
+        gradient = rows.q.mul_(rows.inverse_norm[:, None])
         gradient = resample_tokens_adjoint_op(
             gradient.unflatten(0, (-1, plan.tokens)), plan.student_grid, plan.grid, plan.antialias
         ).flatten(0, 1)
         # Of a size that every type holds.
-        size = gradient.abs().amax(dim=1)
+        size = torch.linalg.vector_norm(gradient, math.inf, dim=1)
         size = size.where(size != 0, 1)
         q = gradient.div_(size[:, None])
         # Means are over the tokens of the common grid, but the rows of a frame are those of the student's.
