@@ -4,8 +4,9 @@ What makes it cheap, with x the normalised token (no affine part), W' = W diag(g
 
 1. teacher features are constants, so all neighbours of a frame collapse into one row per token,
    ``z[f] = y[f] + sum_k w(|k-f|) y[k]``, and its total is ``<p, z> / |p|``;
-2. resampling weights sum to 1 and Linear is affine, so tokens are resampled before they are projected, and only the
-   tokens and frames that the loss sees are projected at all;
+2. resampling weights sum to 1 and Linear is affine, so tokens are resampled before they are projected where that makes
+   fewer of them, and only the tokens and frames that the loss sees are projected at all; where it makes more, p is
+   resampled;
 3. the gradient of the total with respect to p is ``q / |p|`` with ``q = z - (<p, z> / |p|^2) p``. It is formed in p's
    place during the forward pass; with two numbers a token it is all that is kept for the backward pass;
 4. ``<q, p> = 0``, but for rows below the norm's floor, gives LayerNorm's two row sums of dx = g W' from E numbers a
