@@ -89,7 +89,7 @@ class _ClipRows:
     Attributes:
         z, d: (T', M, E), the student's unit rows, and what they differ from the teacher's by.
         norm: (T', M), the length of p.
-        own: of each chunk, p of the student's own tokens where that was resampled.
+        own: of each chunk, p of the student's own tokens where that was resampled to more.
     """
 
     def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk]) -> None:

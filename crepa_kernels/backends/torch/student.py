@@ -57,7 +57,7 @@ class Projected:
     fold: mean, 1/std, row sums of the weights and offset, as ``align_rows`` makes p of the rows with them.
     statistics: mean, its low part and 1/std of the tokens, each (frames x P,), where they were projected as they lie.
     aligned: what was projected, where it was resampled or pooled before.
-    own: p (frames x P, E) of the student's own tokens, where p was resampled.
+    own: p (frames x P, E) of the student's own tokens, where p was resampled to more.
     """
 
     rows: torch.Tensor
@@ -230,7 +230,8 @@ class StudentRows:
             return replace(projected, rows=projected.rows.to(self.compute_dtype).contiguous())
         own = unfolded_rows(projected.rows.to(self.accum_dtype), *projected.fold)
         rows = self.plan.align(own.unflatten(0, (-1, num_tokens(self.plan.student_grid))), "student").flatten(0, 1)
-        return Projected(rows, (None, None, None, None), projected.statistics, own=own)
+        kept = own if self.plan.project_first else None
+        return Projected(rows, (None, None, None, None), projected.statistics, own=kept)
 
     def recorded(self, rows: GradientRows, own_p: torch.Tensor | None) -> GradientRows:
         """``rows`` of the common grid as they are kept: of the student's own tokens, where p was resampled to more.

@@ -26,7 +26,7 @@ from .student import (
     student_rows,
     student_span,
     within,
-)  # fmt: skip
+)
 from .teacher import combine_neighbours, inverse_norms
 
 
@@ -96,6 +96,11 @@ def _compare(
     compare(projected, chunk, inputs, parts, slope, offset_parts, given)
 
 
+def _makes_given_rows(call: Call) -> bool:
+    """Whether something of width E is made for the rows of given p: p itself on the common grid, or z."""
+    return call.resamples_p or (call.neighbour_mode == COMBINED and not call.frames_fit)
+
+
 def _given_rows(call: Call, chunk: RowChunk) -> torch.Tensor:
     """Rows (rows, E) of p that is given, on the common grid."""
     return aligned_p(call, student_rows(call, chunk, student_span(call, chunk)))
@@ -115,8 +120,8 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]
     parts = statistics.new_empty((call.all_rows, columns, 3))
     grad_rows = call.tokens.new_empty((call.projected_rows if stored else 0, features), dtype=call.compute_dtype)
     aligned = []
-    whole = call.given and not call.resamples_p and call.neighbour_mode != COMBINED
-    chunks = row_chunks(call, limited=not whole and (not raw or (makes_rows and not stored)))
+    limited = _makes_given_rows(call) if call.given else not raw or (makes_rows and not stored)
+    chunks = row_chunks(call, limited)
     offset_parts, chunk_parts = _offset_parts(call, chunks if stored else [])
     for index, chunk in enumerate(chunks):
         inputs = _inputs(call, tables, norms, chunk, folded, of_tokens, one_pass)
@@ -209,7 +214,7 @@ def _given_gradient(call: Call, scale: torch.Tensor) -> torch.Tensor:
     tables, norms = frame_tables(call), _norms(call, one_pass=False)
     grad = torch.empty(call.tokens.shape, dtype=call.tokens.dtype, device=call.tokens.device)
     rows = grad.view(-1, call.feature_size)
-    for chunk in row_chunks(call, limited=call.resamples_p or call.neighbour_mode == COMBINED):
+    for chunk in row_chunks(call, _makes_given_rows(call)):
         span, inputs = student_span(call, chunk), _inputs(call, tables, norms, chunk, None, ())
         p, out = _given_rows(call, chunk), within(rows, span)
         into = GivenGradient(torch.empty_like(p) if call.resamples_p else out, scale)
