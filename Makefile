@@ -75,6 +75,7 @@ bench: $(VENV)/.test
 		$(BIN)/python -m benches.table && exit $$status
 	$(BIN)/python -m benches.bench_resample --out benches/results/resample-cpu.json
 	$(BIN)/python -m benches.bench_relational --out benches/results/relational-cpu.json
+	$(BIN)/python -m benches.bench_growing --out benches/results/growing-cpu.json
 
 # One binary for every Python and torch >= 2.10; abi3audit reads its symbols.
 wheel: $(VENV)/.test

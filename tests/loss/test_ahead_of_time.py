@@ -81,6 +81,38 @@ def test_kernels_of_normalized_tokens_on_hopper() -> None:
     assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(found)
 
 
+GIVEN = {"hidden_size": 1536, "feature_size": 1536, "frames": 21, "tokens": 1560, "given": True}
+
+
+def test_kernels_of_given_p_on_hopper() -> None:
+    """Rows are all that there is: read once forward and once backward, where their gradient is written."""
+    request = Request("sm_90", "all", **GIVEN)
+    found = compiled(request)
+    assert set(found) == {"rows", *SMALL}
+    assert found["rows"]["barriers"] <= 32
+    assert found["rows"]["narrow_loads"] == 0
+    launches = launches_of(request)
+    assert [launch.name for launch in launches].count("rows") == 2
+    p = request.frames * request.tokens * request.feature_size * 2
+    assert sum(launch.written for launch in launches) <= 1.02 * p
+    assert sum(launch.read for launch in launches) <= 1.02 * 4 * p
+
+
+@pytest.mark.parametrize("kernel", ["rows", pytest.param("frame_rows", marks=slow)])
+@others
+def test_given_p_on_each_target(target: str, kernel: str) -> None:
+    neighbours = {"cumulative": True, "distance": 8} if kernel == "frame_rows" else {}
+    compiled(Request(target, kernel, masked=True, **neighbours, **GIVEN))
+
+
+def test_a_growing_grid_is_projected_before_it_is_resampled_on_hopper() -> None:
+    """A fifth of the operations; the kernels are those of normalised tokens."""
+    grids = {"hidden_size": 1280, "feature_size": 1536, "frames": 1, "tokens": 37 * 37, "students": 256}
+    request = Request("sm_90", "all", change="resample", **grids)
+    assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(compiled(request))
+    assert sum(launch.operations for launch in launches_of(request)) == 6 * 256 * 1280 * 1536
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -156,6 +156,13 @@ def test_the_drawn_configurations_hold_what_they_should() -> None:
     for name in GRADIENTS:
         some(lambda c, name=name: name not in c.required)
     some(lambda c: c.normalize_neighbour_sum and not c.normalize_by_frames)
+    some(lambda c: c.flattened)
+    for absent in (False, True):
+        some(lambda c, absent=absent: c.absent == absent and c.grows)
+        some(lambda c, absent=absent: c.absent == absent and c.resampled == "student" and not c.grows)
+    some(lambda c: c.absent and c.resampled == "teacher")
+    some(lambda c: c.absent and c.spatial_align == "pool")
+    some(lambda c: c.absent and c.tiny, 1)
 
 
 WIDE = simple(

@@ -28,6 +28,7 @@ VARIED = {
     "equal": {"teacher_grid": (3, 4), "normalize_neighbour_sum": True},
     "teacher-resampled": {"cumulative": True, "distance": 2, "frame_mask": HOLES},
     "student-resampled": {"spatial_align": "teacher", "frame_mask": HOLES, "teacher_mask": PADDING},
+    "student-growing": {"spatial_align": "teacher", "teacher_grid": (5, 4), "frame_mask": HOLES, "distance": 2},
     "plain-filter": {"spatial_align": "smaller", "antialias": False, "frame_index": [0, 2, 2, 3]},
     "pooled": {"spatial_align": "pool", "normalize_by_frames": False, "cumulative": True, "distance": 9},
 }
@@ -49,7 +50,7 @@ def functional_loss(case: Case, tensors: dict[str, torch.Tensor], backend: str) 
 
 
 def small(case: Case) -> Case:
-    teacher_grid = (2, 3) if case.teacher_grid == (3, 4) else (2, 2)
+    teacher_grid = {(3, 4): (2, 3), (5, 4): (3, 3)}.get(case.teacher_grid, (2, 2))
     return replace(case, hidden_size=4, feature_size=3, student_grid=(2, 3), teacher_grid=teacher_grid)
 
 

@@ -66,11 +66,15 @@ def test_torch_keeps_at_most_35_percent_of_the_transposed_eager_loss(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("align", "teacher_grid"),
-    [("student", (9, 10)), ("student", (12, 16)), ("teacher", (9, 10)), ("teacher", (6, 8)), ("pool", (9, 10))],
-)
+    [
+        ("student", (9, 10)), ("student", (12, 16)), ("teacher", (9, 10)), ("teacher", (6, 8)), ("teacher", (15, 16)),
+        ("pool", (9, 10)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [False, True], ids=["projector", "given"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_a_backend_keeps_what_its_formula_says(
-    align: Any, teacher_grid: tuple[int, int], dtype: torch.dtype, backend: str, recompute: bool
+    align: Any, teacher_grid: tuple[int, int], dtype: torch.dtype, backend: str, recompute: bool, given: bool
 ) -> None:
     """To the byte, but for at most 64 a frame, whose numbers no formula counts."""
     allocating: AbstractContextManager[Any] = nullcontext()
@@ -79,10 +83,11 @@ def test_a_backend_keeps_what_its_formula_says(
         from crepa_kernels.backends.triton.launch import recorded
 
         allocating = recorded()  # nothing is computed
-    student_grid, width, features = (12, 16), 64, 80
+    student_grid, width, features = (12, 16), 80 if given else 64, 80
     h = torch.randn(2, 5, 12 * 16, width).to(dtype).requires_grad_()
     y = torch.randn(2, 5, teacher_grid[0] * teacher_grid[1], features)
-    projector, plan = CrepaProjector(width, features), plan_alignment(align, student_grid, teacher_grid)
+    projector = None if given else CrepaProjector(width, features)
+    plan = plan_alignment(align, student_grid, teacher_grid)
 
     def forward() -> torch.Tensor:
         with allocating:
@@ -91,10 +96,10 @@ def test_a_backend_keeps_what_its_formula_says(
                 backend=backend, recompute=recompute,
             ).loss  # fmt: skip
 
-    measured = saved_bytes(forward, [h, y, *projector.parameters()])
+    measured = saved_bytes(forward, [h, y, *(projector.parameters() if projector else ())])
     # On a common grid of its own, the teacher's rows are the caller's.
     measured += y.nbytes if backend == "triton" and plan.teacher == "keep" else 0
-    said = KEPT_BYTES[backend](plan, 2 * 5, width, features, dtype, y.dtype, "cpu", recompute)
+    said = KEPT_BYTES[backend](plan, 2 * 5, width, features, dtype, y.dtype, "cpu", recompute, given)
     assert 0 <= measured - said <= 64 * 2 * 5
 
 

@@ -31,6 +31,7 @@ VARIED: dict[str, tuple[str, float | None, dict[str, Any]]] = {
     "margin": ("all", 0.1, {"frame_mask": HOLES}),
     "teacher-resampled": ("neighbours", None, {"distance": 2, "frame_mask": HOLES}),
     "student-resampled": ("cross", None, {"spatial_align": "teacher", "frame_mask": HOLES, "teacher_mask": PADDING}),
+    "student-growing": ("neighbours", None, {"spatial_align": "teacher", "teacher_grid": (5, 4), "frame_mask": HOLES}),
     "plain-filter": ("frame", None, {"spatial_align": "smaller", "antialias": False, "frame_index": [0, 2, 2, 3]}),
     "pooled": ("neighbours", 0.05, {"spatial_align": "pool", "distance": 9}),
 }

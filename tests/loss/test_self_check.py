@@ -96,13 +96,16 @@ def raising(error: Exception) -> Change:
             Way(reach=2, indexed=True, masked=True, teacher_masked=True, recompute=True), SIZES, id="combined"
         ),
         pytest.param(Way(student="resample", masked=True), Sizes(2, 4, 12, 6), id="resampled"),
+        pytest.param(Way(student="resample"), Sizes(2, 4, 6, 12), id="growing"),
+        pytest.param(Way(given=True, masked=True), Sizes(), id="given"),
+        pytest.param(Way(given=True, student="resample", reach=2), Sizes(2, 4, 6, 12), id="given-growing"),
         pytest.param(Way(student="pool", teacher="pool", weight_type=torch.bfloat16), Sizes(2, 4, 12, 1), id="pooled"),
         pytest.param(Way(teacher="resample", reach=0, teacher_type=torch.float32), SIZES, id="teacher-resampled"),
         pytest.param(Way(compute=torch.bfloat16, masked=True), Sizes(3, 1, 12, 12), id="one-frame-autocast"),
     ],
 )
 def test_sound_kernels_agree(way: Way, sizes: Sizes, dtype: torch.dtype) -> None:
-    assert self_check.self_check(CPU, dtype, 16, 8, way, sizes) is None
+    assert self_check.self_check(CPU, dtype, 8 if way.given else 16, 8, way, sizes) is None
 
 
 # A kernel that forgets something, and the result that shows it. The last frame's rows are the second tile's.
@@ -325,6 +328,7 @@ def test_the_slice_is_let_go_of(sound: bool, monkeypatch: pytest.MonkeyPatch) ->
     [
         Sizes(1, 21, 1560, 1560), Sizes(2, 21, 1560, 1369), Sizes(1, 21, 3600, 256), Sizes(4, 1, 16, 16),
         Sizes(1, 16, 384, 384), Sizes(1, 121, 35, 5), Sizes(3, 4, 12, 1), Sizes(17, 65, 1, 1), SIZES,
+        Sizes(1, 21, 256, 1369), Sizes(1, 21, 1560, 1561), Sizes(1, 21, 1561, 1560),
     ],
     ids=str,
 )  # fmt: skip
@@ -336,6 +340,7 @@ def test_a_slice_is_small_and_triton_specializes_it_as_the_call(sizes: Sizes) ->
         assert one % 16 == other % 16
         assert (one == 1) == (other == 1) or one == 17
     assert (4 * small.tokens <= small.student_tokens) == (4 * sizes.tokens <= sizes.student_tokens)
+    assert (small.tokens > small.student_tokens) == (sizes.tokens > sizes.student_tokens)
     assert small.frames == sizes.frames or small.frames > 32
     rows = small.batch * small.frames * small.tokens
     assert min(160, sizes.batch * sizes.frames * sizes.tokens) <= rows or sizes.batch > 16
@@ -349,13 +354,15 @@ def test_a_slice_is_small_and_triton_specializes_it_as_the_call(sizes: Sizes) ->
         pytest.param(Way(), Sizes(1, 21, 1560, 1560), id="wan"),
         pytest.param(Way(reach=2), Sizes(2, 16, 384, 384), id="ltx-combined"),
         pytest.param(Way(student="pool", teacher="pool"), Sizes(1, 13, 1350, 1), id="pooled"),
+        pytest.param(Way(student="resample"), Sizes(2, 1, 256, 1369), id="growing"),
+        pytest.param(Way(given=True), Sizes(1, 21, 1560, 1560), id="given"),
     ],
 )
 def test_the_call_launches_what_the_slice_compiled(way: Way, sizes: Sizes, dtype: torch.dtype) -> None:
     """The same kernels for the same types, constants and properties of integers and addresses."""
 
     def compiled(sizes: Sizes) -> set[Any]:
-        inputs = self_check.small_call(CPU, dtype, 48, 32, way, sizes)
+        inputs = self_check.small_call(CPU, dtype, 32 if way.given else 48, 32, way, sizes)
         with launch.recorded() as launches:
             self_check.results_of(self_check.crepa_triton, inputs)
         return {(each.name, each.warps, each.stages, *map(property_of, each.arguments.items())) for each in launches}

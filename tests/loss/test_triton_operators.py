@@ -41,6 +41,8 @@ WAYS = [
     simple(spatial_align="teacher", student_grid=(4, 6), frame_index=torch.tensor([3, 0, 1, 1]), distance=2, **MASKED),
     simple(spatial_align="pool", cumulative=True, distance=9, normalize_neighbour_sum=True),
     simple(distance=0, normalize_by_frames=False, affine="none", linear_bias=False, spatial_align="teacher"),
+    simple(spatial_align="teacher", teacher_grid=(5, 4), **MASKED),
+    simple(absent=True, hidden_size=8, teacher_grid=(3, 4), affine="none", linear_bias=False, **MASKED),
 ]
 ways = pytest.mark.parametrize(
     ("case", "dtype", "recompute"),
@@ -50,6 +52,8 @@ ways = pytest.mark.parametrize(
         pytest.param(WAYS[2], torch.float32, False, id="resampled-masked"),
         pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed", marks=pytest.mark.slow),
         pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters", marks=pytest.mark.slow),
+        pytest.param(WAYS[5], torch.bfloat16, False, id="growing"),
+        pytest.param(WAYS[6], torch.bfloat16, False, id="without-projector"),
     ],
 )
 slow = pytest.mark.slow
@@ -84,7 +88,7 @@ def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, o
     torch.library.opcheck(frame_alignment_op, arguments)
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     kept = list(frame_alignment_op(*detached)[3:])
-    needs = [True, *(detached[i] is not None for i in (2, 3)), True, detached[5] is not None]
+    needs = [True, *(detached[i] is not None for i in (2, 3, 4, 5))]
     grad = torch.ones((), device=device)
     torch.library.opcheck(frame_alignment_backward_op, (grad, kept, needs, *detached))
 
