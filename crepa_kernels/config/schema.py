@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..grid import SpatialAlign
+from ..models.families import Family
 from ..neighbours import Neighbours
 from .rules import (
     DINOV2_HUB_IDS,
@@ -37,6 +38,9 @@ def _whole_number(value: Any) -> Any:
     # JSON has one kind of number: 1e3 is a step count too.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
+
+# In the place of a family's name.
+ATTACHED = "the attached transformer"
 
 Integer = Annotated[int, Field(le=MOST_INTEGER), BeforeValidator(_whole_number)]
 _SIGNS = {"ge": ">=", "gt": ">"}
@@ -202,15 +206,23 @@ class CrepaConfig(BaseModel):
             raise ConfigError(error.problems, str(path)) from None
 
     @classmethod
-    def preset(cls, name: str, *, family: str = "wan", **overrides: Any) -> CrepaConfig:
-        """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top."""
+    def preset(cls, name: str, *, family: str | None = None, **overrides: Any) -> CrepaConfig:
+        """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top.
+
+        Without `family` the block is the one of the transformer that CREPA is attached to, until then Wan's.
+        """
         if name not in PRESETS:
             raise ConfigError([f"unknown preset {name!r}, {unknown_preset(name)}"])
         stray = [key for key in overrides if not key.startswith(PREFIX)]
         if stray:
             known = cls.model_fields
             raise ConfigError(describe(key, overrides[key], unknown_key(key, known)) for key in stray)
-        return cls.from_dict(merge(PRESETS[name], overrides), family=family)
+        values = merge(PRESETS[name], overrides)
+        if family is not None or values.get("crepa_block_index") is not None or values["crepa_enabled"] is not True:
+            return cls.from_dict(values, family=family)
+        config = cls.from_dict({**values, "crepa_block_index": recommended_block_index("wan")})
+        config._keep_family(ATTACHED)
+        return config
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, base: Mapping[str, Any] | None = None) -> None:
@@ -238,12 +250,17 @@ class CrepaConfig(BaseModel):
         """
         given = {key: value for key, value in vars(namespace).items() if key.startswith(PREFIX)}
         problems = unknown_options(rest, cls.model_fields)
+        follows = isinstance(base, CrepaConfig) and base.block_is_of == ATTACHED and "crepa_block_index" not in given
         if isinstance(base, CrepaConfig):
             base = {key: getattr(base, key) for key in base.model_fields_set}
+            if follows and family is not None:
+                del base["crepa_block_index"]
         try:
             config = cls.from_dict(merge(base or {}, given), family=family)
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from None
+        if follows and family is None:
+            config._keep_family(ATTACHED)
         if problems:
             raise ConfigError(problems)
         return config
@@ -276,13 +293,40 @@ class CrepaConfig(BaseModel):
         """Every key with its value, as JSON can hold it; `from_dict` gives the same configuration back."""
         return {key: getattr(self, key) for key in type(self).model_fields}
 
+    def of_family(self, family: Family) -> CrepaConfig:
+        """The configuration on a transformer of this family: a preset's block is the family's, an image has one frame.
+
+        ValueError where the block is the recommended one for another family.
+        """
+        changes: dict[str, Any] = {}
+        if self.block_is_of == ATTACHED:
+            changes["crepa_block_index"] = family.block_index
+            logger.info("crepa_block_index = %d, the recommended block for %s", family.block_index, family.name)
+        elif self.block_is_of not in (None, family.name):
+            raise ValueError(
+                f"crepa_block_index = {self.crepa_block_index} is the recommended block for "
+                f"{self.block_is_of}, and the transformer is of {family.name}: "
+                f'give family="{family.name}" with the preset, or the block'
+            )
+        if family.images and self.crepa_adjacent_distance > 0:
+            changes["crepa_adjacent_distance"] = 0
+            logger.info(
+                "crepa_adjacent_distance = %d is taken as 0: %s makes images, which have no neighbours",
+                self.crepa_adjacent_distance,
+                family.name,
+            )
+        return self.replace(**changes) if changes else self
+
     def _keep_family(self, family: str | None) -> None:
         # No field: two configurations of the same values are equal, wherever the block came from.
         self.__dict__["_family"] = family
 
     @property
     def block_is_of(self) -> str | None:
-        """The family for which `crepa_block_index` was taken as the recommended one; None where it was given."""
+        """The family for which `crepa_block_index` was taken as the recommended one; None where it was given.
+
+        `ATTACHED` in a preset without a family: whatever it is attached to.
+        """
         family: str | None = self.__dict__.get("_family")
         return family
 
