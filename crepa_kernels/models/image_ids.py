@@ -97,8 +97,8 @@ def image_grid(ids: Tensor | None, start: int = 0) -> Grid:
             return height, width
     raise ValueError(
         f"{IMAGE_IDS} of the {tokens} tokens with index {float(index[0]):g} are not rows and columns of a grid in "
-        f"raster order, the first {ids[: min(tokens, 4)].tolist()}: CREPA does not know where these tokens lie (those of "
-        "reference images come after the image's own, under another index)"
+        f"raster order, the first {ids[: min(tokens, 4)].tolist()}: CREPA does not know where these tokens lie "
+        "(those of reference images come after the image's own, under another index)"
     )
 
 
