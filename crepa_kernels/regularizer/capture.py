@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.families import Family
+from ..models.image_ids import IMAGE_IDS, ImageIds
 from ..models.layouts import Arguments, TokenLayout
 from ..projector import CrepaProjector
 from .attach import CREPA, Owner, check_runs
@@ -95,6 +96,7 @@ class Capture:
         self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
         self._parameters = family.forward_parameters(transformer)
         self._arguments: Arguments | None = None
+        self._image_ids = ImageIds()
         self._released = False
         self._training = False
         self._gradients = False
@@ -111,10 +113,13 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._training = module.training
         self._gradients = torch.is_grad_enabled()
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self._arguments = {
+            name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
+            for name in self._family.arguments
+        }
         if not torch.compiler.is_compiling():
             self._check_runs()
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._arguments = {name: _described(given.get(name)) for name in self._family.arguments}
         for slot in self._slots.values():
             slot.armed = self.enabled and self._training and self._gradients
             slot.output = None
@@ -123,6 +128,17 @@ class Capture:
         # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
         if self.enabled and self._training and self._gradients:
             check_runs(self._transformer, self._projector, self._owner)
+            if isinstance(ids := self._held(IMAGE_IDS), torch.Tensor):
+                self._image_ids.look(ids)
+
+    def _held(self, name: str) -> Any:
+        return None if self._arguments is None else self._arguments.get(name)
+
+    def _layout(self) -> TokenLayout:
+        arguments = dict(self._arguments or {})
+        if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
+            arguments[IMAGE_IDS] = self._image_ids.read(ids)
+        return self._family.token_layout(self._transformer.config, arguments)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self._slots.values():
@@ -169,13 +185,14 @@ class Capture:
         output = self._slots[index].output
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._family.token_layout(self._transformer.config, self._arguments)
-        if output.dim() != 3 or output.shape[1] != layout.tokens:
+        layout = self._layout()
+        tokens = layout.own(output) if output.dim() == 3 else output
+        if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(
                 f"block {index} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
                 f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
             )
-        return CapturedStates(layout.by_frame(output), layout)
+        return CapturedStates(layout.by_frame(tokens), layout)
 
     def _why_nothing(self) -> str:
         model, title = self._owner.model, self._owner.title
