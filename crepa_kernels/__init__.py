@@ -11,9 +11,11 @@ from .projector import CrepaProjector
 
 if TYPE_CHECKING:
     from .config.schema import CrepaConfig
+    from .config.urepa import UrepaConfig
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
     from .regularizer.schedule import CrepaSchedule
+    from .regularizer.urepa import UrepaRegularizer
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,8 @@ _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
+    "UrepaConfig": "config",
+    "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
     "supported_families": "models.families",
 }
@@ -32,6 +36,8 @@ __all__ = [
     "CrepaProjector",
     "CrepaRegularizer",
     "CrepaSchedule",
+    "UrepaConfig",
+    "UrepaRegularizer",
     "available_backends",
     "crepa_loss",
     "frame_indices",
