@@ -27,7 +27,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], None]) -> dict[str, torch.Tensor]:
-    """Gradients of the prediction's square and the CREPA loss, "states" and every weight; frame 0 of a clip is masked."""
+    """Gradients of the prediction's square and the CREPA loss, "states" and each weight; a clip's frame 0 is masked."""
     tiny = FAMILIES[name]
     transformer = tiny.make()
     prepare(transformer)

@@ -1,20 +1,21 @@
-"""Families of images: grids out of the stock pipelines' own calls, what is given without frames, and what is refused."""
+"""Families of images: grids of the stock pipelines' own calls, what is given without frames, and what is refused."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from image_pipelines import PIPELINES, calls_of, pipeline_of, run
 from tiny import CHANNELS
-from tiny_families import FAMILIES, TinyFamily, crepa_on, tiny_vaes
+from tiny_families import FAMILIES, TinyFamily, crepa_on, on_grid, tiny_vaes
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, image_to_video_mask
 from crepa_kernels.models.families import FAMILIES as ROWS
 from crepa_kernels.models.families import family_of
+from crepa_kernels.models.image_ids import image_grid
 from crepa_kernels.models.layouts import raster_layout
 from crepa_kernels.models.vaes import VAES, encode
 from crepa_kernels.teachers import TeacherFeatures
@@ -26,14 +27,6 @@ CPU = torch.device("cpu")
 GRIDS = {"2:1": (4, 8), "square number": (2, 8), "16:9": (9, 16)}
 
 every_image = pytest.mark.parametrize("name", IMAGES)
-
-
-def on_grid(name: str, grid: tuple[int, int]) -> TinyFamily:
-    tiny = FAMILIES[name]
-    settings = {"sample_size": 32, **({"pos_embed_max_size": 32} if name == "sd3" else {})}
-    overrides = settings if name in ("sd3", "sana", "pixart") else {}
-    sizes = (grid[0] * tiny.patch[1], grid[1] * tiny.patch[2])
-    return replace(tiny, latents=(1, *sizes), overrides=overrides)
 
 
 def pixels_a_latent(name: str, vae: Any) -> int:
@@ -82,7 +75,7 @@ def test_the_pipelines_call_says_the_grid_and_its_decoding_is_ours(name: str, sh
     states, layout = crepa.captured()
     assert (layout.frames, layout.grid, layout.latent_shape) == (1, grid, (1, *latents.shape[2:]))
     assert states.shape[:3] == (2, 1, grid[0] * grid[1])
-    aux, logs = crepa.loss(step=0, pixels=torch.rand(2, 3, *size))
+    _, logs = crepa.loss(step=0, pixels=torch.rand(2, 3, *size))
     assert -1 <= logs["crepa_similarity"] <= 1
 
 
@@ -108,9 +101,8 @@ def test_encoding_is_the_inverse_that_the_pipeline_has(name: str) -> None:
     elif name == "sana":
         expected = vae.encode(images).latent * vae.config.scaling_factor
     else:
-        expected = (
-            vae.encode(images).latent_dist.mode() - (vae.config.shift_factor or 0.0)
-        ) * vae.config.scaling_factor
+        shift = vae.config.shift_factor or 0.0
+        expected = (vae.encode(images).latent_dist.mode() - shift) * vae.config.scaling_factor
     torch.testing.assert_close(found[:, :, 0], expected, rtol=1e-4, atol=1e-5)  # division and product round differently
     if name != "sana":
         drawn = encode(vae, pixels, torch.Generator().manual_seed(0))
@@ -175,7 +167,7 @@ def test_a_preset_takes_the_block_of_the_transformer_that_it_meets(
     presets = (
         CrepaConfig.preset("solid_background"),
         CrepaConfig.preset("solid_background").replace(crepa_lambda=0.2),
-        CrepaConfig.from_args(_nothing(), CrepaConfig.preset("solid_background")),
+        CrepaConfig.from_args(Namespace(), CrepaConfig.preset("solid_background")),
     )
     for config in presets:
         with caplog.at_level(logging.INFO, logger="crepa_kernels"):
@@ -188,12 +180,6 @@ def test_a_preset_takes_the_block_of_the_transformer_that_it_meets(
     given = CrepaConfig.preset("i2v", crepa_block_index=1)
     crepa = CrepaRegularizer(given, FAMILIES[name].make(**depth), feature_size=8)
     assert crepa.config.crepa_block_index == 1
-
-
-def _nothing() -> Any:
-    import argparse
-
-    return argparse.Namespace()
 
 
 # References beside the image
@@ -291,8 +277,6 @@ def test_ids_are_read_once_a_grid_and_recognized_from_then_on(name: str, monkeyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
 @pytest.mark.parametrize("grid", [(1, 8), (8, 1), (1, 1), (3, 300), (300, 2)])
 def test_ids_of_every_type_and_of_long_sides(grid: tuple[int, int], dtype: torch.dtype) -> None:
-    from crepa_kernels.models.image_ids import image_grid
-
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(grid[0]), torch.arange(grid[1])).to(dtype)
     assert image_grid(ids.double()) == grid
 

@@ -23,7 +23,7 @@ PIPELINES = {
 # Parts without which it is made, beside the tokenizer and text encoder that all have.
 _MORE = {
     "flux": ("tokenizer_2", "text_encoder_2"),
-    "sd3": [f"{p}_{n}" for p in ("tokenizer", "text_encoder") for n in "23"],
+    "sd3": ("tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"),
 }
 _DIFFUSION = {"beta_schedule": "linear"}
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -323,6 +323,14 @@ FAMILIES = {
         tokens=_first_or_all,
     ),
 }
+
+
+def on_grid(name: str, grid: tuple[int, int]) -> TinyFamily:
+    """A family of images whose ``inputs`` are of a grid of tokens."""
+    tiny = FAMILIES[name]
+    return replace(tiny, latents=(1, grid[0] * tiny.patch[1], grid[1] * tiny.patch[2]))
+
+
 # Flex attention has no backward on a CPU, so this one only runs forward there.
 SPARSE_KANDINSKY = TinyFamily(
     "kandinsky5_video",

@@ -32,12 +32,12 @@ FLUX2 = {
 }
 SD3 = {
     **_HEADS,
-    "sample_size": 16,
+    "sample_size": 32,
     "num_layers": 3,
     "joint_attention_dim": TEXT_DIM,
     "caption_projection_dim": 32,
     "pooled_projection_dim": TEXT_DIM,
-    "pos_embed_max_size": 16,
+    "pos_embed_max_size": 32,
     "dual_attention_layers": (0,),
 }
 QWEN = {
@@ -62,7 +62,7 @@ SANA = {
     "cross_attention_head_dim": 16,
     "cross_attention_dim": 32,
     "caption_channels": TEXT_DIM,
-    "sample_size": 16,
+    "sample_size": 32,
     "patch_size": 1,
 }
 PIXART = {
@@ -70,7 +70,7 @@ PIXART = {
     "out_channels": 2 * CHANNELS,
     "num_layers": 3,
     "cross_attention_dim": 32,
-    "sample_size": 16,
+    "sample_size": 32,
     "caption_channels": TEXT_DIM,
     "norm_num_groups": 4,
 }
