@@ -438,6 +438,33 @@ def test_what_is_wrong_in_a_step_is_said_in_the_name_of_u_repa() -> None:
         urepa.loss(step=0, features=features())
 
 
+def test_a_lora_after_the_middle_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    unet = tiny_unet("sd15").requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=r"up_blocks.*to_q"))
+    urepa = urepa_on(unet)
+    for _ in range(2):
+        unet(**unet_inputs("sd15"))
+        urepa.loss(step=0, features=features())
+    [record] = caplog.records
+    assert "no trainable weight acts on mid_block" in record.getMessage()
+    assert "only U-REPA's projector learns" in record.getMessage()
+
+
+def test_it_ends_where_the_mean_cosine_reaches_the_threshold() -> None:
+    unet = tiny_unet("sd15")
+    urepa = urepa_on(unet, urepa_similarity_threshold=0.2, urepa_similarity_ema_decay=0.0)
+    unet(**unet_inputs("sd15"))
+    states, layout = urepa.captured()
+    with torch.no_grad():
+        taught = urepa.projector(states[:, 0]).unflatten(1, layout.grid)
+    weights = []
+    for step in range(4):
+        unet(**unet_inputs("sd15"))
+        weights.append(urepa.loss(step=step, features=taught)[1]["urepa_weight"])
+    assert weights == [0.5, 0.5, 0.0, 0.0]
+    assert urepa.ended
+
+
 def test_off_attaches_nothing() -> None:
     unet = tiny_unet("sd15")
     urepa = UrepaRegularizer({"urepa_enabled": False}, unet)
