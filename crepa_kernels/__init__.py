@@ -11,9 +11,11 @@ from .projector import CrepaProjector
 
 if TYPE_CHECKING:
     from .config.schema import CrepaConfig
+    from .config.urepa import UrepaConfig
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
     from .regularizer.schedule import CrepaSchedule
+    from .regularizer.urepa import UrepaRegularizer
     from .teachers import FrozenEncoder
 
 __version__ = "0.1.0"
@@ -24,6 +26,8 @@ _LAZY = {
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
     "FrozenEncoder": "teachers",
+    "UrepaConfig": "config",
+    "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
     "supported_families": "models.families",
 }
@@ -35,6 +39,8 @@ __all__ = [
     "CrepaRegularizer",
     "CrepaSchedule",
     "FrozenEncoder",
+    "UrepaConfig",
+    "UrepaRegularizer",
     "available_backends",
     "crepa_loss",
     "frame_indices",

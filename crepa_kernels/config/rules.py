@@ -223,14 +223,6 @@ def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterato
         rule = f"must be deeper than the student's block, crepa_block_index = {block}"
         yield keys | {"crepa_block_index"}, describe("crepa_teacher_block_index", teacher, rule)
 
-    size, encoder = values["crepa_encoder_image_size"], values["crepa_encoder"]
-    patch = ENCODER_PATCH_SIZES.get(encoder, 1)
-    # By the grid the size is not used, and its default is no multiple of every patch.
-    if values["crepa_encoder_resize"] == "square" and size % patch:
-        rule = f"must be a multiple of the patch size of {encoder}, {patch}, at least one patch"
-        keys = {"crepa_encoder", "crepa_encoder_image_size", "crepa_encoder_resize"}
-        yield keys, describe("crepa_encoder_image_size", size, rule)
-
     threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
     ceiling = neighbours.most if metric == "alignment_score" else 1.0
     if threshold is not None and threshold > ceiling:

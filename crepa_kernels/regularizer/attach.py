@@ -46,6 +46,7 @@ class Owner:
 
 
 CREPA = Owner("CREPA", "CrepaRegularizer", "transformer", "crepa_")
+UREPA = Owner("U-REPA", "UrepaRegularizer", "unet", "urepa_")
 
 _PLAIN = ("Parameter", "Tensor", "DTensor")  # by name: importing DTensor takes longer than importing this package
 
@@ -258,15 +259,15 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
-            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
+            "no trainable weight acts on %s or before it (no adapter reaches a block up to it): "
             "only %s's projector learns from %s",
-            index,
+            family.called(index),
             owner.title,
             owner.title,
         )
     elif reached and not states.requires_grad:
         raise ValueError(
-            f"the output of block {index} is not attached to the graph, though weights up to it are trainable: with "
-            "reentrant checkpointing the blocks' inputs must require gradients; use "
+            f"the output of {family.called(index)} is not attached to the graph, though weights up to it are "
+            "trainable: with reentrant checkpointing the blocks' inputs must require gradients; use "
             f"{owner.model}.enable_gradient_checkpointing(), which is not reentrant"
         )

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.families import Family
 from ..models.image_ids import IMAGE_IDS, ImageIds
-from ..models.layouts import Arguments, TokenLayout
+from ..models.layouts import OUTPUT, Arguments, TokenLayout
 from ..projector import CrepaProjector
 from .attach import CREPA, Owner, check_runs
 
@@ -134,8 +134,8 @@ class Capture:
     def _held(self, name: str) -> Any:
         return None if self._arguments is None else self._arguments.get(name)
 
-    def _layout(self) -> TokenLayout:
-        arguments = dict(self._arguments or {})
+    def _layout(self, output: torch.Tensor) -> TokenLayout:
+        arguments = {**(self._arguments or {}), OUTPUT: tuple(output.shape)}
         if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
             arguments[IMAGE_IDS] = self._image_ids.read(ids)
         return self._family.token_layout(self._transformer.config, arguments)
@@ -185,11 +185,11 @@ class Capture:
         output = self._slots[index].output
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._layout()
-        tokens = layout.own(output) if output.dim() == 3 else output
+        layout = self._layout(output)
+        tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(
-                f"block {index} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
+                f"{self._family.called(index)} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
                 f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
             )
         return CapturedStates(layout.by_frame(tokens), layout)

@@ -68,14 +68,16 @@ def dinov2_patches(model: nn.Module, name: str | None = None) -> FrozenEncoder:
 class DinoV2:
     """The DINOv2 of a name (``dinov2_vitg14`` ...), a local folder or a hub id; bf16 on a GPU and fp32 on a CPU.
 
-    What it says of itself is by its name or its config.json, without loading weights.
+    What it says of itself is by its name or its config.json, without loading weights. ``key`` is the setting that the
+    name is of.
 
     Raises:
         ValueError: where that is asked for, for a config.json that cannot be read or is of another kind of model.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: str = "crepa_encoder") -> None:
         self.name = name
+        self._key = key
         self.weights = DINOV2_HUB_IDS.get(name, name)
 
     @property
@@ -114,7 +116,7 @@ class DinoV2:
             config = transformers.AutoConfig.from_pretrained(self.weights)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"crepa_encoder = {self.name}: its config.json cannot be read ({error}). "
+                f"{self._key} = {self.name}: its config.json cannot be read ({error}). "
                 f"Give one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id; "
                 "where loss() is always given features=, pass feature_size= instead"
             ) from error

@@ -31,22 +31,22 @@ from .encoders import (
 )
 
 if TYPE_CHECKING:
-    from ..config import CrepaConfig
+    from ..config import CrepaConfig, UrepaConfig
 
 logger = logging.getLogger(__name__)
 
 EncoderSource = FrozenEncoder | nn.Module | FramesCall | str | os.PathLike[str] | Callable[[], Any]
 
 
-def named_encoder(name: str) -> NamedEncoder:
-    """The encoder of a name, an alias, or the folder or hub id of a DINOv2; nothing is loaded."""
+def named_encoder(name: str, key: str = "crepa_encoder") -> NamedEncoder:
+    """The encoder of a name (of the setting ``key``), an alias, or the folder or hub id of a DINOv2; nothing is loaded."""
     name = ENCODER_ALIASES.get(name, name)
     if name == EFFICIENTNET_LITE0:
         return EfficientNetLite0()
-    return registered_encoder(name) or DinoV2(name)
+    return registered_encoder(name) or DinoV2(name, key)
 
 
-def encoder_of(source: EncoderSource) -> Encoder:
+def encoder_of(source: EncoderSource, key: str) -> Encoder:
     """The encoder behind a name, a folder or hub id, a model, anything frozen, or a loader of one of the last two.
 
     A callable is a loader where it can be called without arguments, and else takes frames.
@@ -55,7 +55,7 @@ def encoder_of(source: EncoderSource) -> Encoder:
         ValueError: for what is none of these.
     """
     if isinstance(source, str | os.PathLike):
-        return named_encoder(os.fspath(source))
+        return named_encoder(os.fspath(source), key)
     if (given := _given(source)) is not None:
         return given
     if takes(source):
@@ -111,6 +111,7 @@ class FrameEncoder:
         resize: ``"square"``, or ``"grid"`` for one patch for each student token: the features then lie on the
             student's grid. An encoder without a patch size gets squares all the same.
         frames_batch_size: frames encoded at a time; <= 0: all at once.
+        keys: of ``source`` and ``image_size`` in the settings, for messages.
 
     Attributes:
         frames_encoded: frames encoded so far.
@@ -121,7 +122,13 @@ class FrameEncoder:
     """
 
     def __init__(
-        self, source: EncoderSource, *, image_size: int = 518, resize: str = "square", frames_batch_size: int = -1
+        self,
+        source: EncoderSource,
+        *,
+        image_size: int = 518,
+        resize: str = "square",
+        frames_batch_size: int = -1,
+        keys: tuple[str, str] = ("crepa_encoder", "crepa_encoder_image_size"),
     ) -> None:
         if isinstance(image_size, bool) or not isinstance(image_size, int):
             raise ValueError(f"image_size must be an integer, in pixels, got {image_size!r}")
@@ -129,15 +136,16 @@ class FrameEncoder:
             raise ValueError(f'resize must be "square" or "grid", got {resize!r}')
         self.frames_encoded = 0
         self._told: set[str] = set()
+        self._size_key = keys[1]
         self._resize, self._image_size, self._frames_batch_size = resize, image_size, frames_batch_size
-        self._source = encoder_of(source)
+        self._source = encoder_of(source, keys[0])
         self._loaded: FrozenEncoder | None = None
         self._asked: int | None = None
         if isinstance(self._source, FrozenEncoder):
             self.load(torch.device("cpu"))
 
     @classmethod
-    def from_config(cls, config: CrepaConfig, source: EncoderSource | None = None) -> FrameEncoder:
+    def from_config(cls, config: CrepaConfig | UrepaConfig, source: EncoderSource | None = None) -> FrameEncoder:
         """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors."""
         teacher = config.teacher
         return cls(
@@ -145,6 +153,7 @@ class FrameEncoder:
             image_size=teacher.image_size,
             resize=teacher.resize,
             frames_batch_size=teacher.frames_batch_size,
+            keys=(teacher.encoder_key, teacher.size_key),
         )
 
     @property
@@ -195,7 +204,7 @@ class FrameEncoder:
         if place.type != device.type:
             self._tell(
                 logging.WARNING,
-                f"the teacher runs on {place} while the transformer trains on {device}: slow if not meant",
+                f"the teacher runs on {place} while the model trains on {device}: slow if not meant",
             )
         if patch is None and self._resize == "grid":
             self._tell(
@@ -243,7 +252,7 @@ class FrameEncoder:
     def _check_image_size(self, patch: int | None) -> None:
         if self._resize == "square" and (self._image_size < 1 or (patch is not None and self._image_size % patch)):
             raise ValueError(
-                f"crepa_encoder_image_size = {self._image_size} must be a multiple of the encoder's patch size, "
+                f"{self._size_key} = {self._image_size} must be a multiple of the encoder's patch size, "
                 f"{patch or 1} pixels"
             )
 
