@@ -32,8 +32,8 @@ _WRAPPERS = {
 }
 
 
-def check_attachable(transformer: nn.Module) -> None:
-    """ValueError, naming the order, for a transformer that is wrapped, sharded, without weights or has a projector.
+def check_unwrapped(transformer: nn.Module, owner: str) -> None:
+    """ValueError for ``owner``, naming the order, for a transformer that is wrapped, sharded or without weights.
 
     Also one for what is no model, such as a class or a pipeline.
     """
@@ -41,22 +41,25 @@ def check_attachable(transformer: nn.Module) -> None:
         what = f"the class {transformer.__name__}" if isinstance(transformer, type) else type(transformer).__name__
         inner = isinstance(getattr(transformer, "transformer", None), nn.Module)
         hint = ", which has one: give its .transformer" if inner else ""
-        raise ValueError(f"CrepaRegularizer must be given the transformer itself, got {what}{hint}")
+        raise ValueError(f"{owner} must be given the transformer itself, got {what}{hint}")
     names = {base.__name__ for base in type(transformer).__mro__}
     found = [text for name, text in _WRAPPERS.items() if name in names]
     parameters = list(transformer.parameters())
     if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
         found = found or ["sharded: its weights are DTensors"]
     if found:
-        raise ValueError(
-            f"CrepaRegularizer must be given the transformer itself, but it is {found[0]}. The order is: {ORDER}"
-        )
+        raise ValueError(f"{owner} must be given the transformer itself, but it is {found[0]}. The order is: {ORDER}")
+    if parameters and all(parameter.is_meta for parameter in parameters):
+        raise ValueError(f"the transformer has no weights yet (meta device): load them first. The order is: {ORDER}")
+
+
+def check_attachable(transformer: nn.Module) -> None:
+    """``check_unwrapped``, and a ValueError for a transformer that has a projector."""
+    check_unwrapped(transformer, "CrepaRegularizer")
     if hasattr(transformer, PROJECTOR_NAME):
         raise ValueError(
             f"the transformer already has a {PROJECTOR_NAME}: remove() the CrepaRegularizer that added it first"
         )
-    if parameters and all(parameter.is_meta for parameter in parameters):
-        raise ValueError(f"the transformer has no weights yet (meta device): load them first. The order is: {ORDER}")
 
 
 def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: nn.Module) -> Callable[[], None]:
@@ -209,8 +212,8 @@ class TrainingWatch:
         )
 
 
-def check_reach(transformer: nn.Module, family: Family, index: int, states: torch.Tensor) -> None:
-    """Warns when no trainable weight acts on ``states``, the output of block ``index``: CREPA cannot reach the model.
+def check_reach(transformer: nn.Module, family: Family, index: int, states: torch.Tensor, owner: str = "CREPA") -> None:
+    """Warns when no trainable weight acts on ``states``, the output of block ``index``: ``owner`` reaches no weight.
 
     Raises:
         ValueError: when there are such weights, but the states are not attached to their graph.
@@ -224,9 +227,10 @@ def check_reach(transformer: nn.Module, family: Family, index: int, states: torc
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
-            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
-            "only CREPA's projector learns from CREPA",
+            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): %s learns from %s",
             index,
+            "only CREPA's projector" if owner == "CREPA" else "nothing",
+            owner,
         )
     elif reached and not states.requires_grad:
         raise ValueError(
