@@ -1,43 +1,33 @@
-"""The trained half of CREPA: LayerNorm and Linear from the transformer's width to the teacher's."""
+"""The trained half of CREPA: from the transformer's width to the teacher's, token by token or by a convolution."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from .grid import Grid
 from .ops.resample import LARGEST
 
 Result = TypeVar("Result")
 
 
-class CrepaProjector(nn.Sequential):
-    """``LayerNorm(hidden_size)`` then ``Linear(hidden_size, feature_size)``: h (..., D) -> p (..., E).
+class Projector(nn.Sequential):
+    """A regularizer's projector, h (..., D) -> p (..., E), whose slices are plain.
 
-    Its state-dict keys are ``0.*`` and ``1.*``, those of the plain ``nn.Sequential`` of the two. Its slices are plain.
-
-    Args:
-        hidden_size: D, the width of the transformer's blocks.
-        feature_size: E, the width of the teacher's patch features.
-
-    Raises:
-        ValueError: if a size is not a positive integer, or they are too large for 64 bits.
+    Attributes:
+        LAYERS: the classes of its layers.
+        hidden_size, feature_size: D, the width of the transformer's blocks, and E, that of the teacher's features.
     """
 
-    def __init__(self, hidden_size: int, feature_size: int) -> None:
-        sizes = (hidden_size, feature_size)
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(
-                f"hidden_size and feature_size must be positive integers, got {hidden_size!r} and {feature_size!r}"
-            )
-        if hidden_size * feature_size > LARGEST:
-            raise ValueError(
-                f"hidden_size and feature_size are too large for 64 bits, got {hidden_size} and {feature_size}"
-            )
-        super().__init__(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, feature_size))
+    LAYERS: ClassVar[tuple[type[nn.Module], ...]]
+
+    def __init__(self, hidden_size: int, feature_size: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
         self.hidden_size = hidden_size
         self.feature_size = feature_size
 
@@ -56,3 +46,92 @@ class CrepaProjector(nn.Sequential):
         if within is not None:
             return within()
         return super().forward(hidden_states)
+
+
+class CrepaProjector(Projector):
+    """``LayerNorm(hidden_size)`` then ``Linear(hidden_size, feature_size)``: h (..., D) -> p (..., E).
+
+    Its state-dict keys are ``0.*`` and ``1.*``, those of the plain ``nn.Sequential`` of the two. Its slices are plain.
+
+    Args:
+        hidden_size: D, the width of the transformer's blocks.
+        feature_size: E, the width of the teacher's patch features.
+
+    Raises:
+        ValueError: if a size is not a positive integer, or they are too large for 64 bits.
+    """
+
+    LAYERS = (nn.LayerNorm, nn.Linear)
+
+    def __init__(self, hidden_size: int, feature_size: int) -> None:
+        _check_sizes(hidden_size, feature_size)
+        super().__init__(hidden_size, feature_size, nn.LayerNorm(hidden_size), nn.Linear(hidden_size, feature_size))
+
+
+class ConvolutionProjector(Projector):
+    """iREPA's projector (arXiv 2512.10794): one k x k convolution over each frame's grid of tokens, without a norm.
+
+    h (B, T, P, D) -> p (B, T, P, E), padded with zeros to the same grid. Its state-dict keys are ``0.weight``
+    (E, D, k, k) and ``0.bias`` (E), those of a plain ``nn.Sequential`` of the ``nn.Conv2d``.
+
+    Args:
+        hidden_size: D, the width of the transformer's blocks.
+        feature_size: E, the width of the teacher's patch features.
+        kernel_size: k, tokens, odd.
+
+    Raises:
+        ValueError: if a size is not a positive integer, they are too large for 64 bits, or k is even.
+    """
+
+    LAYERS = (nn.Conv2d,)
+
+    def __init__(self, hidden_size: int, feature_size: int, kernel_size: int = 3) -> None:
+        _check_sizes(hidden_size, feature_size, kernel_size)
+        if not kernel_size % 2:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        convolution = nn.Conv2d(hidden_size, feature_size, kernel_size, padding=kernel_size // 2)
+        # From 0, where the smallest step of an optimizer shows (``TrainingWatch``).
+        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        super().__init__(hidden_size, feature_size, convolution)
+        self.kernel_size = kernel_size
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        within: Callable[[], Result] | None = None,
+        *,
+        grid: Grid | None = None,
+    ) -> torch.Tensor | Result:
+        """p of ``hidden_states`` (B, T, P, D) on ``grid`` (height, width), or what ``within()`` gives.
+
+        The product is in the hidden states' type (inside autocast in autocast's, where they are fp32), whatever the
+        weights' is, and so is p.
+
+        Raises:
+            ValueError: where ``grid`` does not have P tokens, or there is none.
+        """
+        if within is not None:
+            return within()
+        batch, frames, tokens, _ = hidden_states.shape
+        if grid is None or grid[0] * grid[1] != tokens:
+            raise ValueError(f"grid {grid} does not have the {tokens} tokens of a frame that were given")
+        convolution = self._modules["0"]
+        assert isinstance(convolution, nn.Conv2d)
+        assert convolution.bias is not None
+        dtype = hidden_states.dtype
+        # A view: tokens with their channels last are images in the channels-last layout.
+        images = hidden_states.reshape(batch * frames, *grid, -1).permute(0, 3, 1, 2)
+        weight, bias = convolution.weight.to(dtype), convolution.bias.to(dtype)
+        projected = functional.conv2d(images, weight, bias, padding=convolution.padding)
+        return projected.permute(0, 2, 3, 1).reshape(batch, frames, tokens, -1)
+
+
+def _check_sizes(hidden_size: int, feature_size: int, kernel_size: int = 1) -> None:
+    sizes = {"hidden_size": hidden_size, "feature_size": feature_size}
+    sizes |= {"kernel_size": kernel_size} if kernel_size != 1 else {}
+    names = " and ".join(sizes)
+    found = " and ".join(map(repr, sizes.values()))
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes.values()):
+        raise ValueError(f"{names} must be positive integers, got {found}")
+    if hidden_size * feature_size * kernel_size**2 > LARGEST:
+        raise ValueError(f"{names} are too large for 64 bits, got {found}")
