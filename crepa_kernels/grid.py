@@ -47,6 +47,14 @@ def should_save_aligned(aligned: int, tokens: int) -> bool:
     return 4 * aligned <= tokens
 
 
+def should_project_first(aligned: int, tokens: int) -> bool:
+    """Whether ``tokens`` are projected before they are resampled to ``aligned`` ones: where those are more.
+
+    Linear commutes with the resampling, so the side with fewer tokens is projected.
+    """
+    return aligned > tokens
+
+
 @dataclass(frozen=True)
 class SpatialPlan:
     """What happens to each side so that both lie on one grid of ``tokens`` tokens a frame."""
@@ -62,6 +70,16 @@ class SpatialPlan:
     def tokens(self) -> int:
         """M."""
         return num_tokens(self.grid)
+
+    @property
+    def project_first(self) -> bool:
+        """Whether the student is projected on its own grid, and p is resampled."""
+        return self.student == "resample" and should_project_first(self.tokens, num_tokens(self.student_grid))
+
+    @property
+    def projected(self) -> int:
+        """Tokens a frame that are projected: P or M."""
+        return num_tokens(self.student_grid) if self.project_first else self.tokens
 
     def align(self, features: torch.Tensor, side: Literal["student", "teacher"]) -> torch.Tensor:
         """(..., tokens of that side's grid, C) -> (..., M, C), differentiable."""

@@ -22,13 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class ProjectorWeights(NamedTuple):
-    """LayerNorm (gamma, beta, eps) and Linear (weight (E, D), bias) of a projector; absent ones are None."""
+    """LayerNorm (gamma, beta, eps) and Linear (weight (E, D), bias) of a projector; absent ones are None.
+
+    Without a weight there is no projector: the hidden states are p.
+    """
 
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+
+
+NO_PROJECTOR = ProjectorWeights(None, None, None, None, 0.0)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class LossInputs:
     @property
     def batch(self) -> int:
         return self.hidden_states.shape[0]
+
+    @property
+    def feature_size(self) -> int:
+        """E."""
+        return self.teacher_features.shape[3]
 
     @property
     def statistics_type(self) -> torch.dtype:
@@ -92,12 +103,14 @@ def warn_of_slow_products() -> None:
     )
 
 
-def projector_weights(projector: nn.Module) -> ProjectorWeights:
-    """Reads LayerNorm and Linear out of a ``CrepaProjector`` or a plain ``nn.Sequential`` of the two.
+def projector_weights(projector: nn.Module | None) -> ProjectorWeights:
+    """Reads LayerNorm and Linear out of a ``CrepaProjector`` or a plain ``nn.Sequential`` of the two; of None, nothing.
 
     Raises:
         ValueError: if the projector is anything else, or its weights are sharded and not gathered.
     """
+    if projector is None:
+        return NO_PROJECTOR
     # Not children(), nor an attribute twice: each takes as long as an operator's checks.
     layers = list(projector._modules.values()) if isinstance(projector, nn.Module) else []
     plain = isinstance(projector, nn.Sequential) and [type(layer) for layer in layers] == [
@@ -107,8 +120,9 @@ def projector_weights(projector: nn.Module) -> ProjectorWeights:
     if not plain:
         found = ", ".join(type(layer).__name__ for layer in layers)
         raise ValueError(
-            f"projector must be a CrepaProjector or an nn.Sequential of LayerNorm and Linear, "
-            f"got {type(projector).__name__}({found}). An adapter added later wraps it: add adapters first"
+            f"projector must be a CrepaProjector, an nn.Sequential of LayerNorm and Linear, or None for hidden states "
+            f"that are projected already, got {type(projector).__name__}({found}). An adapter added later wraps it: "
+            "add adapters first"
         )
     norm, linear = layers
     assert isinstance(norm, nn.LayerNorm)  # for the type checker: compared just above
@@ -131,17 +145,26 @@ def check_tensors(
     h: torch.Tensor, y: torch.Tensor, weights: ProjectorWeights, plan: SpatialPlan, sliced: bool = False
 ) -> None:
     """Shapes, types and devices of the student's and the teacher's side; ValueError with the numbers in it."""
+    last = "E" if weights.weight is None else "D"
+    given = f"(B, stop - start, {last}) with token_range" if sliced else f"(B, T, P, {last}) or (B, T x P, {last})"
     for name, tensor, symbols in (
-        ("hidden_states", h, "(B, stop - start, D) with token_range" if sliced else "(B, T, P, D)"),
+        ("hidden_states", h, given),
         ("teacher_features", y, "(B, S, N, E)"),
     ):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor {symbols}, got {type(tensor).__name__}")
-        if tensor.dim() != symbols.count(",") + 1 or 0 in tensor.shape:
+        axes = {shape.count(",") + 1 for shape in symbols.split(" or ")}
+        if tensor.dim() not in axes or 0 in tensor.shape:
             raise ValueError(f"{name} must be {symbols} with no empty axis, got shape {tuple(tensor.shape)}")
         check_type(tensor, name)
     if h.shape[0] != y.shape[0]:
         raise ValueError(f"hidden_states have {h.shape[0]} clips, teacher_features {y.shape[0]}")
+    tokens = num_tokens(plan.student_grid)
+    if h.dim() == 3 and not sliced and h.shape[1] % tokens:
+        raise ValueError(
+            f"student_grid {plan.student_grid} has {plan.student_grid[0]} x {plan.student_grid[1]} = {tokens} tokens a "
+            f"frame, of which the {h.shape[1]} of hidden_states {tuple(h.shape)} are no whole number of frames"
+        )
     for side, tensor, grid in (("student", h, plan.student_grid), ("teacher", y, plan.teacher_grid)):
         if tensor.dim() == 4 and tensor.shape[2] != num_tokens(grid):
             raise ValueError(
@@ -151,17 +174,20 @@ def check_tensors(
     for part in weights:
         if isinstance(part, torch.Tensor):
             check_type(part, "the projector's weights")
-    feature_size, hidden_size = weights.weight.shape
+    if weights.weight is None and h.shape[-1] != y.shape[3]:
+        raise ValueError(
+            f"hidden_states have width {h.shape[-1]} and teacher_features {y.shape[3]}: without a projector the hidden "
+            "states are projected already, to the teacher's width"
+        )
+    feature_size, hidden_size = (y.shape[3], h.shape[-1]) if weights.weight is None else weights.weight.shape
     if h.shape[-1] != hidden_size:
         raise ValueError(f"hidden_states have width {h.shape[-1]}, the projector takes {hidden_size}")
     if y.shape[3] != feature_size:
         raise ValueError(f"teacher_features have width {y.shape[3]}, the projector makes {feature_size}")
     projector = {tensor.device for tensor in weights if isinstance(tensor, torch.Tensor)}
     if len({h.device, y.device, *projector}) > 1:
-        raise ValueError(
-            f"hidden_states are on {h.device}, teacher_features on {y.device}, "
-            f"the projector on {' and '.join(sorted(map(str, projector)))}"
-        )
+        others = f", the projector on {' and '.join(sorted(map(str, projector)))}" if projector else ""
+        raise ValueError(f"hidden_states are on {h.device}, teacher_features on {y.device}{others}")
 
 
 def _on_device(tensor: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
@@ -263,7 +289,7 @@ def check_token_range(token_range: Sequence[int], h: torch.Tensor, plan: Spatial
 def check_inputs(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
-    projector: nn.Module,
+    projector: nn.Module | None,
     plan: SpatialPlan,
     neighbours: Neighbours,
     *,
@@ -279,6 +305,8 @@ def check_inputs(
     check_flag(recompute, "recompute")
     weights = projector_weights(projector)
     check_tensors(hidden_states, teacher_features, weights, plan, token_range is not None)
+    if hidden_states.dim() == 3 and token_range is None:
+        hidden_states = hidden_states.unflatten(1, (-1, num_tokens(plan.student_grid)))
     batch, frames = hidden_states.shape[:2]
     device = hidden_states.device
     if token_range is not None:
@@ -300,7 +328,8 @@ def check_inputs(
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
         frames=frames,
-        compute_dtype=product_type(hidden_states),
+        # Without a projector nothing is projected in a narrower type.
+        compute_dtype=hidden_states.dtype if weights.weight is None else product_type(hidden_states),
         token_range=token_range,
         recompute=recompute,
     )

@@ -77,7 +77,7 @@ def _backend_for(backend: str, inputs: LossInputs) -> str:
 def crepa_loss(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
-    projector: nn.Module,
+    projector: nn.Module | None,
     *,
     student_grid: Sequence[int],
     teacher_grid: Sequence[int],
@@ -104,9 +104,11 @@ def crepa_loss(
         loss       = -mean_b( sum_f total[b,f] / T )
 
     Args:
-        hidden_states: (B, T, P, D), the block's video tokens in raster order; fp64, fp32, fp16 or bf16.
+        hidden_states: (B, T, P, D) or (B, T x P, D), the block's video tokens in raster order; fp64, fp32, fp16 or
+            bf16.
         teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
-        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear.
+        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear. None: ``hidden_states``
+            are p, projected already by what the caller likes, and D is E.
         student_grid: (height, width) of the P tokens.
         teacher_grid: (height, width) of the N tokens.
         distance: d in frames; 0 aligns each frame with its own teacher frame only. Clamped to the clip's existing
@@ -163,7 +165,7 @@ def crepa_loss(
 def relational_loss(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
-    projector: nn.Module,
+    projector: nn.Module | None,
     *,
     student_grid: Sequence[int],
     teacher_grid: Sequence[int],
@@ -189,9 +191,11 @@ def relational_loss(
     (arXiv 2503.18414). No matrix of all tokens by all tokens is made, but by ``backend="reference"``.
 
     Args:
-        hidden_states: (B, T, P, D), the block's video tokens in raster order; fp64, fp32, fp16 or bf16.
+        hidden_states: (B, T, P, D) or (B, T x P, D), the block's video tokens in raster order; fp64, fp32, fp16 or
+            bf16.
         teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
-        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear.
+        projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear. None: ``hidden_states``
+            are p, projected already by what the caller likes, and D is E.
         student_grid: (height, width) of the P tokens.
         teacher_grid: (height, width) of the N tokens.
         pairs: w[f, k] is 1 for f = k (``"frame"``), for all f and k (``"all"``), for f != k (``"cross"``), or
@@ -242,7 +246,7 @@ _ONLY_IN_THE_LOSS = {
 def similarity_matrix(
     hidden_states: torch.Tensor,
     teacher_features: torch.Tensor,
-    projector: nn.Module,
+    projector: nn.Module | None,
     *,
     student_grid: Sequence[int],
     teacher_grid: Sequence[int],

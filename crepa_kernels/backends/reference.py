@@ -16,11 +16,16 @@ from ..reduction import plan_reduction, reduce_frames, reduce_pairs
 
 
 def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
-    """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in ``compute_dtype``."""
+    """p = Linear(LayerNorm(h)): (..., D) -> (..., E), in the statistics type; the product in ``compute_dtype``.
+
+    Without a projector h is p.
+    """
     gamma, beta, weight, bias, eps = inputs.projector
     accum_dtype, compute_dtype = inputs.statistics_type, inputs.compute_dtype
     shape = hidden_states.shape
     tokens = hidden_states.to(accum_dtype)
+    if weight is None:
+        return tokens
     normalized = F.layer_norm(tokens, shape[-1:], _cast(gamma, accum_dtype), _cast(beta, accum_dtype), eps)
     # NaN where the variance overflows, of which LayerNorm makes zeros.
     variance = tokens.detach().var(dim=-1, correction=0, keepdim=True)

@@ -93,7 +93,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "integer hidden states": ({"hidden_states": long(B, T, 12, D)}, r"hidden_states .*floating.*int64"),
     "integer features": ({"teacher_features": torch.zeros(B, T, 6, E, dtype=torch.uint8)}, r"teacher_features .*uint8"),
     "complex hidden states": ({"hidden_states": torch.zeros(B, T, 12, D, dtype=torch.complex64)}, r"complex64"),
-    "three axes": ({"hidden_states": torch.randn(T, 12, D)}, r"hidden_states .*\(B, T, P, D\).*\(3, 12, 16\)"),
+    "two axes": (
+        {"hidden_states": torch.randn(12, D)},
+        r"hidden_states .*\(B, T, P, D\) or \(B, T x P, D\).*\(12, 16\)",
+    ),
+    "clips without an axis": ({"hidden_states": torch.randn(T, 12, D)}, r"hidden_states have 3 clips.* 2"),
+    "half a frame": (
+        {"hidden_states": torch.randn(B, 42, D)},
+        r"student_grid \(3, 4\) has 3 x 4 = 12 .*42.*\(2, 42, 16\)",
+    ),
+    "frames in one axis": ({"hidden_states": torch.randn(B, 48, D)}, r"4 frames.* 3.*frame_index"),
+    "index of frames in one axis": (
+        {"hidden_states": torch.randn(B, 48, D), "frame_index": [0, 1, 2]},
+        r"frame_index .*\(4,\).*\(2, 4\).*got \(3,\)",
+    ),
     "five axes": ({"teacher_features": torch.randn(B, T, 2, 3, E)}, r"\(B, S, N, E\).*\(2, 3, 2, 3, 8\)"),
     "no frames": ({"hidden_states": torch.randn(B, 0, 12, D)}, r"hidden_states .*\(2, 0, 12, 16\)"),
     "no clips": ({"hidden_states": torch.randn(0, T, 12, D)}, r"hidden_states .*\(0, 3, 12, 16\)"),
@@ -163,7 +176,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one linear": ({"projector": nn.Linear(D, E)}, r"CrepaProjector.*Linear"),
     "a function": ({"projector": nn.functional.normalize}, r"CrepaProjector.*function"),
-    "no projector": ({"projector": None}, r"CrepaProjector.*NoneType"),
+    "widths without a projector": ({"projector": None}, r"width 16 and teacher_features 8: without a projector"),
+    "axes without a projector": (
+        {"projector": None, "hidden_states": torch.randn(12, E)},
+        r"hidden_states .*\(B, T, P, E\) or \(B, T x P, E\).*\(12, 8\)",
+    ),
+    "devices without a projector": (
+        {"projector": None, "hidden_states": torch.zeros(B, T, 12, E, device="meta")},
+        r"hidden_states are on meta, teacher_features on cpu$",
+    ),
     "norm over two axes": (
         {"projector": nn.Sequential(nn.LayerNorm((12, D)), nn.Linear(D, E))},
         r"\(12, 16\).* 16",

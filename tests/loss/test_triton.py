@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import GRADIENTS, Case, draw, simple
+from cases import Case, draw, simple
 from devices import on_each_device
 from oracle import METRICS, truth
 from test_loss import Results, Tensors, errors, results, yardstick
 
-from crepa_kernels import crepa_loss
 from crepa_kernels.backends.triton import chunks, tiles
 from crepa_kernels.backends.triton.rows import add_seven
 
@@ -58,14 +57,8 @@ def triton_results(case: Case, tensors: Tensors, recompute: bool = False, path: 
         tiles.forced(replace(choice, inference=path)),
         chunks_of(min(40, chunks.CHUNK_TOKENS) if recompute else chunks.CHUNK_TOKENS),
     ):
-        projector = case.projector(tensors)
-        h = tensors["h"].detach().requires_grad_("h" in case.required)
-        output = crepa_loss(h, tensors["y"], projector, backend="triton", recompute=recompute, **case.options)
-        norm, linear = projector[0], projector[1]
-        leaves = dict(zip(GRADIENTS, (h, norm.weight, norm.bias, linear.weight, linear.bias), strict=True))
-        wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad]
-        found = torch.autograd.grad(output.loss, [leaves[name] for name in wanted]) if wanted else ()
-    made = {name: getattr(output, name).detach() for name in METRICS} | dict(zip(wanted, found, strict=True))
+        output, gradients = case.run(tensors, "triton", recompute=recompute)
+    made = {name: getattr(output, name).detach() for name in METRICS} | gradients
     return {name: value.cpu() for name, value in made.items()}
 
 

@@ -52,6 +52,8 @@ class Case:
     teacher_layout: str
     full_precision_weights: bool
     required: tuple[str, ...]
+    absent: bool = False  # no projector: h is p, and the widths are one
+    flattened: bool = False  # h is given as (B, T P, D)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
         """h, y, gamma, beta, weight, bias in ``dtype`` (the weights in fp32 or wider if ``full_precision_weights``)."""
@@ -79,6 +81,10 @@ class Case:
             if self.frame_index is None:
                 y[~exists] = torch.nan
         weights_type = torch.promote_types(dtype, torch.float32) if self.full_precision_weights else dtype
+        if self.absent:
+            h = h * (1e-14 if self.tiny else 1)
+            weights = dict.fromkeys(GRADIENTS[1:])
+            return {"h": laid_out(h.to(dtype), self.layout), "y": laid_out(y.to(dtype), self.teacher_layout), **weights}
         weights = {
             "gamma": 1 + 0.5 * normal(d) if self.affine != "none" else None,
             "beta": 0.5 * normal(d) if self.affine == "both" else None,
@@ -112,8 +118,10 @@ class Case:
             self.spatial_align
         ]
 
-    def projector(self, tensors: dict[str, torch.Tensor | None]) -> nn.Sequential:
-        """A ``CrepaProjector`` where it can be one, else the plain Sequential of the two layers."""
+    def projector(self, tensors: dict[str, torch.Tensor | None]) -> nn.Sequential | None:
+        """A ``CrepaProjector`` where it can be one, else the plain Sequential of the two layers, or None."""
+        if self.absent:
+            return None
         if self.affine == "both" and self.linear_bias:
             projector: nn.Sequential = CrepaProjector(self.hidden_size, self.feature_size)
             projector[0].eps = self.eps
@@ -146,21 +154,34 @@ class Case:
             "teacher_mask": self.teacher_mask,
         }
 
+    def leaves(self, tensors: dict[str, torch.Tensor | None], projector: nn.Sequential | None) -> dict[str, Any]:
+        """What the case's gradients are of, by name: h as it is given, and the projector's parameters."""
+        h = tensors["h"].flatten(1, 2) if self.flattened else tensors["h"]
+        leaves = {"h": h.detach().requires_grad_("h" in self.required)}
+        if projector is not None:
+            norm, linear = projector
+            leaves |= {"gamma": norm.weight, "beta": norm.bias, "weight": linear.weight, "bias": linear.bias}
+        return leaves
+
+    def gradients(self, loss: torch.Tensor, leaves: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Of the leaves that ask for one; h's is of the shape that h has in ``tensors``."""
+        wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad]
+        found = torch.autograd.grad(loss, [leaves[name] for name in wanted]) if wanted else ()
+        assert all(grad.shape == leaves[name].shape for name, grad in zip(wanted, found, strict=True))
+        shapes = {"h": (self.batch, self.frames, math.prod(self.student_grid), self.hidden_size)}
+        return {
+            name: grad.view(shapes.get(name, grad.shape)) if self.flattened else grad
+            for name, grad in zip(wanted, found, strict=True)
+        }
+
     def run(
-        self, tensors: dict[str, torch.Tensor | None], backend: str
-    ) -> tuple[CrepaOutput, dict[str, torch.Tensor | None]]:
+        self, tensors: dict[str, torch.Tensor | None], backend: str, **options: Any
+    ) -> tuple[CrepaOutput, dict[str, torch.Tensor]]:
         """The loss and the gradients that the case asks for, by the name of the input."""
         projector = self.projector(tensors)
-        h = tensors["h"].detach().requires_grad_("h" in self.required)
-        output = crepa_loss(h, tensors["y"], projector, backend=backend, **self.options)
-        leaves = dict(zip(GRADIENTS, (h, projector[0].weight, projector[0].bias, *_linear(projector)), strict=True))
-        wanted = [name for name in GRADIENTS if leaves[name] is not None and leaves[name].requires_grad]
-        found = torch.autograd.grad(output.loss, [leaves[name] for name in wanted]) if wanted else ()
-        return output, dict(zip(wanted, found, strict=True))
-
-
-def _linear(projector: nn.Sequential) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return projector[1].weight, projector[1].bias
+        leaves = self.leaves(tensors, projector)
+        output = crepa_loss(leaves["h"], tensors["y"], projector, backend=backend, **options, **self.options)
+        return output, self.gradients(output.loss, leaves)
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -211,7 +232,7 @@ def draw(seed: int) -> Case:
     if tiny:
         affine, linear_bias = rng.choice(["scale", "none"]), False
     required = GRADIENTS if rng.random() < 0.5 else tuple(name for name in GRADIENTS if rng.random() < 0.5)
-    return Case(
+    case = Case(
         seed=seed,
         batch=batch,
         frames=frames,
@@ -242,7 +263,11 @@ def draw(seed: int) -> Case:
         teacher_layout=rng.choice((*LAYOUTS, "contiguous", "contiguous")),
         full_precision_weights=rng.random() < 0.5,
         required=required,
+        flattened=rng.random() < 0.3,
     )
+    if rng.random() < 0.25:
+        case = replace(case, absent=True, hidden_size=case.feature_size, affine="none", linear_bias=False)
+    return case
 
 
 def simple(**changes: Any) -> Case:

@@ -35,8 +35,9 @@ class Request:
     """One shape, one target, one kernel or "all", and tile fields that differ from the target's choice.
 
     ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student of
-    ``students`` tokens a frame, by default twice as many. ``compute`` is autocast's type for fp32 tokens. ``tiles``:
-    for instance {"dx": {"warps": 4}}, or a whole tile where the choice is the vendor's product.
+    ``students`` tokens a frame, by default twice as many. ``given``: without a projector. ``compute`` is autocast's
+    type for fp32 tokens. ``tiles``: for instance {"dx": {"warps": 4}}, or a whole tile where the choice is the vendor's
+    product.
     """
 
     target: str
@@ -53,6 +54,7 @@ class Request:
     masked: bool = False
     change: str = "keep"
     students: int | None = None
+    given: bool = False
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> list[dict[str, Any]]:
@@ -98,10 +100,10 @@ def launches_of(request: Request) -> list[Any]:
     call = Call(
         tokens=new(1, frames * students, width, kind=dtype),
         teacher=new(1, frames, tokens, features, kind=dtype),
-        gamma=new(width),
-        beta=new(width),
-        weight=new(features, width),
-        bias=new(features),
+        gamma=None if request.given else new(width),
+        beta=None if request.given else new(width),
+        weight=None if request.given else new(features, width),
+        bias=None if request.given else new(features),
         frame_index=new(1, frames, kind=torch.int64) if request.masked else None,
         frame_mask=mask,
         teacher_mask=mask,

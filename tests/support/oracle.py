@@ -132,8 +132,8 @@ class StudentSide:
     @property
     def cancelled2(self) -> torch.Tensor:
         """(B, T, M, 1), at least 1: the summands of a row of p over what is left of them, squared."""
-        weight, bias = self.leaves["weight"], self.leaves.get("bias")
-        summands2 = self.affine**2 @ (weight**2).T
+        weight, bias = self.leaves.get("weight"), self.leaves.get("bias")
+        summands2 = self.affine**2 if weight is None else self.affine**2 @ (weight**2).T
         summands2 = self.to_student**2 @ (summands2 if bias is None else summands2 + bias**2)
         norms = row_norms(self.p)
         lost = summands2.sum(dim=-1, keepdim=True) / norms**2
@@ -150,8 +150,10 @@ class StudentSide:
         The power is 2 for errors that are not related, 1 for the most that related ones make.
         """
         to_student, x, affine = (tensor.abs() ** power for tensor in (self.to_student, self.x, self.affine))
-        weight, gamma = self.leaves["weight"].abs() ** power, self.leaves.get("gamma")
         dp = to_student.T @ dp  # (B, T, P, E)
+        if "weight" not in self.leaves:
+            return {"h": dp}
+        weight, gamma = self.leaves["weight"].abs() ** power, self.leaves.get("gamma")
         daffine = dp @ weight
         dx = daffine if gamma is None else daffine * gamma.abs() ** power
         row_sums = dx.sum(dim=-1, keepdim=True) + x * (dx * x).sum(dim=-1, keepdim=True)
@@ -177,6 +179,11 @@ def student_side(
     h, y, gamma, beta, weight, bias = (inputs[name] for name in ("h", "y", "gamma", "beta", "weight", "bias"))
     sides = alignment(case.spatial_align, case.student_grid, case.teacher_grid, case.antialias)
     to_student, to_teacher = (side.to(wide) for side in sides)
+    if weight is None:  # h is p: no LayerNorm, nothing narrow
+        given = h.detach()
+        return StudentSide(
+            leaves, to_student @ h, given, given, torch.ones_like(given[..., :1]), y, to_student, to_teacher
+        )
 
     centered = h - h.mean(dim=-1, keepdim=True)
     inverse_std = ((centered**2).mean(dim=-1, keepdim=True) + case.eps).rsqrt()

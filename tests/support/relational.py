@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import GRADIENTS, Case, draw, simple
+from cases import Case, draw, simple
 from oracle import NORM_FLOOR, StudentSide, Truth, row_norms, student_side
 
 from crepa_kernels import relational_loss
@@ -42,13 +42,9 @@ class Related:
     def run(self, tensors: Tensors, backend: str) -> dict[str, torch.Tensor]:
         """The loss and the gradients that the case asks for, by the name of the input."""
         projector = self.case.projector(tensors)
-        h = tensors["h"].detach().requires_grad_("h" in self.case.required)
-        loss = relational_loss(h, tensors["y"], projector, backend=backend, **self.options)
-        norm, linear = projector
-        leaves = dict(zip(GRADIENTS, (h, norm.weight, norm.bias, linear.weight, linear.bias), strict=True))
-        wanted = [name for name in GRADIENTS if leaves[name] is not None and leaves[name].requires_grad]
-        found = torch.autograd.grad(loss, [leaves[name] for name in wanted]) if wanted else ()
-        return {"loss": loss.detach(), **dict(zip(wanted, found, strict=True))}
+        leaves = self.case.leaves(tensors, projector)
+        loss = relational_loss(leaves["h"], tensors["y"], projector, backend=backend, **self.options)
+        return {"loss": loss.detach(), **self.case.gradients(loss, leaves)}
 
 
 def draw_related(seed: int) -> Related:

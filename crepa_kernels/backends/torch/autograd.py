@@ -28,7 +28,7 @@ from ...ops.rows import align_rows_backward_op, align_rows_op, normalize_rows_op
 from ...output import CrepaOutput
 from ...reduction import plan_reduction, reduce_frames
 from .chunks import Chunk, chunk_policy, plan_chunks
-from .student import Aligned, Projected, Settings, StudentRows, keeps_aligned, product_type
+from .student import Aligned, GradientRows, Projected, Settings, StudentRows, keeps_aligned, product_type
 from .teacher import TeacherRows
 
 
@@ -54,11 +54,13 @@ def kept_bytes(
     teacher_dtype: torch.dtype,
     device_type: str,
     recompute: bool = False,
+    given: bool = False,
 ) -> int:
     """Bytes kept between forward and backward, beside the inputs and what has a number a frame.
 
-    Of each compared token q (E) and two numbers, or five on equal grids; where the student's side is resampled to a
-    quarter of its tokens or fewer, those (D), and two numbers of each of the student's. With ``recompute`` nothing.
+    Of each projected token q (E) and two numbers, or five where it is projected on its own grid; where the student's
+    side is resampled to a quarter of its tokens or fewer, those (D), and two numbers of each of the student's. Of given
+    p q and two numbers. With ``recompute`` nothing.
 
     Args:
         plan: the grids.
@@ -69,13 +71,16 @@ def kept_bytes(
         teacher_dtype: of the teacher's features, of which nothing is kept.
         device_type: where the loss runs.
         recompute: as ``crepa_loss``.
+        given: without a projector.
     """
     if recompute:
         return 0
-    number, rows = torch.promote_types(dtype, torch.float32).itemsize, frames * plan.tokens
-    kept = number * feature_size + rows * (
-        feature_size * dtype.itemsize + (5 if plan.student == "keep" else 2) * number
-    )
+    number, rows = torch.promote_types(dtype, torch.float32).itemsize, frames * plan.projected
+    own_grid = not given and (plan.student == "keep" or plan.project_first)
+    kept = rows * (feature_size * dtype.itemsize + (5 if own_grid else 2) * number)
+    if given:
+        return kept
+    kept += number * feature_size
     if keeps_aligned(plan):
         kept += rows * hidden_size * product_type(dtype, device_type).itemsize
         kept += 2 * number * frames * num_tokens(plan.student_grid)
@@ -117,6 +122,7 @@ class Record:
     Attributes:
         q: (rows, E); the gradient of row p is q / |p| times one number a frame.
         kept: numbers of each row.
+        tokens: rows a frame.
     """
 
     def __init__(
@@ -124,12 +130,29 @@ class Record:
     ) -> None:
         self.student, self.chunks = student, chunks
         self.need_folded = needs_input_grad[1] or needs_input_grad[3]  # gamma's or the weight's gradient
-        h, rows = student.hidden_states, sum(chunk.frames for chunk in chunks) * student.plan.tokens
-        self.q = h.new_empty((rows, student.weight.shape[0]), dtype=dtype)
-        sizes = (2, rows), (3, rows if student.plan.student == "keep" else 0)
+        h, self.tokens = student.hidden_states, student.plan.projected
+        rows = sum(chunk.frames for chunk in chunks) * self.tokens
+        self.q = h.new_empty((rows, student.feature_size), dtype=dtype)
+        sizes = (2, rows), (3, rows if student.on_own_grid else 0)
         numbers = (h.new_empty(size, dtype=student.accum_dtype) for size in sizes)
         self.kept = Kept(*itertools.chain.from_iterable(numbers))
         self.aligned: list[torch.Tensor] = []  # rows and statistics of every chunk, where they are small enough to keep
+
+    def room(self, chunk: Chunk) -> torch.Tensor:
+        """(frames x M, E): the chunk's own rows of q, where they are those of the common grid; empty without rows."""
+        if not self.student.plan.project_first or not self.q.numel():
+            return self.q[chunk.rows(self.tokens)]
+        return self.q.new_empty(
+            (chunk.frames * self.student.plan.tokens, self.q.shape[1]), dtype=self.student.accum_dtype
+        )
+
+    def keep(self, chunk: Chunk, found: GradientRows, own: torch.Tensor | None, in_room: bool = False) -> None:
+        """A chunk's gradient rows on the common grid, their q in ``room`` or elsewhere; ``own`` as ``Projected``'s."""
+        rows = chunk.rows(self.tokens)
+        q, inverse_norm, q_dot_p = self.student.recorded(found, own)
+        if not in_room or self.student.plan.project_first:
+            self.q[rows] = q
+        self.kept.inverse_norm[rows], self.kept.q_dot_p[rows] = inverse_norm, q_dot_p
 
     def add(self, rows: slice, projected: Projected) -> None:
         """A chunk's tokens: their statistics, and where they are kept the rows that were projected."""
@@ -156,14 +179,14 @@ class _FrameSimilarity(torch.autograd.Function):
         hidden_states: torch.Tensor,
         gamma: torch.Tensor | None,
         beta: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         inputs: LossInputs,
         weights: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         policy = chunk_policy()
-        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype, policy)
+        settings = Settings.of(inputs, policy)
         student = StudentRows(settings, hidden_states, gamma, beta, weight, bias)
         teacher = TeacherRows(inputs, weights, policy)
         chunks, tokens = plan_chunks(inputs, policy), inputs.plan.tokens
@@ -173,16 +196,16 @@ class _FrameSimilarity(torch.autograd.Function):
         record = Record(student, chunks if keep else [], inputs.compute_dtype, ctx.needs_input_grad)
         for chunk in chunks:
             projected = student.project(chunk)
-            span, out = slice(chunk.start, chunk.stop), chunk.rows(tokens)
+            span, q = slice(chunk.start, chunk.stop), record.room(chunk)
             own_rows, total_rows, inverse_norm, q_dot_p = align_rows_op(
                 projected.rows, *projected.fold, *teacher.around(chunk), chunk.start, teacher.offsets,
-                *_rows_in_range(inputs, chunk), record.q[out],
+                *_rows_in_range(inputs, chunk), q,
             )  # fmt: skip
             own[chunk.clip, span] = own_rows.view(-1, tokens).mean(dim=-1)
             total[chunk.clip, span] = total_rows.view(-1, tokens).mean(dim=-1)
             if keep:
-                record.kept.inverse_norm[out], record.kept.q_dot_p[out] = inverse_norm, q_dot_p
-                record.add(out, projected)
+                record.keep(chunk, GradientRows(q, inverse_norm, q_dot_p), projected.own, in_room=True)
+                record.add(chunk.rows(record.tokens), projected)
         if keep:
             record.save(ctx, settings, beta, bias)
         ctx.mark_non_differentiable(own)
@@ -221,13 +244,15 @@ def _gradients(ctx: Any, grad_frames: torch.Tensor) -> tuple[torch.Tensor | None
         need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
         student = StudentRows(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
         gradients = _Gradients(student, ctx.chunks, need_h, need_gamma or need_weight)
-        tokens = ctx.settings.plan.tokens
+        tokens = ctx.settings.plan.projected
         for chunk in ctx.chunks:
             rows = chunk.rows(tokens)
             grad = grad_frames[chunk.clip, chunk.start : chunk.stop].contiguous()
             of_chunk = Aligned(*itertools.islice(aligned, 3)) if student.keeps_aligned else None
             gradients.add(chunk, grad, q[rows], Kept(*(tensor[rows] for tensor in kept)), of_chunk)
         gradients.release()
+        if weight is None:
+            return gradients.hidden_states, None, None, None, None
         # W' = W diag(gamma) and c = W beta + b, taken apart again.
         d_weight, d_offset = gradients.folded, gradients.offset
         accum_dtype = d_offset.dtype
@@ -268,14 +293,14 @@ class _Gradients:
     def __init__(self, student: StudentRows, chunks: list[Chunk], need_h: bool, need_folded: bool):
         self.student, self.need_folded = student, need_folded
         h = student.hidden_states
-        self.offset = h.new_zeros(student.weight.shape[0], dtype=student.accum_dtype)  # dc (E,)
+        self.offset = h.new_zeros(student.feature_size, dtype=student.accum_dtype)  # dc (E,)
         self.folded: torch.Tensor | None = None  # dW' (E, D)
         self.hidden_states: torch.Tensor | None = None
         if need_h:
             # Frames outside the loss have no chunk, and keep the zeros.
             covered = sum(chunk.frames for chunk in chunks) == h.shape[0] * h.shape[1]
             self.hidden_states = h.new_empty(h.shape) if covered else h.new_zeros(h.shape)
-        self.centered = student.centered if need_h and student.plan.student == "keep" else None
+        self.centered = student.centered if need_h and student.on_own_grid else None
 
     def add(self, chunk: Chunk, grad: torch.Tensor, q: torch.Tensor, kept: Kept, aligned: Aligned | None) -> None:
         """A chunk's part: ``grad`` (frames,) of its totals, ``q`` (frames x M, E), and what was kept of its rows.
@@ -286,19 +311,25 @@ class _Gradients:
         # fp32 rows are scaled in their place later; half types would be rounded twice.
         both = same_grid and (not self.need_folded or student.compute_dtype != student.accum_dtype)
         need_g = self.need_folded or (self.hidden_states is not None and not both)
-        g = torch.empty_like(q if need_g else q[:0], dtype=student.compute_dtype)
+        out = None
+        if self.hidden_states is not None:
+            out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
+        if out is not None and student.is_given(out):
+            g = out.flatten(0, 1)
+        else:
+            g = torch.empty_like(q if need_g else q[:0], dtype=student.gradient_dtype)
         scaled = torch.empty_like(q if both else q[:0], dtype=student.compute_dtype)
         along = torch.empty_like(kept.mean if same_grid else kept.mean[:0])
         align_rows_backward_op(
             q, grad, kept.inverse_norm, kept.q_dot_p, student.offset, kept.inverse_std,
             student.hidden_states.shape[-1], g, scaled, along, self.offset,
         )  # fmt: skip
-        out = None
-        if self.hidden_states is not None:
-            out = self.hidden_states[chunk.clip, chunk.start : chunk.stop]
         if not self.need_folded and out is None:
             return
-        if student.plan.student == "keep":
+        if student.weight is None:
+            if out is not None and not student.is_given(out):
+                student.spread(g, out)
+        elif student.on_own_grid:
             self._same_grid(student.tokens(chunk), g, scaled, along, kept, out)
         else:
             aligned = aligned or student.align(chunk)

@@ -65,7 +65,7 @@ def chunk_policy() -> ChunkPolicy:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames [start, stop) of one clip, and where their rows begin among all the rows that are worked on."""
+    """Frames [start, stop) of one clip, and where their rows begin among all the rows that are kept."""
 
     clip: int
     start: int
@@ -93,7 +93,8 @@ def plan_chunks(inputs: LossInputs, policy: ChunkPolicy) -> list[Chunk]:
     mask, device = inputs.frame_mask, inputs.hidden_states.device.type
     in_loss = mask.tolist() if mask is not None and policy.readable(mask) else None
     # Where LayerNorm and resampling are one pass, only resampled rows are held; more of them make faster products.
-    fused = inputs.plan.student == "resample" and device == "cpu" and has_extension(device)
+    resampled = inputs.plan.student == "resample" and inputs.projector.weight is not None
+    fused = resampled and not inputs.plan.project_first and device == "cpu" and has_extension(device)
     most = max(1, policy.limit(device) // (inputs.plan.tokens if fused else max(tokens, inputs.plan.tokens)))
     chunks: list[Chunk] = []
     row = 0
@@ -105,6 +106,6 @@ def plan_chunks(inputs: LossInputs, policy: ChunkPolicy) -> list[Chunk]:
                 stop += 1
             if stop > start:
                 chunks.append(Chunk(clip, start, stop, row))
-                row += (stop - start) * inputs.plan.tokens
+                row += (stop - start) * inputs.plan.projected
             start = max(stop, start + 1)
     return chunks

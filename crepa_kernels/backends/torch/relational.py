@@ -20,7 +20,7 @@ from ...ops.rows import NORM_FLOOR, floored_norm, unfolded_rows
 from ...reduction import reduce_pairs
 from .autograd import Record, projector_gradients
 from .chunks import Chunk, chunk_policy, plan_chunks
-from .student import Projected, Settings, StudentRows
+from .student import GradientRows, Projected, Settings, StudentRows
 from .teacher import TeacherFrames
 
 
@@ -43,14 +43,14 @@ class _ClipSums(torch.autograd.Function):
         hidden_states: torch.Tensor,
         gamma: torch.Tensor | None,
         beta: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         inputs: LossInputs,
         relation: Relation,
         grad_enabled: bool,
     ) -> torch.Tensor:
         policy = chunk_policy()
-        settings = Settings(inputs.plan, inputs.projector.eps, inputs.frame_mask, inputs.compute_dtype, policy)
+        settings = Settings.of(inputs, policy)
         student = StudentRows(settings, hidden_states, gamma, beta, weight, bias)
         teacher, chunks = TeacherFrames(inputs, policy), plan_chunks(inputs, policy)
         keep = grad_enabled and any(ctx.needs_input_grad)
@@ -65,7 +65,7 @@ class _ClipSums(torch.autograd.Function):
                 projected = student.project(chunk)
                 rows.add(chunk, projected, teacher)
                 if keep:
-                    record.add(chunk.rows(inputs.plan.tokens), projected)
+                    record.add(chunk.rows(record.tokens), projected)
             gradient = rows.room_for_gradient(record) if keep else rows.norm.new_empty(0)
             offsets = relation.offsets(len(rows.z))
             sums[clip] = relate_frames_op(
@@ -89,6 +89,7 @@ class _ClipRows:
     Attributes:
         z, d: (T', M, E), the student's unit rows, and what they differ from the teacher's by.
         norm: (T', M), the length of p.
+        own: of each chunk, p of the student's own tokens where that was resampled.
     """
 
     def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk]) -> None:
@@ -96,16 +97,18 @@ class _ClipRows:
         frames = chunks[-1].stop - self.first
         self.has_holes = frames > sum(chunk.frames for chunk in chunks)
         self.accum_dtype = student.accum_dtype
-        shape, like = (frames, inputs.plan.tokens, student.weight.shape[0]), inputs.hidden_states
+        shape, like = (frames, inputs.plan.tokens, student.feature_size), inputs.hidden_states
         dtype = operand_type(student.compute_dtype, student.accum_dtype, like.device)
         new = like.new_zeros if self.has_holes else like.new_empty
         self.z, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
         self.norm = new(shape[:2], dtype=student.accum_dtype)
+        self.own: list[torch.Tensor | None] = []
 
     def _frames(self, chunk: Chunk) -> slice:
         return slice(chunk.start - self.first, chunk.stop - self.first)
 
     def add(self, chunk: Chunk, projected: Projected, teacher: TeacherFrames) -> None:
+        self.own.append(projected.own)
         frames, shape = self._frames(chunk), (chunk.frames, *self.z.shape[1:])
         p = unfolded_rows(projected.rows.to(self.accum_dtype), *projected.fold).view(shape)
         self.norm[frames] = torch.linalg.vector_norm(p, dim=-1)
@@ -121,23 +124,22 @@ class _ClipRows:
 
     def room_for_gradient(self, record: Record) -> torch.Tensor:
         """(T', M, E) in ``accum_dtype``: the clip's own rows of q where they can hold it."""
-        rows = slice(self.chunks[0].row, self.chunks[-1].rows(self.z.shape[1]).stop)
-        if self.has_holes or record.q.dtype != self.accum_dtype:
+        rows = slice(self.chunks[0].row, self.chunks[-1].rows(record.tokens).stop)
+        if self.has_holes or record.q.dtype != self.accum_dtype or record.tokens != self.z.shape[1]:
             return self.z.new_empty(self.z.shape, dtype=self.accum_dtype)
         return record.q[rows].view(self.z.shape)
 
     def keep(self, gradient: torch.Tensor, record: Record) -> None:
         """Records q and numbers of each row; ``gradient`` (T', M, E) is dZ."""
-        for chunk in self.chunks:
-            frames, rows = self._frames(chunk), chunk.rows(self.z.shape[1])
+        for chunk, own in zip(self.chunks, self.own, strict=True):
+            frames = self._frames(chunk)
             z = self.z[frames].flatten(0, 1)
             dz, norm = gradient[frames].flatten(0, 1), self.norm[frames].flatten()
             along, floored = torch.mul(dz, z).sum(dim=-1), norm <= NORM_FLOOR
             inverse = floored_norm(norm).reciprocal_()
             # Below the floor the length is a constant, and nothing of Z is taken off.
-            record.q[rows] = torch.addcmul(dz, z, along.where(~floored, 0)[:, None], value=-1)
-            record.kept.inverse_norm[rows] = inverse
-            record.kept.q_dot_p[rows] = (along / inverse).where(floored, 0)
+            q = torch.addcmul(dz, z, along.where(~floored, 0)[:, None], value=-1)
+            record.keep(chunk, GradientRows(q, inverse, (along / inverse).where(floored, 0)), own)
 
 
 def operand_type(compute_dtype: torch.dtype, accum_dtype: torch.dtype, device: torch.device) -> torch.dtype:

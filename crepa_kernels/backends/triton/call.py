@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from ...grid import should_save_aligned
+from ...grid import should_project_first, should_save_aligned
 from ...ops import has_extension
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Arguments(NamedTuple):
     Attributes:
         tokens: (B, L, D) hidden states, L = T x P or the rows of ``token_range``; last axis contiguous.
         teacher: (B, S, M, E), on the common grid already; last axis contiguous.
-        gamma, beta, weight, bias: the projector's (D,), (D,), (E, D) and (E,); those of one axis are contiguous.
+        gamma, beta, weight, bias: the projector's (D,), (D,), (E, D) and (E,); those of one axis are contiguous. The
+            tokens are p without a weight.
         frame_index: (B, T) int64, teacher frames.
         frame_mask, teacher_mask: (B, T) bool, student frames in the loss, and teacher frames that exist.
         keep: some gradient is wanted.
@@ -49,7 +50,7 @@ class Arguments(NamedTuple):
     teacher: Tensor
     gamma: Tensor | None
     beta: Tensor | None
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     frame_index: Tensor | None
     frame_mask: Tensor | None
@@ -145,6 +146,23 @@ class Call(Arguments):
         return self.batch * self.tokens.shape[1]
 
     @property
+    def given(self) -> bool:
+        """Whether the tokens are p, and there is no projector."""
+        return self.weight is None
+
+    @property
+    def resamples_p(self) -> bool:
+        """Whether p goes to the common grid, and not the tokens: p that is given, or whose tokens are fewer."""
+        if self.change == KEEP or self.given:
+            return self.change != KEEP
+        return self.change == RESAMPLE and should_project_first(self.per_frame, self.student_per_frame)
+
+    @property
+    def projected_rows(self) -> int:
+        """Rows of all clips that are projected."""
+        return self.student_rows if self.resamples_p else self.all_rows
+
+    @property
     def joined(self) -> bool:
         """Whether the tokens of all clips are rows of one matrix."""
         tokens = self.tokens
@@ -153,7 +171,7 @@ class Call(Arguments):
     @property
     def fused(self) -> bool:
         """Whether the extension normalises and resamples the student in one pass over the tokens, each way."""
-        if self.change != RESAMPLE:
+        if self.change != RESAMPLE or self.resamples_p:
             return False
         # Tensors without memory stand for a GPU's, in a call whose launches are recorded.
         device_type = "cuda" if self.tokens.is_meta else self.tokens.device.type
@@ -203,7 +221,7 @@ class Call(Arguments):
     @cached_property
     def raw(self) -> bool:
         """Whether LayerNorm folds into the product of raw tokens: of 16 bits, whose products are exact in fp32."""
-        return self.change == KEEP and self._exact and self.tokens.dtype == TYPES[self.compute]
+        return not self.given and self.change == KEEP and self._exact and self.tokens.dtype == TYPES[self.compute]
 
     @property
     def tf32(self) -> bool:
@@ -220,12 +238,17 @@ class Call(Arguments):
 
     @property
     def stored(self) -> bool:
-        """Whether the forward pass keeps r dp for the backward pass."""
-        return self.keep and not self.recompute and self.choice.training == "split"
+        """Whether the forward pass keeps r dp for the backward pass.
+
+        Not of p that is given: the backward pass reads as much to make its gradient as to scale one.
+        """
+        return self.keep and not self.recompute and not self.given and self.choice.training == "split"
 
     @property
     def statistics_count(self) -> int:
         """Numbers of each token that are kept: mean, 1/std and, where it is needed and at hand, LayerNorm's slope."""
+        if self.given:
+            return 0
         return 3 if self.raw and self.stored else 2
 
     @property

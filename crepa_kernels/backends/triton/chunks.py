@@ -24,8 +24,8 @@ class RowChunk(NamedTuple):
     rows: int
 
     @property
-    def stop_row(self) -> int:
-        return self.first_row + self.rows
+    def span(self) -> slice:
+        return slice(self.first_row, self.first_row + self.rows)
 
 
 def row_chunks(call: Call, limited: bool) -> list[RowChunk]:

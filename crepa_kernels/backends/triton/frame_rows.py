@@ -10,18 +10,21 @@ from .call import Call
 from .chunks import RowChunk
 from .frames import FLOOR, inverse_norm
 from .launch import INTERPRETED, Cost, ceil_div, launch, narrowed, power_of_2
-from .rows import RowInputs
+from .rows import GivenGradient, RowInputs
 from .teacher import precision
 
 
 @triton.jit
 def _student_block(
-    projected, shift, offset, local, column, counted, mean, inverse_std, features, FOLDED: tl.constexpr
+    projected, shift, offset, local, column, counted, mean, inverse_std, features, row_stride,
+    GIVEN: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of p, which is 0 beyond them, and of c."""
     there = (column < features)[None, :]
-    c = tl.load(offset + column[None, :], mask=there, other=0)
-    place = projected + local[:, None] * features + column[None, :]
+    c = 0.0
+    if not GIVEN:
+        c = tl.load(offset + column[None, :], mask=there, other=0)
+    place = projected + local[:, None] * row_stride + column[None, :]
     p = tl.load(place, mask=counted[:, None] & there, other=0).to(tl.float32)
     if FOLDED:
         p = (p - mean[:, None] * tl.load(shift + column[None, :], mask=there, other=0)) * inverse_std[:, None]
@@ -43,10 +46,10 @@ def _weighed(weights, rows, total, TERMS: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def _frame_rows_kernel(
     projected, shift, offset, mean_in, inverse_std_in, teacher, teacher_frame, weights, shares,
-    parts, slope_out, offset_parts,
+    parts, slope_out, offset_parts, gradient, scale_in,
     first_clip, first_frame, last_frame, first_row, chunk_rows, clip_rows, start, frames, tokens,
-    features, clip_stride, frame_stride, token_stride, share_scale, inverse_width,
-    FOLDED: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    features, row_stride, clip_stride, frame_stride, token_stride, share_scale, inverse_width,
+    GIVEN: tl.constexpr, FOLDED: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Frames f of a token: one sweep over the columns for all <p[f], y[k]>, whose sum over k is <p, z>, one for q."""
@@ -77,7 +80,9 @@ def _frame_rows_kernel(
     for column_start in tl.range(0, features, BLOCK_E):
         column = column_start + tl.arange(0, BLOCK_E)
         y = tl.load(rows + column[None, :], mask=near[:, None] & (column < features)[None, :], other=0)
-        p, _ = _student_block(projected, shift, offset, local, column, counted, mean, inverse_std, features, FOLDED)
+        p, _ = _student_block(
+            projected, shift, offset, local, column, counted, mean, inverse_std, features, row_stride, GIVEN, FOLDED
+        )
         pp += tl.sum(p * p, axis=1)
         yy += tl.sum(y.to(tl.float32) * y.to(tl.float32), axis=1)
         gram = _weighed(p, tl.trans(y), gram, TERMS, PRECISION)
@@ -89,6 +94,8 @@ def _frame_rows_kernel(
         tl.store(parts + row * 3 + 1, pz, mask=inside)
         tl.store(parts + row * 3 + 2, tl.sum(tl.where(f[:, None] == k[None, :], gram, 0), axis=1), mask=inside)
     if GRADIENT:
+        if GIVEN:
+            share *= tl.load(scale_in)
         # Below the floor the row is divided by a constant: nothing to project out.
         floored = pp <= FLOOR * FLOOR
         inverse = inverse_norm(pp)
@@ -102,14 +109,17 @@ def _frame_rows_kernel(
         for column_start in tl.range(0, features, BLOCK_E):
             column = column_start + tl.arange(0, BLOCK_E)
             y = tl.load(rows + column[None, :], mask=near[:, None] & (column < features)[None, :], other=0)
-            p, c = _student_block(projected, shift, offset, local, column, counted, mean, inverse_std, features, FOLDED)
+            p, c = _student_block(
+                projected, shift, offset, local, column, counted, mean, inverse_std, features, row_stride, GIVEN, FOLDED
+            )
             q = _weighed(weight, y, -along[:, None] * p, 3 if TERMS > 0 else 0, PRECISION)
-            along_offset += tl.sum(q * c, axis=1)
-            part = offset_parts + program * features + column
-            tl.store(part, tl.sum(q * std[:, None], axis=0), mask=column < features)
+            if not GIVEN:
+                along_offset += tl.sum(q * c, axis=1)
+                part = offset_parts + program * features + column
+                tl.store(part, tl.sum(q * std[:, None], axis=0), mask=column < features)
             keep = inside[:, None] & (column < features)[None, :]
-            out = projected + local[:, None] * features + column[None, :]
-            tl.store(out, narrowed(q, projected.dtype.element_ty), mask=keep)
+            out = gradient + local[:, None] * features + column[None, :]
+            tl.store(out, narrowed(q, gradient.dtype.element_ty), mask=keep)
         if FOLDED:
             slope = inverse_std * (along_offset - along_p) * inverse_width
             tl.store(slope_out + row, tl.where(counted, slope, 0), mask=inside)
@@ -131,6 +141,7 @@ def compare_frames(
     parts: torch.Tensor | None,
     slope: torch.Tensor | None = None,
     offset_parts: torch.Tensor | None = None,
+    given: GivenGradient | None = None,
 ) -> None:
     """What ``compare_rows`` does, where ``Call.frames_fit``.
 
@@ -148,20 +159,26 @@ def compare_frames(
     warps = max(1, min(4, _block(chunk) * columns // (4 * call.choice.rows.lanes)))  # 16 bytes of fp32 a lane
     read = (projected, rows * features * teacher.element_size())
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
+    written += [] if given is None else [given.out]
     written += [12 * rows] if parts is not None else []
     launch(
         "frame_rows", _frame_rows_kernel, frame_grid(call, chunk), Cost(read, tuple(written)), warps=warps,
-        projected=projected, shift=folded.shift, offset=folded.offset,
+        projected=projected, shift=dummy if folded is None else folded.shift,
+        offset=dummy if folded is None else folded.offset,
         mean_in=dummy if statistics is None else statistics[0],
         inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher,
         teacher_frame=tables.teacher_frame, weights=tables.weights,
         shares=tables.shares, parts=dummy if parts is None else parts, slope_out=dummy if slope is None else slope,
-        offset_parts=dummy if offset_parts is None else offset_parts, first_clip=chunk.first_clip,
+        offset_parts=dummy if offset_parts is None else offset_parts,
+        gradient=projected if given is None else given.out, scale_in=dummy if given is None else given.scale,
+        first_clip=chunk.first_clip,
         first_frame=chunk.first_frame, last_frame=chunk.last_frame, first_row=chunk.first_row, chunk_rows=chunk.rows,
         clip_rows=call.rows, start=call.start, frames=call.frames, tokens=call.per_frame, features=features,
+        row_stride=projected.stride(0),
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        share_scale=float(call.batch * call.frames), inverse_width=1.0 / folded.weight.shape[1],
-        FOLDED=statistics is not None, PARTS=parts is not None, GRADIENT=offset_parts is not None,
+        share_scale=float(call.batch * call.frames), inverse_width=1.0 / call.hidden_size,
+        GIVEN=call.given, FOLDED=statistics is not None, PARTS=parts is not None,
+        GRADIENT=offset_parts is not None or given is not None,
         TERMS=terms, BLOCK_F=_block(chunk), BLOCK_K=16 if call.frames <= 16 else 32, BLOCK_E=columns,
         PRECISION=precision(teacher.device),
     )  # fmt: skip

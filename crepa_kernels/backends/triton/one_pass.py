@@ -138,6 +138,7 @@ def project_and_compare(
         parts: (rows of the call, ceil(E / the tile's n), 3) fp32, the sums of this chunk's rows are written.
     """
     call, combined, tables, folded, statistics = inputs
+    assert folded is not None  # for the type checker
     teacher, tile = call.teacher, call.choice.one_pass
     rows, width = tokens.shape
     features = folded.weight.shape[0]

@@ -40,7 +40,7 @@ def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
     h, (gamma, beta, weight, bias, eps), plan = inputs.hidden_states, inputs.projector, inputs.plan
     trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    keep_aligned = keep and (weight.requires_grad or (gamma is not None and gamma.requires_grad))
+    keep_aligned = keep and any(tensor is not None and tensor.requires_grad for tensor in (gamma, weight))
     tokens = h if inputs.token_range is not None else h.flatten(1, 2)
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     teacher, frame_index = _teacher(inputs)
@@ -84,6 +84,7 @@ def kept_bytes(
     teacher_dtype: torch.dtype,
     device_type: str,
     recompute: bool = False,
+    given: bool = False,
 ) -> int:
     """Bytes kept between forward and backward, beside the hidden states and what has a number a frame.
 
@@ -97,9 +98,10 @@ def kept_bytes(
     kind = teacher_dtype if plan.teacher == "keep" else _resampled_type(teacher_dtype, dtype)
     teacher = new(1, frames, plan.tokens, feature_size, dtype=kind if kind in TYPES else torch.float32)
     tokens = new(1, frames * num_tokens(plan.student_grid), hidden_size, dtype=dtype)
-    vector, weight, bias = new(hidden_size), new(feature_size, hidden_size), new(feature_size)
+    shapes = (hidden_size,), (hidden_size,), (feature_size, hidden_size), (feature_size,)
+    gamma, beta, weight, bias = (None if given else new(*shape) for shape in shapes)
     call = Call(
-        tokens, teacher, vector, vector, weight, bias, None, None, None, True, True, recompute, plan.antialias,
+        tokens, teacher, gamma, beta, weight, bias, None, None, None, True, True, recompute, plan.antialias,
         False, False, True, CHANGES.index(plan.student), TYPES.index(dtype), frames, 0, 1, *plan.student_grid,
         *plan.grid, 0.0, 1.0,
     )  # fmt: skip
@@ -126,15 +128,15 @@ def _align(*arguments: Any) -> tuple[Tensor, ...]:
 def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call.unpacked(arguments)
     width, features, dtype = call.hidden_size, call.feature_size, call.compute_dtype
-    rows = call.all_rows if call.stored else 0
+    rows, weights = call.projected_rows if call.stored else 0, 0 if call.given else features
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return call.tokens.new_empty(shape, dtype=dtype)
 
     return (
         new(), new(3), new(call.batch, call.frames), new(rows, features, dtype=dtype),
-        new(call.statistics_count, call.student_rows), new(features), new(features, width, dtype=dtype),
-        new(features), new(features), new(rows if call.keeps_aligned else 0, width, dtype=dtype),
+        new(call.statistics_count, call.student_rows), new(weights), new(weights, width, dtype=dtype),
+        new(weights), new(weights), new(rows if call.keeps_aligned else 0, width, dtype=dtype),
     )  # fmt: skip
 
 

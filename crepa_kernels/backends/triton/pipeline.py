@@ -16,8 +16,17 @@ from .frames import FrameTables, finish, frame_tables
 from .launch import product
 from .one_pass import project_and_compare
 from .projector import FoldedProjector, fold_projector, unfold_gradients
-from .rows import RowInputs, compare_rows, row_programs
-from .student import finite_rows, normalized_gradient, student_operand, student_rows, student_span, within
+from .rows import GivenGradient, RowInputs, compare_rows, row_programs
+from .student import (
+    aligned_p,
+    aligned_p_gradient,
+    finite_rows,
+    normalized_gradient,
+    student_operand,
+    student_rows,
+    student_span,
+    within,
+)  # fmt: skip
 from .teacher import combine_neighbours, inverse_norms
 
 
@@ -53,14 +62,14 @@ class Needs(NamedTuple):
 
 
 def _inputs(
-    call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector,
-    mean: torch.Tensor, inverse_std: torch.Tensor, one_pass: bool = False,
+    call: Call, tables: FrameTables, norms: torch.Tensor | None, chunk: RowChunk, folded: FoldedProjector | None,
+    statistics: Sequence[torch.Tensor], one_pass: bool = False,
 ) -> RowInputs:  # fmt: skip
     combined = None
     if call.neighbour_mode == COMBINED and (one_pass or not call.frames_fit):
         assert norms is not None  # for the type checker
         combined = combine_neighbours(call, norms, tables, chunk)
-    return RowInputs(call, combined, tables, folded, (mean, inverse_std) if call.raw else None)
+    return RowInputs(call, combined, tables, folded, (statistics[0], statistics[1]) if call.raw else None)
 
 
 def _norms(call: Call, one_pass: bool) -> torch.Tensor | None:
@@ -81,44 +90,63 @@ def _offset_parts(call: Call, chunks: list[RowChunk]) -> tuple[torch.Tensor, Seq
 
 def _compare(
     projected: torch.Tensor, chunk: RowChunk, inputs: RowInputs, parts: torch.Tensor | None,
-    slope: torch.Tensor | None, offset_parts: torch.Tensor | None,
+    slope: torch.Tensor | None = None, offset_parts: torch.Tensor | None = None, given: GivenGradient | None = None,
 ) -> None:  # fmt: skip
     compare = compare_frames if inputs.call.frames_fit else compare_rows
-    compare(projected, chunk, inputs, parts, slope, offset_parts)
+    compare(projected, chunk, inputs, parts, slope, offset_parts, given)
+
+
+def _given_rows(call: Call, chunk: RowChunk) -> torch.Tensor:
+    """Rows (rows, E) of p that is given, on the common grid."""
+    return aligned_p(call, student_rows(call, chunk, student_span(call, chunk)))
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Kept]:
     """Loss (), metrics (3,), frame_similarity (B, T), and what the backward pass needs if ``call.keep``."""
     stored, raw, tf32, features = call.stored, call.raw, call.tf32, call.feature_size
-    one_pass = not stored and call.choice.inference == "one_pass"
+    one_pass = not (stored or call.resamples_p or call.given) and call.choice.inference == "one_pass"
     makes_rows = not one_pass or call.neighbour_mode == COMBINED
-    folded, tables, norms = fold_projector(call), frame_tables(call), _norms(call, one_pass)
+    folded = None if call.given else fold_projector(call)
+    tables, norms = frame_tables(call), _norms(call, one_pass)
     statistics = call.tokens.new_empty((call.statistics_count, call.student_rows), dtype=torch.float32)
-    mean, inverse_std, *slopes = statistics.unbind()
-    slope = slopes[0] if slopes else None
+    of_tokens = statistics.unbind()
+    slope = of_tokens[2] if len(of_tokens) > 2 else None
     columns = -(-features // call.choice.one_pass.n) if one_pass else 1
     parts = statistics.new_empty((call.all_rows, columns, 3))
-    grad_rows = call.tokens.new_empty((call.all_rows if stored else 0, features), dtype=call.compute_dtype)
+    grad_rows = call.tokens.new_empty((call.projected_rows if stored else 0, features), dtype=call.compute_dtype)
     aligned = []
-    chunks = row_chunks(call, limited=not raw or (makes_rows and not stored))
+    whole = call.given and not call.resamples_p and call.neighbour_mode != COMBINED
+    chunks = row_chunks(call, limited=not whole and (not raw or (makes_rows and not stored)))
     offset_parts, chunk_parts = _offset_parts(call, chunks if stored else [])
     for index, chunk in enumerate(chunks):
-        operand = student_operand(call, chunk, mean, inverse_std)
+        inputs = _inputs(call, tables, norms, chunk, folded, of_tokens, one_pass)
+        if folded is None:
+            _compare(_given_rows(call, chunk), chunk, inputs, parts)
+            continue
+        operand = student_operand(call, chunk, of_tokens[0], of_tokens[1])
         if call.keeps_aligned:
             aligned.append(operand)
-        inputs = _inputs(call, tables, norms, chunk, folded, mean, inverse_std, one_pass)
         if one_pass:
             assert norms is not None  # for the type checker
             project_and_compare(operand, norms, chunk, inputs, parts)
             continue
-        out = within(grad_rows, slice(chunk.first_row, chunk.stop_row)) if stored else None
+        out = None
+        if stored:
+            out = within(grad_rows, student_span(call, chunk) if call.resamples_p else chunk.span)
         projected = product("p", operand, folded.weight.t(), out=out, tf32=tf32)
-        _compare(projected, chunk, inputs, parts, slope, chunk_parts[index] if stored else None)
+        rows = aligned_p(call, projected)
+        _compare(rows, chunk, inputs, parts, slope, chunk_parts[index] if stored else None)
+        if out is not None and call.resamples_p:
+            out.copy_(aligned_p_gradient(call, rows))
     loss, metrics, frame_similarity = finish(parts, call, tables)
     offset_grad = offset_parts.sum(dim=0)
     if not aligned:
         aligned = [grad_rows.new_empty(0, call.hidden_size)]
     operands = aligned[0] if len(aligned) == 1 else torch.cat(aligned)
+    if folded is None:
+        none = statistics.new_empty(0)
+        folded = FoldedProjector(grad_rows.new_empty(0, call.hidden_size), none, torch.empty_like(none))
+        offset_grad = torch.empty_like(none)
     return loss, metrics, frame_similarity, Kept(grad_rows, statistics, offset_grad, *folded, operands)
 
 
@@ -128,6 +156,8 @@ def backward(
     """Gradients of the hidden states (B, L, D), gamma, beta, weight and bias; None where not wanted."""
     stored, raw, tf32, tokens = kept.grad_rows.shape[0] > 0, call.raw, call.tf32, call.tokens
     scale = grad_loss.float() * (-1.0 / (call.batch * call.frames * call.per_frame))
+    if call.given:
+        return (_given_gradient(call, scale) if needs.hidden_states else None, None, None, None, None)
     tables = None if stored else frame_tables(call)
     norms = None if stored else _norms(call, one_pass=False)
     folded = FoldedProjector(kept.weight, kept.shift, kept.offset)
@@ -143,18 +173,19 @@ def backward(
     chunks = row_chunks(call, limited=not raw or not stored or call.mask is not None)
     offset_parts, chunk_parts = (kept.offset_grad, ()) if stored else _offset_parts(call, chunks)
     for index, chunk in enumerate(chunks):
-        rows = slice(chunk.first_row, chunk.stop_row)
+        rows = chunk.span
         operand = None
         if kept.aligned.shape[0] > 0:
             operand = within(kept.aligned, rows)
         elif not stored or need_folded:
             operand = student_operand(call, chunk, *scratch, measured=True)
         if tables is None or operand is None:
-            grad_rows = within(kept.grad_rows, rows)
+            grad_rows = within(kept.grad_rows, student_span(call, chunk) if call.resamples_p else rows)
         else:
-            inputs = _inputs(call, tables, norms, chunk, folded, mean, inverse_std)
-            grad_rows = product("p", operand, folded.weight.t(), tf32=tf32)
+            inputs = _inputs(call, tables, norms, chunk, folded, (mean, inverse_std))
+            grad_rows = aligned_p(call, product("p", operand, folded.weight.t(), tf32=tf32))
             _compare(grad_rows, chunk, inputs, None, slope, chunk_parts[index])
+            grad_rows = aligned_p_gradient(call, grad_rows)
         if need_folded and operand is not None:
             finite = finite_rows(call, chunk, operand)
             part = product("dW", grad_rows.t(), finite, to_fp32=True, tf32=tf32)
@@ -173,6 +204,21 @@ def backward(
     return (hidden_grad if needs.hidden_states else None, *weight_grads)
 
 
+def _given_gradient(call: Call, scale: torch.Tensor) -> torch.Tensor:
+    """The gradient (B, L, E) of p that is given."""
+    tables, norms = frame_tables(call), _norms(call, one_pass=False)
+    grad = torch.empty(call.tokens.shape, dtype=call.tokens.dtype, device=call.tokens.device)
+    rows = grad.view(-1, call.feature_size)
+    for chunk in row_chunks(call, limited=call.resamples_p or call.neighbour_mode == COMBINED):
+        span, inputs = student_span(call, chunk), _inputs(call, tables, norms, chunk, None, ())
+        p, out = _given_rows(call, chunk), within(rows, span)
+        into = GivenGradient(torch.empty_like(p) if call.resamples_p else out, scale)
+        _compare(p, chunk, inputs, None, given=into)
+        if call.resamples_p:
+            out.copy_(aligned_p_gradient(call, into.out))
+    return grad
+
+
 def _weights(
     call: Call,
     needs: Needs,
@@ -186,7 +232,7 @@ def _weights(
         weight_grad, gamma_grad, beta_grad = unfold_gradients(
             call, folded_grad, offset_grad, scale, needs.weight, affine
         )
-    elif needs.beta:
+    elif needs.beta and call.weight is not None:
         beta_grad = product("dbeta", (offset_grad * scale)[None, :], call.weight.float())[0]
     gamma, beta, bias = call.gamma, call.beta, call.bias
     return (

@@ -80,6 +80,7 @@ def fold_projector(call: Call, scale: torch.Tensor | None = None) -> FoldedProje
 
     ``scale``, one fp32 number on the device, multiplies the weight and its row sums; the offset is then left out.
     """
+    assert call.weight is not None  # for the type checker
     weight, gamma = call.weight.contiguous(), call.gamma
     beta, bias = (call.beta, call.bias) if scale is None else (None, None)
     features, width = weight.shape
@@ -201,6 +202,7 @@ def unfold_gradients(
     Returns:
         dW (E, D) in the weight's type, or empty; dgamma and dbeta (D,) in fp32, or empty.
     """
+    assert call.weight is not None  # for the type checker
     weight, gamma, beta, centered = call.weight.contiguous(), call.gamma, call.beta, call.raw
     features, width = weight.shape
     rows, steps, (low, high), warps = _ROWS, _STEPS, (_COLUMNS, 0), 4

@@ -86,11 +86,11 @@ def _row_sums(a, b, c, d, e, f, g):
 @triton.jit
 def _row_kernel(
     projected, shift, offset, mean_in, inverse_std_in, teacher, combined, teacher_frame, distance, weights, shares,
-    parts, slope_out, offset_parts,
-    rows, first_row, clip_rows, start, frames, tokens, features, clip_stride, frame_stride, token_stride,
+    parts, slope_out, offset_parts, gradient, scale_in,
+    rows, first_row, clip_rows, start, frames, tokens, features, row_stride, clip_stride, frame_stride, token_stride,
     share_scale, inverse_width,
-    FOLDED: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    GIVEN: tl.constexpr, FOLDED: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A row is in ``PIECES`` pieces of ``COLUMNS``, ``WHOLE`` of them whole: all are loaded before any is summed."""
     columns: tl.tuple = ()
@@ -108,14 +108,15 @@ def _row_kernel(
             row, inside, clip_rows, start, frames, tokens, teacher_frame, distance, weights,
             clip_stride, frame_stride, token_stride, MODE,
         )  # fmt: skip
-        out = projected + local.to(tl.int64)[:, None] * features
+        source = projected + local.to(tl.int64)[:, None] * row_stride
+        out = gradient + local.to(tl.int64)[:, None] * features
         z_row = combined + local.to(tl.int64)[:, None] * features
         raws: tl.tuple = ()
         ys: tl.tuple = ()
         befores: tl.tuple = ()
         afters: tl.tuple = ()
         for piece in tl.static_range(PIECES):
-            raws += (_load(out, columns[piece], features, piece < WHOLE),)
+            raws += (_load(source, columns[piece], features, piece < WHOLE),)
             ys += (_load(teacher + own[:, None], columns[piece], features, piece < WHOLE),)
             if MODE == 1:
                 befores += (_load(teacher + before[:, None], columns[piece], features, piece < WHOLE),)
@@ -138,7 +139,8 @@ def _row_kernel(
             p = raws[piece].to(tl.float32)
             if FOLDED:
                 p = (p - mean * _load(shift, columns[piece], features, piece < WHOLE)) * inverse_std[:, None]
-            p += _load(offset, columns[piece], features, piece < WHOLE)
+            if not GIVEN:
+                p += _load(offset, columns[piece], features, piece < WHOLE)
             ps += (p,)
             y = ys[piece].to(tl.float32)
             pp += p * p
@@ -172,6 +174,8 @@ def _row_kernel(
             floored = pp <= FLOOR * FLOOR
             inverse = inverse_norm(pp)
             share = tl.load(shares + pair * 4, mask=inside, other=0) * share_scale
+            if GIVEN:
+                share *= tl.load(scale_in)
             factor = share * inverse * inverse_std
             along = factor * tl.where(floored, 0, pz * inverse * inverse)
             own_factor *= factor
@@ -192,13 +196,15 @@ def _row_kernel(
                     q += after_factor[:, None] * afters[piece].to(tl.float32)
                 if MASKED:
                     q = tl.where((share != 0)[:, None], q, 0)
-                new_grads += (offset_grads[piece] + tl.sum(q * std[:, None], axis=0)[None, :],)
-                along_offset += q * _load(offset, columns[piece], features, piece < WHOLE)
+                if not GIVEN:
+                    new_grads += (offset_grads[piece] + tl.sum(q * std[:, None], axis=0)[None, :],)
+                    along_offset += q * _load(offset, columns[piece], features, piece < WHOLE)
                 keep = inside[:, None]
                 if piece == WHOLE:
                     keep = keep & (columns[piece] < features)
-                tl.store(out + columns[piece], narrowed(q, projected.dtype.element_ty), mask=keep)
-            offset_grads = new_grads
+                tl.store(out + columns[piece], narrowed(q, gradient.dtype.element_ty), mask=keep)
+            if not GIVEN:
+                offset_grads = new_grads
             if FOLDED:
                 # <dp, p> is 0 but below the floor; along_offset carries r once already.
                 along_p = tl.where(floored, factor * pz, 0)
@@ -206,7 +212,7 @@ def _row_kernel(
                 if MASKED:
                     slope = tl.where(share != 0, slope, 0)
                 tl.store(slope_out + row, slope, mask=inside)
-    if GRADIENT:
+    if GRADIENT and not GIVEN:
         part = offset_parts + tl.program_id(0).to(tl.int64) * features
         for piece in tl.static_range(PIECES):
             tl.store(part + columns[piece], offset_grads[piece], mask=columns[piece] < features)
@@ -219,15 +225,22 @@ class RowInputs(NamedTuple):
         call: sizes, options, and the teacher.
         combined: z of the chunk, (rows, E), where it is made.
         tables: numbers per frame.
-        folded: the projector's weights.
+        folded: the projector's weights; None: p is given.
         statistics: mean and 1/std, (rows of the call,) each, where raw tokens were projected; None: normalised ones.
     """
 
     call: Call
     combined: torch.Tensor | None
     tables: FrameTables
-    folded: FoldedProjector
+    folded: FoldedProjector | None
     statistics: tuple[torch.Tensor, torch.Tensor] | None
+
+
+class GivenGradient(NamedTuple):
+    """Where the gradient of given p goes, (rows, E), and what it is multiplied by, one number on the device."""
+
+    out: torch.Tensor
+    scale: torch.Tensor
 
 
 def row_programs(rows: int, tile: RowTile, device: torch.device) -> int:
@@ -242,15 +255,18 @@ def compare_rows(
     parts: torch.Tensor | None,
     slope: torch.Tensor | None = None,
     offset_parts: torch.Tensor | None = None,
+    given: GivenGradient | None = None,
 ) -> None:
     """p.p, p.z and p.y of each row of ``projected`` (rows, E), the bare product; r dp in its place if it is wanted.
 
-    The gradient is that of ``-loss x B T M`` and carries each frame's share: of the size of one token's.
+    The gradient is that of ``-loss x B T M`` and carries each frame's share: of the size of one token's. Rows of p that
+    is given stay as they are, and may lie apart; their gradient is that of the loss itself.
 
     Args:
         parts: (rows of the call, 1, 3) fp32, the sums of this chunk's rows are written; None: not wanted.
         slope: (rows of the call,) fp32: ``r^2 <dp, c> / D``, LayerNorm's term, for raw tokens.
         offset_parts: (``row_programs``, E) fp32, parts of the sum of dp over the rows; None: no gradient is wanted.
+        given: of p that is given; None: no gradient of it is wanted.
     """
     call, combined, tables, folded, statistics = inputs
     teacher = call.teacher
@@ -260,20 +276,25 @@ def compare_rows(
     dummy = tables.weights
     read = (projected, rows * features * teacher.element_size(), *(() if combined is None else (combined,)))
     written: list[torch.Tensor | int] = [] if offset_parts is None else [projected, offset_parts]
+    written += [] if given is None else [given.out]
     written += [12 * rows] if parts is not None else []
     launch(
         "rows", _row_kernel, (row_programs(rows, tile, projected.device),), Cost(read, tuple(written)),
-        warps=tile.warps, projected=projected, shift=folded.shift, offset=folded.offset,
+        warps=tile.warps, projected=projected, shift=dummy if folded is None else folded.shift,
+        offset=dummy if folded is None else folded.offset,
         mean_in=dummy if statistics is None else statistics[0],
         inverse_std_in=dummy if statistics is None else statistics[1], teacher=teacher,
         combined=dummy if combined is None else combined, teacher_frame=tables.teacher_frame,
         distance=tables.distance, weights=tables.weights, shares=tables.shares,
         parts=dummy if parts is None else parts, slope_out=dummy if slope is None else slope,
-        offset_parts=dummy if offset_parts is None else offset_parts, rows=rows, first_row=chunk.first_row,
+        offset_parts=dummy if offset_parts is None else offset_parts,
+        gradient=projected if given is None else given.out, scale_in=dummy if given is None else given.scale,
+        rows=rows, first_row=chunk.first_row,
         clip_rows=call.rows, start=call.start, frames=call.frames, tokens=call.per_frame, features=features,
+        row_stride=projected.stride(0),
         clip_stride=teacher.stride(0), frame_stride=teacher.stride(1), token_stride=teacher.stride(2),
-        share_scale=float(call.batch * call.frames), inverse_width=1.0 / folded.weight.shape[1],
-        FOLDED=statistics is not None, MODE=call.neighbour_mode, PARTS=parts is not None,
-        GRADIENT=offset_parts is not None, MASKED=mask is not None, ROWS=tile.rows, COLUMNS=columns,
-        PIECES=ceil_div(features, columns), WHOLE=features // columns,
+        share_scale=float(call.batch * call.frames), inverse_width=1.0 / call.hidden_size,
+        GIVEN=call.given, FOLDED=statistics is not None, MODE=call.neighbour_mode, PARTS=parts is not None,
+        GRADIENT=offset_parts is not None or given is not None, MASKED=mask is not None, ROWS=tile.rows,
+        COLUMNS=columns, PIECES=ceil_div(features, columns), WHOLE=features // columns,
     )  # fmt: skip

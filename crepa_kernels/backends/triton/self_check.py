@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ...grid import plan_alignment, should_save_aligned
-from ...inputs import LossInputs, ProjectorWeights
+from ...grid import plan_alignment, should_project_first, should_save_aligned
+from ...inputs import NO_PROJECTOR, LossInputs, ProjectorWeights
 from ...neighbours import Neighbours
 from ...ops.compiling import constant_when_compiled
 from ...output import CrepaOutput
@@ -65,6 +65,7 @@ class Way(NamedTuple):
         teacher_type: of the teacher's features; None: the hidden states'.
         weight_type: of the projector.
         compute: the type that products are asked for in; None: the hidden states'.
+        given: without a projector.
     """
 
     student: str = "keep"
@@ -77,6 +78,7 @@ class Way(NamedTuple):
     teacher_type: torch.dtype | None = None
     weight_type: torch.dtype = torch.float32
     compute: torch.dtype | None = None
+    given: bool = False
 
 
 class Sizes(NamedTuple):
@@ -95,6 +97,11 @@ class Sizes(NamedTuple):
         # Whether the backward pass finds the rows of the common grid or makes them again.
         if should_save_aligned(self.tokens, self.student_tokens):
             student_tokens += 16 * max(0, -(-(4 * tokens - student_tokens) // 16))
+        # And which of the two is projected.
+        if should_project_first(self.tokens, self.student_tokens):
+            tokens += 16 * max(0, (student_tokens - tokens) // 16 + 1)
+        elif should_project_first(tokens, student_tokens):
+            student_tokens += 16 * -(-(tokens - student_tokens) // 16)
         return Sizes(batch, frames, student_tokens, tokens)
 
 
@@ -119,16 +126,18 @@ def prefers_triton(inputs: LossInputs) -> bool:
     if _ruled_out(h.device, h.dtype):
         return False
     weight = inputs.projector.weight
+    weight_type = torch.float32 if weight is None else weight.dtype
     reach = 0 if neighbours.distance == 0 else 2 if neighbours.cumulative and neighbours.distance > 1 else 1
     way = (
         plan.student, plan.teacher, reach, inputs.frame_index is not None, inputs.frame_mask is not None,
-        inputs.teacher_mask is not None, inputs.recompute, inputs.teacher_features.dtype, weight.dtype,
-        inputs.compute_dtype,
+        inputs.teacher_mask is not None, inputs.recompute, inputs.teacher_features.dtype, weight_type,
+        inputs.compute_dtype, weight is None,
     )  # fmt: skip
     # While a trace goes on sizes may be symbols, but for the grids and the projector.
     clips = (1, 5) if torch.compiler.is_compiling() else (inputs.batch, inputs.frames)
     sizes = (*clips, plan.student_grid[0] * plan.student_grid[1], plan.tokens)
-    return _trusted(h.device, h.dtype, weight.shape[1], weight.shape[0], way, sizes)
+    features, width = (int(h.shape[-1]),) * 2 if weight is None else weight.shape
+    return _trusted(h.device, h.dtype, width, features, way, sizes)
 
 
 def forget() -> None:
@@ -313,11 +322,11 @@ def small_call(
     align = {"keep": "student", "resample": "teacher", "pool": "pool"}[way.student]
     plan = plan_alignment(align, (1, student_tokens), (1, teacher_tokens))  # type: ignore[arg-type]
     h = normal(batch, 1, student_tokens, hidden_size) + normal(batch, frames, student_tokens, hidden_size)
-    h = (h + 30 * normal(batch, frames, student_tokens, 1)).to(dtype).requires_grad_()
-    offset = normal(feature_size)
+    mean, offset = 30 * normal(batch, frames, student_tokens, 1), normal(feature_size)
+    h = (h + (offset if way.given else mean)).to(dtype).requires_grad_()
     y = offset + 0.7 * normal(batch, 1, teacher_tokens, feature_size)
     y = y + 0.7 * normal(batch, frames, teacher_tokens, feature_size)
-    weights = ProjectorWeights(
+    weights = NO_PROJECTOR if way.given else ProjectorWeights(
         parameter(1 + 0.3 * normal(hidden_size)), parameter(0.3 * normal(hidden_size)),
         parameter(normal(feature_size, hidden_size) / math.sqrt(hidden_size)), parameter(offset), 1e-5,
     )  # fmt: skip

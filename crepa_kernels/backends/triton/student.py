@@ -15,7 +15,7 @@ from .statistics import layer_norm_backward, token_statistics
 def student_span(call: Call, chunk: RowChunk) -> slice:
     """The chunk's rows among all B x L rows of the hidden states."""
     if call.change == KEEP:
-        return slice(chunk.first_row, chunk.stop_row)
+        return chunk.span
     tokens = call.student_per_frame
     first = (chunk.first_clip * call.frames + chunk.first_frame) * tokens
     return slice(first, first + chunk.clips * (chunk.last_frame - chunk.first_frame) * tokens)
@@ -33,7 +33,7 @@ def student_rows(call: Call, chunk: RowChunk, span: slice) -> torch.Tensor:
 def student_operand(
     call: Call, chunk: RowChunk, mean: torch.Tensor, inverse_std: torch.Tensor, *, measured: bool = False
 ) -> torch.Tensor:
-    """What the projection multiplies, (rows, D): the raw tokens, or the normalised ones on the common grid.
+    """What the projection multiplies, (rows, D): the raw tokens, or normalised ones on the grid that is projected.
 
     Writes ``mean`` and ``inverse_std`` (rows of the call,) of the chunk's tokens, unless ``measured``.
     """
@@ -56,6 +56,37 @@ def student_operand(
     return tokens if normalized is None else _aligned(call, normalized)
 
 
+def aligned_p(call: Call, p: torch.Tensor) -> torch.Tensor:
+    """p (rows, E) of the student's own tokens on the common grid."""
+    if not call.resamples_p:
+        return p
+    framed = _framed(call, p.to(call.compute_dtype))
+    if call.change == POOL:
+        return framed.mean(dim=1)
+    return _resampled(call, framed)
+
+
+def aligned_p_gradient(call: Call, grad: torch.Tensor) -> torch.Tensor:
+    """That of ``aligned_p``, (rows, E) of the common grid to those of the student's own tokens."""
+    if not call.resamples_p:
+        return grad
+    if call.change == POOL:
+        return (grad / call.student_per_frame).repeat_interleave(call.student_per_frame, dim=0)
+    return _resampled_gradient(call, grad)
+
+
+def _resampled(call: Call, framed: torch.Tensor) -> torch.Tensor:
+    cost = Cost((framed,), (_bytes(framed, call.per_frame),))
+    return operator("resample", cost, lambda: resample_tokens_op(framed, *call.geometry)).view(-1, framed.shape[2])
+
+
+def _resampled_gradient(call: Call, grad: torch.Tensor) -> torch.Tensor:
+    framed = grad.view(-1, call.per_frame, grad.shape[1])
+    cost = Cost((framed,), (_bytes(framed, call.student_per_frame),))
+    adjoint = operator("resample", cost, lambda: resample_tokens_adjoint_op(framed, *call.geometry))
+    return adjoint.view(-1, grad.shape[1])
+
+
 def _framed(call: Call, rows: torch.Tensor) -> torch.Tensor:
     """Rows of the hidden states, or a number for each, by frames."""
     return rows.unflatten(0, (-1, call.student_per_frame))
@@ -67,13 +98,10 @@ def _bytes(rows: torch.Tensor, per_frame: int) -> int:
 
 
 def _aligned(call: Call, normalized: torch.Tensor) -> torch.Tensor:
-    if call.change == KEEP:
+    if call.change == KEEP or call.resamples_p:
         return normalized
     framed = _framed(call, normalized)
-    if call.change == POOL:
-        return framed.mean(dim=1)
-    cost = Cost((framed,), (_bytes(framed, call.per_frame),))
-    return operator("resample", cost, lambda: resample_tokens_op(framed, *call.geometry)).view(-1, call.hidden_size)
+    return framed.mean(dim=1) if call.change == POOL else _resampled(call, framed)
 
 
 def normalized_gradient(
@@ -85,13 +113,13 @@ def normalized_gradient(
     scale: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """dh of the chunk into ``out`` (B x L, D), from ``grad`` (rows, D), that of the normalised, aligned tokens."""
+    """dh of the chunk into ``out`` (B x L, D), from ``grad`` (rows, D), that of what ``student_operand`` makes."""
     span, repeat = student_span(call, chunk), 1
     tokens = student_rows(call, chunk, span)
     mean, inverse_std, out = within(mean, span), within(inverse_std, span), within(out, span)
-    if call.change == RESAMPLE:
-        framed = grad.view(-1, call.per_frame, grad.shape[1])
+    if call.change == RESAMPLE and not call.resamples_p:
         if call.fused:
+            framed = grad.view(-1, call.per_frame, grad.shape[1])
             arguments = [framed.to(tokens.dtype), *(_framed(call, each) for each in (tokens, mean, inverse_std))]
             into, in_loss = _framed(call, out), _in_loss(call, chunk)
             operator(
@@ -100,9 +128,7 @@ def normalized_gradient(
                 lambda: layer_norm_resample_backward_out_op(*arguments, *call.geometry, into, in_loss, scale),
             )
             return
-        cost = Cost((framed,), (_bytes(framed, call.student_per_frame),))
-        adjoint = operator("resample", cost, lambda: resample_tokens_adjoint_op(framed, *call.geometry))
-        grad = adjoint.view(-1, grad.shape[1])
+        grad = _resampled_gradient(call, grad)
     elif call.change == POOL:
         repeat = call.student_per_frame
     layer_norm_backward(call, tokens, span.start, grad, mean, inverse_std, scale, out, repeat)
@@ -113,7 +139,7 @@ def finite_rows(call: Call, chunk: RowChunk, operand: torch.Tensor) -> torch.Ten
     if not call.raw or call.mask is None:
         return operand
     keep = call.mask.bool().repeat_interleave(call.per_frame, dim=1)[:, call.start : call.start + call.rows]
-    return operand.where(keep.reshape(-1)[chunk.first_row : chunk.stop_row, None], 0)
+    return operand.where(keep.reshape(-1)[chunk.span, None], 0)
 
 
 def within(rows: torch.Tensor, span: slice) -> torch.Tensor:
