@@ -10,9 +10,11 @@ from .loss import CrepaOutput, available_backends, crepa_loss, relational_loss, 
 from .projector import CrepaProjector
 
 if TYPE_CHECKING:
+    from .config.layersync import LayerSyncConfig
     from .config.schema import CrepaConfig
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
+    from .regularizer.layersync import LayerSync
     from .regularizer.schedule import CrepaSchedule
 
 __version__ = "0.1.0"
@@ -22,6 +24,8 @@ _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
+    "LayerSync": "regularizer",
+    "LayerSyncConfig": "config",
     "image_to_video_mask": "models.families",
     "supported_families": "models.families",
 }
@@ -32,6 +36,8 @@ __all__ = [
     "CrepaProjector",
     "CrepaRegularizer",
     "CrepaSchedule",
+    "LayerSync",
+    "LayerSyncConfig",
     "available_backends",
     "crepa_loss",
     "frame_indices",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.families import Family
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..transfer import HostCopy
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def check_attachable(transformer: nn.Module) -> None:
         )
 
 
-def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: nn.Module) -> Callable[[], None]:
+def attach_projector(transformer: nn.Module, projector: Projector, block: nn.Module) -> Callable[[], None]:
     """Registers ``projector`` (fp32, trainable, on the device of ``block``) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
@@ -98,14 +98,14 @@ def _drop_projector(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
         del state_dict[key]
 
 
-def check_attached(transformer: nn.Module, projector: CrepaProjector) -> None:
+def check_attached(transformer: nn.Module, projector: Projector) -> None:
     """ValueError, naming the order, when the projector is not in the model, or is wrapped, frozen, cast or empty."""
     held = transformer._modules.get(PROJECTOR_NAME)
     if held is not projector:
         what = "is gone from" if held is None else f"was replaced by a {type(held).__name__} in"
         raise _out_of_order(f"{what} the transformer")
     # By identity: an adapter's layer may well be called Linear, too.
-    if [type(layer) for layer in projector] != [nn.LayerNorm, nn.Linear]:
+    if tuple(type(layer) for layer in projector) != projector.LAYERS:
         layers = ", ".join(f"{type(layer).__module__}.{type(layer).__name__}" for layer in projector)
         raise _out_of_order(f"was wrapped by an adapter that was added after it: it is now {layers}")
     for name, parameter in projector.named_parameters():
@@ -121,7 +121,7 @@ def check_attached(transformer: nn.Module, projector: CrepaProjector) -> None:
             )
 
 
-def check_runs(transformer: nn.Module, projector: CrepaProjector) -> None:
+def check_runs(transformer: nn.Module, projector: Projector) -> None:
     """``check_attached`` before a forward that could not run: the model or its hooks would fail without the reason.
 
     Most kernels know neither 8-bit types nor quantized weights.
@@ -135,7 +135,7 @@ def _out_of_order(what: str) -> ValueError:
     return ValueError(f"{PROJECTOR_NAME} {what}. The order is: {ORDER}")
 
 
-def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any]) -> None:
+def check_in_optimizers(projector: Projector, optimizers: Sequence[Any]) -> None:
     """ValueError, naming the order, for weights of the projector that are in none of the ``optimizers``."""
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
@@ -162,7 +162,7 @@ class TrainingWatch:
 
     WARNED, FAILED = 5, 50
 
-    def __init__(self, projector: CrepaProjector) -> None:
+    def __init__(self, projector: Projector) -> None:
         self.unchanged = 0
         self._projector = projector
         self._step: int | None = None
@@ -227,7 +227,8 @@ def check_reach(transformer: nn.Module, family: Family, index: int, states: torc
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
-            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): %s learns from %s",
+            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
+            "%s learns from %s",
             index,
             "only CREPA's projector" if owner == "CREPA" else "nothing",
             owner,

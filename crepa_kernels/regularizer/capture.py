@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.families import Family
 from ..models.layouts import Arguments, TokenLayout
-from ..projector import CrepaProjector
+from ..projector import Projector
 from .attach import check_runs
 
 
@@ -161,7 +161,7 @@ class Capture:
         transformer: nn.Module,
         family: Family,
         indices: Mapping[str, int],
-        projector: CrepaProjector | None = None,
+        projector: Projector | None = None,
         owner: tuple[str, str] = ("CrepaRegularizer", "CREPA"),
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
@@ -223,7 +223,7 @@ class Capture:
         return _add_to_sample(output, self._projector(None, self._look_at_the_projector))
 
     def _look_at_the_projector(self) -> torch.Tensor:
-        parameters = list(cast(CrepaProjector, self._projector).parameters())
+        parameters = list(cast(Projector, self._projector).parameters())
         if self._enabled and self._hooks.training:
             self.projector_sum = torch.stack([parameter.detach().sum() for parameter in parameters]).sum()
         zero: torch.Tensor = _ZeroOf.apply(*parameters)
