@@ -12,6 +12,7 @@ from pydantic import Field
 from ..grid import SpatialAlign
 from ..neighbours import Neighbours
 from .base import Integer, Settings, flag, integer, number
+from .irepa import IrepaKeys
 from .rules import (
     DINOV2_HUB_IDS,
     ENCODER_ALIASES,
@@ -31,11 +32,11 @@ from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode,
 logger = logging.getLogger(__name__)
 
 
-class CrepaConfig(Settings):
-    """Settings of CREPA under the keys that users of SimpleTuner know; see `Settings`."""
+class CrepaConfig(IrepaKeys, Settings):
+    """Settings of CREPA under the keys that users of SimpleTuner know, and of iREPA; see `Settings`."""
 
     TITLE = "CREPA"
-    PREFIXES = ("crepa_",)
+    PREFIXES = ("crepa_", "irepa_")
     ALIASES = MappingProxyType({"crepa_model": "crepa_encoder"})
     WORDS = MappingProxyType({"crepa_encoder": ENCODER_ALIASES})
     # Of SimpleTuner, with the value at which they do nothing there.
@@ -123,11 +124,12 @@ class CrepaConfig(Settings):
         return [*settle_source(values), *refuse_qwen("crepa_encoder", values, written)]
 
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        return joint_problems(self.to_dict(), self.neighbours)
+        yield from joint_problems(self.to_dict(), self.neighbours)
+        yield from self.irepa_problems("crepa_enabled")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], *, family: str | None = None) -> CrepaConfig:
-        """From the `crepa_*` keys of a mapping; all other keys are left alone.
+        """From the `crepa_*` and `irepa_*` keys of a mapping; all other keys are left alone.
 
         With `family`, a missing `crepa_block_index` of an enabled configuration becomes the family's
         recommended one, which is logged. ConfigError (a ValueError) lists every wrong key.

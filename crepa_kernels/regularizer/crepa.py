@@ -14,13 +14,13 @@ from ..config.schema import CrepaConfig
 from ..inputs import check_mask
 from ..loss import CrepaOutput, crepa_loss, similarity_matrix
 from ..models.families import family_of
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
 from ..teachers.dinov2 import EncoderSource
 from ..teachers.latents import VaeSource
-from .aligning import aligned
+from .aligning import aligned, as_aligned, make_projector, projected, projector_class
 from .attach import (
     TrainingWatch,
     attach_projector,
@@ -63,7 +63,7 @@ class CrepaRegularizer:
 
     Attributes:
         config, transformer: as given.
-        projector: the ``CrepaProjector``; None when disabled.
+        projector: the ``CrepaProjector``, with iREPA the ``ConvolutionProjector``; None when disabled.
 
     Raises:
         ValueError: for a wrong configuration, an unsupported or wrapped transformer, a block index out of range, an
@@ -83,7 +83,7 @@ class CrepaRegularizer:
     ) -> None:
         self.config = config if isinstance(config, CrepaConfig) else CrepaConfig.from_dict(config)
         self.transformer = transformer
-        self.projector: CrepaProjector | None = None
+        self.projector: Projector | None = None
         self._removed = False
         if not self.config.crepa_enabled:
             if self.config.idle is not None:
@@ -106,10 +106,10 @@ class CrepaRegularizer:
         blocks: dict[str, int] = {key: getattr(self.config, key) for key in keys}
         student, *_ = (self._family.block(transformer, index, key) for key, index in blocks.items())
         self._block_index, self._teacher_block_index = blocks[keys[0]], blocks[keys[-1]]
-        self._schedule = CrepaSchedule(self.config, run_length(self.config, max_train_steps))
+        self._schedule = CrepaSchedule(self.config, run_length(self.config.schedule, max_train_steps))
         self._source = TeacherSource(self.config, self._family, vae, encoder)
         hidden_size = self._family.hidden_size(transformer.config)
-        self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
+        self.projector = make_projector(self.config, hidden_size, self._source.feature_size(hidden_size, feature_size))
         self._capture = Capture(transformer, self._family, blocks, self.projector)
         self._monitor = NonFiniteMonitor()
         self._watch = TrainingWatch(self.projector)
@@ -134,7 +134,7 @@ class CrepaRegularizer:
             ValueError: as the constructor, or when a file is missing, damaged or of another model.
         """
         config, weights = load_crepa(folder)
-        size = weights["1.weight"].shape[0] if weights else None
+        _, size, *_ = projector_class(config).sizes_in(weights) or (None, None)  # it has none where CREPA is off
         crepa = cls(config, transformer, vae, encoder, max_train_steps, feature_size=size, vae_encodes=vae_encodes)
         if crepa.projector is not None:
             try:
@@ -258,7 +258,8 @@ class CrepaRegularizer:
         teacher_mask: torch.Tensor | None,
     ) -> CrepaOutput:
         taught = self._teacher(student, inputs, frame_mask, teacher_mask)
-        output = aligned(crepa_loss, self.config, cast(CrepaProjector, self.projector), student, *taught)
+        states, projector = projected(cast(Projector, self.projector), student)
+        output = aligned(crepa_loss, self.config, projector, states, *taught)
         teacher, *masks = taught
         self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
         if self.config.crepa_similarity_threshold is not None:
@@ -280,7 +281,7 @@ class CrepaRegularizer:
         teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
         if lengths is not None:
             frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
-        return teacher, frame_mask, teacher_mask
+        return as_aligned(self.config, teacher), frame_mask, teacher_mask
 
     @torch.no_grad()
     def similarity_matrix(
@@ -293,7 +294,8 @@ class CrepaRegularizer:
         given["num_frames"] = as_counts(given.get("num_frames"))
         student = self._capture.states(self._block_index)
         taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
-        return aligned(similarity_matrix, self.config, cast(CrepaProjector, self.projector), student, *taught)
+        states, projector = projected(cast(Projector, self.projector), student)
+        return aligned(similarity_matrix, self.config, projector, states, *taught)
 
     def check_optimizer(self, *optimizers: Any) -> None:
         """Asks at once what ``loss`` finds out in some steps: that the projector is in one of the optimizers.
@@ -309,7 +311,7 @@ class CrepaRegularizer:
     def _student(self) -> CapturedStates:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
-            check_attached(self.transformer, cast(CrepaProjector, self.projector))
+            check_attached(self.transformer, cast(Projector, self.projector))
             if not self._looked_at_adapters:
                 check_reach(self.transformer, self._family, self._block_index, student.hidden_states)
                 self._looked_at_adapters = True
