@@ -8,38 +8,11 @@ from typing import TypeVar
 import torch
 
 from ..config.schema import CrepaConfig
-from ..projector import ConvolutionProjector, CrepaProjector, Projector
-from ..teachers import TeacherFeatures, spatially_normalized
+from ..projector import CrepaProjector
+from ..teachers import TeacherFeatures
 from .capture import CapturedStates
 
 Result = TypeVar("Result")
-
-
-def projector_class(config: CrepaConfig) -> type[Projector]:
-    """The kind of projector that a configuration trains."""
-    return ConvolutionProjector if config.irepa_enabled else CrepaProjector
-
-
-def make_projector(config: CrepaConfig, hidden_size: int, feature_size: int) -> Projector:
-    """A new one, from width D to width E."""
-    if config.irepa_enabled:
-        return ConvolutionProjector(hidden_size, feature_size, config.irepa_projector_kernel_size)
-    return CrepaProjector(hidden_size, feature_size)
-
-
-def projected(projector: Projector, student: CapturedStates) -> tuple[CapturedStates, CrepaProjector | None]:
-    """What a loss is given: the states and the projector, or with a convolution p (B, T, P, E), made here, and None."""
-    if isinstance(projector, ConvolutionProjector):
-        return student._replace(hidden_states=projector.of_tokens(student.hidden_states, student.layout.grid)), None
-    assert isinstance(projector, CrepaProjector)  # for the type checker
-    return student, projector
-
-
-def as_aligned(config: CrepaConfig, teacher: TeacherFeatures) -> TeacherFeatures:
-    """The teacher's features as they are aligned with: raw, or with iREPA normalized over the patches of each frame."""
-    if not config.irepa_enabled:
-        return teacher
-    return teacher._replace(features=spatially_normalized(teacher.features, config.irepa_spatial_norm_alpha))
 
 
 def aligned(

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.families import Family
 from ..models.layouts import Arguments, TokenLayout
 from ..projector import Projector
-from .attach import check_runs
+from .attach import CREPA, Owner, check_runs
 
 
 class CapturedStates(NamedTuple):
@@ -147,7 +147,7 @@ class Capture:
         family: its row of the table.
         indices: block index by the name of the setting that chose it.
         projector: whose parameters enter the graph of each forward; None where nothing is trained beside the model.
-        owner: the class that the caller of ``loss`` knows, and the name of what it computes.
+        owner: who reads it.
 
     Attributes:
         projector_sum: of all its weights in the last forward with gradients, not finite when one of them is not.
@@ -162,14 +162,14 @@ class Capture:
         family: Family,
         indices: Mapping[str, int],
         projector: Projector | None = None,
-        owner: tuple[str, str] = ("CrepaRegularizer", "CREPA"),
+        owner: Owner = CREPA,
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
         self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
         self._family = family
-        self._projector = projector
         self._owner = owner
+        self._projector = projector
         self._enabled = True
         self._hooks = _Hooks(transformer, family)
         # The arguments of the forward whose states are not to be read, or no longer.
@@ -209,7 +209,7 @@ class Capture:
         """``check_runs`` of the projector, before a forward that trains it."""
         # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
         if self._projector is not None and self._captures_now:
-            check_runs(self._transformer, self._projector)
+            check_runs(self._transformer, self._projector, self._owner)
 
     @property
     def _captures_now(self) -> bool:
@@ -248,16 +248,16 @@ class Capture:
         """
         if index not in self._blocks:
             raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._blocks))}")
-        arguments = self._hooks.arguments
+        model, arguments = self._owner.model, self._hooks.arguments
         if (arguments is None or arguments is self._done) and self._released:
             raise ValueError(
-                "the transformer's forward was not called before loss() since release(), or a loss() with weight 0, "
+                f"the {model}'s forward was not called before loss() since release(), or a loss() with weight 0, "
                 "let go of the captured hidden states: call loss() and similarity_matrix() first, release() after them"
             )
         if arguments is None or arguments is self._done:
             raise ValueError(
-                "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
-                f"very object that {self._owner[0]} was given (or its DDP/FSDP wrapper), not a copy of it"
+                f"the {model}'s forward was not called before loss(): call {model}(...) first, and train the "
+                f"very object that {self._owner.regularizer} was given (or its DDP/FSDP wrapper), not a copy of it"
             )
         output = self._output(index)
         if output is None:
@@ -271,18 +271,16 @@ class Capture:
         return CapturedStates(layout.by_frame(output), layout)
 
     def _why_nothing(self) -> str:
+        model, title = self._owner.model, self._owner.title
         if not self._hooks.gradients:
-            return (
-                "the transformer ran without gradients (no_grad or inference mode): "
-                f"nothing was captured for {self._owner[1]}"
-            )
+            return f"the {model} ran without gradients (no_grad or inference mode): nothing was captured for {title}"
         if not self._hooks.training:
-            return "the transformer ran in eval mode: call transformer.train() before a training forward"
+            return f"the {model} ran in eval mode: call {model}.train() before a training forward"
         if not self._enabled:
-            return f"the transformer ran after {self._owner[1]}'s weight became 0 for good: nothing was captured"
+            return f"the {model} ran after {title}'s weight became 0 for good: nothing was captured"
         return (
-            "the transformer ran but its blocks' hooks did not: compile the blocks "
-            "(block.compile() or transformer.compile_repeated_blocks()) and not the model"
+            f"the {model} ran but its blocks' hooks did not: compile the blocks "
+            f"(block.compile() or {model}.compile_repeated_blocks()) and not the model"
         )
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..config.layersync import LayerSyncConfig
 from ..loss import crepa_loss
 from ..models.families import family_of
-from .attach import check_reach, check_unwrapped
+from .attach import LAYERSYNC, check_attachable, check_reach
 from .capture import Capture
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,14 @@ class LayerSync:
             if self.config.idle is not None:
                 logger.warning("LayerSync is %s", self.config.idle)
             return
-        check_unwrapped(transformer, "LayerSync")
+        check_attachable(transformer, LAYERSYNC)
         self._family = family_of(transformer)
         self._blocks: list[int] = []
         indices: dict[str, int] = {}
         for key in ("layersync_student_block", "layersync_teacher_block"):
             indices[key] = getattr(self.config, key)
             self._blocks.append(indices[key])
-        self._capture = Capture(transformer, self._family, indices, owner=("LayerSync", "LayerSync"))
+        self._capture = Capture(transformer, self._family, indices, owner=LAYERSYNC)
         self._looked_at_adapters = False
         self._capture.attach()
 
@@ -81,7 +81,7 @@ class LayerSync:
             return torch.zeros(()), {}
         student, teacher = (self._capture.states(block) for block in self._blocks)
         if torch.is_grad_enabled() and not self._looked_at_adapters:
-            check_reach(self.transformer, self._family, self._blocks[0], student.hidden_states, "LayerSync")
+            check_reach(self.transformer, self._family, self._blocks[0], student.hidden_states, LAYERSYNC)
             self._looked_at_adapters = True
         output = crepa_loss(
             student.hidden_states,

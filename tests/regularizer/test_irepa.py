@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from crepa_kernels import CrepaRegularizer
 from crepa_kernels.projector import ConvolutionProjector
-from crepa_kernels.regularizer.saving import PROJECTOR_FILE
 from crepa_kernels.teachers import spatially_normalized
 
 ALPHA = 0.6  # the default, as the paper's
@@ -311,7 +310,7 @@ def test_it_is_saved_and_loaded_with_its_settings(tmp_path: Path) -> None:
     transformer = tiny_wan()
     crepa = regularizer(transformer, feature_size=8, irepa_projector_kernel_size=5)
     crepa.save_pretrained(tmp_path)
-    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / PROJECTOR_FILE).items()} == {
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "crepa_projector.safetensors").items()} == {
         "0.weight": (8, 32, 5, 5),
         "0.bias": (8,),
     }

@@ -14,7 +14,7 @@ from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.config.rules import DINOV2_HUB_IDS
 from crepa_kernels.grid import Grid, num_tokens, plan_alignment
 from crepa_kernels.loss import KEPT_BYTES, requested_backend
-from crepa_kernels.regularizer.aligning import make_projector
+from crepa_kernels.regularizer.projecting import make_projector
 from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
 
 from ..data.dataset import Bucket, FoundClips, caption_file
