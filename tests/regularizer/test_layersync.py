@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import is_captured, tiny_wan, wan_inputs
 from tiny_families import FAMILIES, TinyFamily
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaRegularizer, LayerSync, LayerSyncConfig
 
@@ -127,7 +129,10 @@ def test_frames_that_are_masked_are_not_in_the_loss() -> None:
         layersync.loss(frame_mask=torch.ones(1, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("how", ["checkpointing", "lora", "autocast", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how",
+    ["checkpointing", "reentrant checkpointing", "lora", "autocast", pytest.param("compiled", marks=pytest.mark.slow)],
+)
 def test_the_ways_of_training_give_the_plain_gradients(how: str) -> None:
     def gradients_of(way: str) -> dict[str, torch.Tensor]:
         transformer = tiny_wan()
@@ -137,11 +142,15 @@ def test_the_ways_of_training_give_the_plain_gradients(how: str) -> None:
             transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
         if way == "checkpointing":
             transformer.enable_gradient_checkpointing()
+        if way == "reentrant checkpointing":
+            transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
         layersync = LayerSync(CONFIG, transformer)
         if way == "compiled":
             transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-            prediction = transformer(**wan_inputs())[0]
+            inputs = wan_inputs()
+            inputs["hidden_states"].requires_grad_(True)  # which a reentrant checkpoint asks for
+            prediction = transformer(**inputs)[0]
             aux, _ = layersync.loss()
         (prediction.float().square().mean() + aux).backward()
         return gradients(transformer)
