@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ..grid import SpatialAlign
+from ..models.families import Family
 from ..neighbours import Neighbours
 from .base import Integer, Settings, flag, integer, number
 from .irepa import IrepaKeys
@@ -30,6 +32,9 @@ from .rules import (
 from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, schedule_field
 
 logger = logging.getLogger(__name__)
+
+# In the place of a family's name.
+ATTACHED = "the attached transformer"
 
 
 class CrepaConfig(IrepaKeys, Settings):
@@ -145,15 +150,44 @@ class CrepaConfig(IrepaKeys, Settings):
         return config
 
     @classmethod
-    def preset(cls, name: str, *, family: str = "wan", **overrides: Any) -> CrepaConfig:
-        """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top."""
+    def preset(cls, name: str, *, family: str | None = None, **overrides: Any) -> CrepaConfig:
+        """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top.
+
+        Without `family` the block is the one of the transformer that CREPA is attached to, until then Wan's.
+        """
         if name not in PRESETS:
             raise ConfigError([f"unknown preset {name!r}, {unknown_preset(name)}"])
         stray = [key for key in overrides if not key.startswith(cls.PREFIXES)]
         if stray:
             known = cls.model_fields
             raise ConfigError(describe(key, overrides[key], unknown_key(key, known)) for key in stray)
-        return cls.from_dict(cls.merged(PRESETS[name], overrides), family=family)
+        values = cls.merged(PRESETS[name], overrides)
+        if family is not None or values.get("crepa_block_index") is not None or values["crepa_enabled"] is not True:
+            return cls.from_dict(values, family=family)
+        config = cls.from_dict({**values, "crepa_block_index": recommended_block_index("wan")})
+        config._keep_family(ATTACHED)
+        return config
+
+    @classmethod
+    def from_args(
+        cls,
+        namespace: argparse.Namespace,
+        base: CrepaConfig | Mapping[str, Any] | None = None,
+        *,
+        rest: Sequence[str] = (),
+        family: str | None = None,
+    ) -> CrepaConfig:
+        """As `Settings.from_args`; a preset's block without a family stays that of whatever it is attached to."""
+        chosen = "crepa_block_index" in vars(namespace)
+        if not isinstance(base, CrepaConfig) or base.block_is_of != ATTACHED or chosen:
+            return super().from_args(namespace, base, rest=rest, family=family)
+        values = base.model_dump(exclude_unset=True)
+        if family is not None:
+            del values["crepa_block_index"]
+        config = super().from_args(namespace, values, rest=rest, family=family)
+        if family is None:
+            config._keep_family(ATTACHED)
+        return config
 
     def replace(self, **overrides: Any) -> CrepaConfig:
         """A validated copy with other values; `None` puts a key back to its default."""
@@ -161,13 +195,40 @@ class CrepaConfig(IrepaKeys, Settings):
         config._keep_family(None if "crepa_block_index" in overrides else self.block_is_of)
         return config
 
+    def of_family(self, family: Family) -> CrepaConfig:
+        """The configuration on a transformer of this family: a preset's block is the family's, an image has one frame.
+
+        ValueError where the block is the recommended one for another family.
+        """
+        changes: dict[str, Any] = {}
+        if self.block_is_of == ATTACHED:
+            changes["crepa_block_index"] = family.block_index
+            logger.info("crepa_block_index = %d, the recommended block for %s", family.block_index, family.name)
+        elif self.block_is_of not in (None, family.name):
+            raise ValueError(
+                f"crepa_block_index = {self.crepa_block_index} is the recommended block for "
+                f"{self.block_is_of}, and the transformer is of {family.name}: "
+                f'give family="{family.name}" with the preset, or the block'
+            )
+        if family.images and self.crepa_adjacent_distance > 0:
+            changes["crepa_adjacent_distance"] = 0
+            logger.info(
+                "crepa_adjacent_distance = %d is taken as 0: %s makes images, which have no neighbours",
+                self.crepa_adjacent_distance,
+                family.name,
+            )
+        return self.replace(**changes) if changes else self
+
     def _keep_family(self, family: str | None) -> None:
         # No field: two configurations of the same values are equal, wherever the block came from.
         self.__dict__["_family"] = family
 
     @property
     def block_is_of(self) -> str | None:
-        """The family for which `crepa_block_index` was taken as the recommended one; None where it was given."""
+        """The family for which `crepa_block_index` was taken as the recommended one; None where it was given.
+
+        `ATTACHED` in a preset without a family: whatever it is attached to.
+        """
         family: str | None = self.__dict__.get("_family")
         return family
 

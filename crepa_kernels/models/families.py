@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -12,11 +13,18 @@ import torch
 from torch import nn
 
 from . import layouts
+from .image_ids import IMAGE_IDS
 from .layouts import LayoutRule
+
+_AFTER_BLOCKS = ("norm_out", "proj_out", "scale_shift_table")
 
 
 def _heads_times_size(config: Any) -> int:
     return int(config.num_attention_heads * config.attention_head_dim)
+
+
+def _never(config: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,13 @@ class Family:
         hidden_size: D, from the transformer's config.
         arguments: parameters of the transformer's forward that say how its tokens lie.
         token_layout: the layout of a forward, from the transformer's config and these arguments.
-        video_tokens: (B, tokens, D) from what a block returns.
+        video_tokens: (B, tokens, D) from what a block returns; of an image with text in front where both are in one.
         temporal_factors: pixel frames of a latent frame after the first, for each of its VAEs.
         first_frame_is_clean: whether image-to-video training of a transformer with this config gives it the first
             frame's own tokens without noise (True), or the image by other ways (False).
         any_pixel_frames: whether T latent frames are made of (T - 1)c + 1 to Tc pixel frames; else of the first number
             alone.
+        images: whether it makes images, which are clips of one frame here.
     """
 
     name: str
@@ -47,8 +56,8 @@ class Family:
     vaes: tuple[str, ...]
     block_lists: tuple[str, ...]
     block_classes: tuple[str, ...]
-    first_frame_is_clean: Callable[[Any], bool]
-    after_blocks: tuple[str, ...] = ("norm_out", "proj_out", "scale_shift_table")
+    first_frame_is_clean: Callable[[Any], bool] = _never
+    after_blocks: tuple[str, ...] = _AFTER_BLOCKS
     block_index: int = 8
     hidden_size: Callable[[Any], int] = _heads_times_size
     arguments: tuple[str, ...] = ("hidden_states",)
@@ -56,6 +65,7 @@ class Family:
     video_tokens: Callable[[Any], torch.Tensor] = layouts.whole_output
     temporal_factors: tuple[int, ...] = (4,)
     any_pixel_frames: bool = False
+    images: bool = False
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in the order in which they run."""
@@ -94,9 +104,17 @@ def _always(config: Any) -> bool:
     return True
 
 
-def _never(config: Any) -> bool:
-    return False
-
+_BY_IDS = ("hidden_states", IMAGE_IDS)
+# What most families of images have.
+_image = partial(
+    Family,
+    block_lists=("transformer_blocks",),
+    after_blocks=("norm_out", "proj_out"),
+    token_layout=layouts.image,
+    video_tokens=layouts.second_of_pair,
+    temporal_factors=(1,),
+    images=True,
+)
 
 # Named functions, so that a model with hooks that hold its row can still be pickled.
 FAMILIES = (
@@ -170,6 +188,64 @@ FAMILIES = (
         video_tokens=layouts.first_of_pair,
         first_frame_is_clean=_replaces_tokens,
     ),
+    _image(
+        name="flux",
+        transformer="FluxTransformer2DModel",
+        vaes=("AutoencoderKL",),
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        arguments=_BY_IDS,
+        token_layout=layouts.image_by_ids,
+    ),
+    _image(
+        name="flux2",
+        transformer="Flux2Transformer2DModel",
+        vaes=("AutoencoderKLFlux2",),
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        block_classes=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+        arguments=(*_BY_IDS, "kv_cache_mode", "num_ref_tokens"),
+        token_layout=layouts.patches_by_ids,
+    ),
+    _image(
+        name="sd3",
+        transformer="SD3Transformer2DModel",
+        vaes=("AutoencoderKL",),
+        block_classes=("JointTransformerBlock",),
+    ),
+    _image(
+        name="qwen_image",
+        transformer="QwenImageTransformer2DModel",
+        vaes=("AutoencoderKLQwenImage",),
+        block_classes=("QwenImageTransformerBlock",),
+        arguments=("hidden_states", "img_shapes"),
+        token_layout=layouts.image_by_shapes,
+        temporal_factors=(4,),
+    ),
+    _image(
+        name="chroma",
+        transformer="ChromaTransformer2DModel",
+        vaes=("AutoencoderKL",),
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        block_classes=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
+        arguments=_BY_IDS,
+        token_layout=layouts.image_by_ids,
+    ),
+    _image(
+        name="sana",
+        transformer="SanaTransformer2DModel",
+        vaes=("AutoencoderDC",),
+        block_classes=("SanaTransformerBlock",),
+        after_blocks=_AFTER_BLOCKS,
+        block_index=10,
+    ),
+    _image(
+        name="pixart",
+        transformer="PixArtTransformer2DModel",
+        vaes=("AutoencoderKL",),
+        block_classes=("BasicTransformerBlock",),
+        after_blocks=_AFTER_BLOCKS,
+        block_index=10,
+    ),
 )
 
 
@@ -204,7 +280,8 @@ def image_to_video_mask(transformer: nn.Module, batch: int, frames: int) -> torc
     """The ``frame_mask`` (B, T) of image-to-video training: False at frame 0 where its tokens are clean, else None.
 
     Clean tokens hold the image itself, which the student has not to find: aligning them teaches nothing. Where the
-    image comes in channels beside the noisy latents, frame 0 is noisy like every other one.
+    image comes in channels beside the noisy latents, frame 0 is noisy like every other one. None for families of
+    images, too.
 
     Args:
         transformer: of a supported family, not wrapped.

@@ -1,4 +1,4 @@
-"""How one forward's video tokens lie: frames, grid and order, from the arguments of the transformer's forward."""
+"""How one forward's video or image tokens lie: frames, grid and order, from the arguments of its forward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, SupportsIndex
 import torch
 
 from ..grid import Grid
+from .image_ids import IMAGE_IDS, image_grid
 
-# What a forward was called with, by the names of its parameters; of a tensor its shape.
+# What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids the numbers.
 Arguments = Mapping[str, Any]
 
 # Side of the squares in which Kandinsky's sparse attention takes a frame's tokens.
@@ -20,7 +21,7 @@ SPARSE_TILE = 8
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How one forward's video tokens lie: ``frames`` x ``grid`` in raster order.
+    """How one forward's video tokens lie: ``frames`` x ``grid`` in raster order. An image is a clip of one frame.
 
     Attributes:
         frames: T, token frames of the clip (latent frames / ``patch``, rounded up).
@@ -31,6 +32,8 @@ class TokenLayout:
         tile: the tokens of a frame come by squares of ``tile`` x ``tile`` tokens, each in raster order, and the
             squares in raster order; 1: raster order of the whole frame.
         temporal_ratio: pixel frames of one latent frame, where the transformer's config says it.
+        sequence: tokens of the forward's ``hidden_states``, where others than the image's own may be among them.
+        start: place of the image's first token in that sequence.
     """
 
     frames: int
@@ -39,6 +42,8 @@ class TokenLayout:
     latent_shape: tuple[int, int, int]
     tile: int = 1
     temporal_ratio: int | None = None
+    sequence: int | None = None
+    start: int = 0
 
     @property
     def tokens(self) -> int:
@@ -49,6 +54,13 @@ class TokenLayout:
     def front_padding(self) -> int:
         """Latent frames that the first token frame lacks of ``patch``."""
         return self.frames * self.patch - self.latent_shape[0]
+
+    def own(self, output: torch.Tensor) -> torch.Tensor:
+        """The image's own tokens (B, ``tokens``, D) of a block's output, without text in front and references."""
+        if self.sequence is None:
+            return output
+        start = output.shape[1] - self.sequence + self.start
+        return output[:, start : start + self.tokens]
 
     def by_frame(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, ``tokens``, D) in the transformer's order -> (B, T, P, D), each frame in raster order."""
@@ -79,7 +91,7 @@ LayoutRule = Callable[[Any, Arguments], TokenLayout]
 def patch_size(config: Any) -> tuple[int, int, int]:
     """(frames, height, width) of one token in latents, from a transformer's config."""
     if isinstance(config.patch_size, int):
-        return config.patch_size_t or 1, config.patch_size, config.patch_size
+        return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
     frames, height, width = config.patch_size
     return frames, height, width
 
@@ -94,14 +106,14 @@ def raster_layout(config: Any, latent_shape: Sequence[int]) -> TokenLayout:
 
 
 def _sizes(arguments: Arguments, axes: str) -> tuple[int, int, int]:
-    """Latent frames, height and width of ``hidden_states``, whose axes are named by one letter each."""
+    """Latent frames (1 of an image), height and width of ``hidden_states``; a letter for each of its axes."""
     shape = arguments["hidden_states"]
     if not isinstance(shape, tuple) or len(shape) != len(axes):
         raise ValueError(
             f"the transformer's forward was called without hidden_states ({', '.join(axes)}), so CREPA does not know "
             f"where its tokens lie: {'none were given' if shape is None else f'got {shape}'}"
         )
-    frames, height, width = (shape[axes.index(axis)] for axis in "THW")
+    frames, height, width = (shape[axes.index(axis)] if axis in axes else 1 for axis in "THW")
     return frames, height, width
 
 
@@ -141,11 +153,73 @@ def packed(config: Any, arguments: Arguments) -> TokenLayout:
     return TokenLayout(frames, (height, width), patch[0], latent_shape)
 
 
+def image(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of an image's latents (B, C, H, W)."""
+    return raster_layout(config, _sizes(arguments, "BCHW"))
+
+
+# Latents on a side of a token, where packing puts squares of them into its channels before the forward.
+PACKED = 2
+
+
+def image_by_ids(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of an image's tokens (B, N, C), packed, whose ``img_ids`` say where each lies."""
+    return _by_ids(arguments, PACKED)
+
+
+def patches_by_ids(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of an image's latents (B, C, H, W), flattened to tokens (B, H x W, C), whose ``img_ids`` say where each lies."""
+    return _by_ids(arguments, 1)
+
+
+def _by_ids(arguments: Arguments, side: int) -> TokenLayout:
+    # Where references are encoded for a cache they stand before the image, else after it.
+    first = arguments.get("num_ref_tokens") if arguments.get("kv_cache_mode") == "extract" else 0
+    grid = image_grid(arguments[IMAGE_IDS], int(first or 0))
+    return _of_sequence(arguments, grid, side, int(first or 0))
+
+
+def image_by_shapes(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of an image's tokens (B, N, C), packed, whose ``img_shapes`` begin with its own (1, height, width) in tokens.
+
+    Raises:
+        ValueError: without them, for images of several sizes in a batch, for layers of an image, or for a clip.
+    """
+    shapes = arguments["img_shapes"]
+    if not shapes or getattr(config, "use_layer3d_rope", False):
+        what = "images in layers are not supported" if shapes else "without them CREPA does not know where tokens lie"
+        raise ValueError(f"img_shapes = {shapes}: {what}")
+    # As the model reads them: a list for each sample, of the image and its references.
+    own = {tuple(each[0] if isinstance(each, list) else each) for each in shapes}
+    if len(own) != 1 or len(shape := next(iter(own))) != 3 or shape[0] != 1:
+        raise ValueError(
+            f"img_shapes = {shapes}: every sample must begin with its image's (1, height, width) in tokens, the same "
+            "for the whole batch"
+        )
+    return _of_sequence(arguments, (int(shape[1]), int(shape[2])), PACKED)
+
+
+def _of_sequence(arguments: Arguments, grid: Grid, side: int, start: int = 0) -> TokenLayout:
+    shape = arguments["hidden_states"]
+    if not isinstance(shape, tuple) or len(shape) != 3 or shape[1] < start + grid[0] * grid[1]:
+        raise ValueError(
+            f"the transformer's forward was called with hidden_states of shape {shape}, expected (B, N, C) with at "
+            f"least the {grid[0]} x {grid[1]} tokens of the image"
+        )
+    latent_shape = (1, side * grid[0], side * grid[1])
+    return TokenLayout(1, grid, 1, latent_shape, sequence=shape[1], start=start)
+
+
 def whole_output(output: Any) -> torch.Tensor:
-    """Video tokens of a block that returns them alone."""
+    """Video or image tokens of a block that returns them alone, or after the text in one tensor."""
     return output
 
 
 def first_of_pair(output: Any) -> torch.Tensor:
     """Video tokens of a block that returns (video, text)."""
     return output[0]
+
+
+def second_of_pair(output: Any) -> torch.Tensor:
+    """Image tokens of a block that returns (text, image); of one that returns one tensor, all of it."""
+    return output[1] if isinstance(output, tuple) else output

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.families import Family
+from ..models.image_ids import IMAGE_IDS, ImageIds
 from ..models.layouts import Arguments, TokenLayout
 from ..projector import Projector
 from .attach import CREPA, Owner, check_runs
@@ -57,12 +58,13 @@ class _Hooks:
 
     def __init__(self, transformer: nn.Module, family: Family) -> None:
         self.slots: dict[int, _Slot] = {}
-        self.arguments: Arguments | None = None
+        self.arguments: dict[str, Any] | None = None
         self.training = False
         self.gradients = False
         self._captures: list[Capture] = []
         self._family = family
         self._parameters = family.forward_parameters(transformer)
+        self._image_ids = ImageIds()
         self._handles: dict[int | None, list[RemovableHandle]] = {}
 
     @classmethod
@@ -101,18 +103,36 @@ class _Hooks:
             slot.wanted = any(capture.enabled for capture in readers)
             if not any(capture.reads for capture in readers):
                 slot.output = None
+        if self.arguments and not any(capture.reads for capture in self._captures):
+            self.arguments.pop(IMAGE_IDS, None)  # the only one that is a tensor
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.training = module.training
         self.gradients = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling():
-            for capture in self._captures:
-                capture.check_runs()
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self.arguments = {name: _described(given.get(name)) for name in self._family.arguments}
+        self.arguments = {
+            name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
+            for name in self._family.arguments
+        }
+        if not torch.compiler.is_compiling():
+            self._look_before()
         for slot in self.slots.values():
             slot.armed = slot.wanted and self.training and self.gradients
             slot.output = None
+
+    def _look_before(self) -> None:
+        for capture in self._captures:
+            capture.check_runs()
+        ids = None if self.arguments is None else self.arguments.get(IMAGE_IDS)
+        if isinstance(ids, torch.Tensor) and any(capture.captures_now for capture in self._captures):
+            self._image_ids.look(ids)
+
+    def layout(self, config: Any) -> TokenLayout:
+        """Of the last forward's tokens."""
+        arguments = dict(self.arguments or {})
+        if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
+            arguments[IMAGE_IDS] = self._image_ids.read(ids)
+        return self._family.token_layout(config, arguments)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self.slots.values():
@@ -208,11 +228,12 @@ class Capture:
     def check_runs(self) -> None:
         """``check_runs`` of the projector, before a forward that trains it."""
         # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
-        if self._projector is not None and self._captures_now:
+        if self._projector is not None and self.captures_now:
             check_runs(self._transformer, self._projector, self._owner)
 
     @property
-    def _captures_now(self) -> bool:
+    def captures_now(self) -> bool:
+        """Whether the forward that has begun is captured."""
         return self._enabled and self._hooks.training and self._hooks.gradients
 
     def entered(self, output: Any) -> Any:
@@ -262,13 +283,14 @@ class Capture:
         output = self._output(index)
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._family.token_layout(self._transformer.config, arguments)
-        if output.dim() != 3 or output.shape[1] != layout.tokens:
+        layout = self._hooks.layout(self._transformer.config)
+        tokens = layout.own(output) if output.dim() == 3 else output
+        if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(
                 f"block {index} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
                 f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
             )
-        return CapturedStates(layout.by_frame(output), layout)
+        return CapturedStates(layout.by_frame(tokens), layout)
 
     def _why_nothing(self) -> str:
         model, title = self._owner.model, self._owner.title

@@ -37,6 +37,9 @@ class CrepaRegularizer(Regularizer):
     VAE and encoder are loaded when the first batch needs them: never in backbone mode, with features given, or while
     the weight is 0.
 
+    On a transformer of images this is REPA: a clip of one frame, without neighbours. ``loss`` then takes pixels
+    (B, 3, H, W), latents (B, C, H, W) and features (B, N, E) or (B, height, width, E), and needs no masks.
+
     Args:
         config: ``CrepaConfig`` or a mapping of its keys.
         transformer: a supported diffusers transformer (``supported_families()``), not wrapped.
@@ -48,7 +51,9 @@ class CrepaRegularizer(Regularizer):
         vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
 
     Attributes:
-        config, transformer: as given.
+        config: as given, but on a transformer of images without neighbours, and of a preset that names no family at
+            the block that is recommended for the transformer's.
+        transformer: as given.
         projector: the ``CrepaProjector``, with iREPA the ``ConvolutionProjector``; None when disabled.
 
     Raises:
@@ -80,12 +85,7 @@ class CrepaRegularizer(Regularizer):
                 "encode them before training, or set it to false"
             )
         family = family_of(transformer)
-        if self.config.block_is_of not in (None, family.name):
-            raise ValueError(
-                f"crepa_block_index = {self.config.crepa_block_index} is the recommended block for "
-                f"{self.config.block_is_of}, and the transformer is of {family.name}: "
-                f'give family="{family.name}" with the preset, or the block'
-            )
+        self.config = self.config.of_family(family)
         keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * self.config.teacher.backbone
         blocks: dict[str, int] = {key: getattr(self.config, key) for key in keys}
         for key, index in blocks.items():

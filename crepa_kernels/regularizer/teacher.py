@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config.schema import CrepaConfig
+from ..grid import Grid
 from ..models.families import Family
 from ..teachers import TeacherFeatures
 from ..teachers.clips import ClipLengths, check_pixel_frames, check_pixels, encode_clips, given_features
@@ -26,6 +27,35 @@ class ClipInputs:
     features: torch.Tensor | TeacherFeatures | None = None
     feature_grid: Sequence[int] | None = None
     num_frames: int | Sequence[int] | None = None
+
+    def of_images(self, grid: Grid) -> ClipInputs:
+        """The same of images, without the axis of frames, as clips of one frame; ``grid``: the student's.
+
+        Raises:
+            ValueError: for pixels or latents of another number of axes, or of clips.
+        """
+        latents, pixels, features = self.latents, self.pixels, self.features
+        feature_grid = self.feature_grid
+        if isinstance(latents, torch.Tensor):
+            latents = _as_clip(latents, "latents", "(B, C, H, W)", axis=2)
+        if isinstance(pixels, torch.Tensor):
+            pixels = _as_clip(pixels, "pixels", "(B, 3, H, W)", axis=1)
+        if isinstance(features, TeacherFeatures):
+            features, feature_grid = features
+        if isinstance(features, torch.Tensor):
+            # (B, N, E) or (B, height, width, E), and with an axis of one frame whatever says so.
+            framed = features.dim() == 4 and (feature_grid is not None or (features.shape[1] == 1 and grid[0] != 1))
+            features = features if features.dim() == 5 or framed else features[:, None]
+        return ClipInputs(latents, pixels, features, feature_grid, self.num_frames)
+
+
+def _as_clip(images: torch.Tensor, name: str, shape: str, axis: int) -> torch.Tensor:
+    """Images with an axis of one frame."""
+    if images.dim() == 4:
+        return images.unsqueeze(axis)
+    if images.dim() == 5 and images.shape[axis] == 1:
+        return images
+    raise ValueError(f"{name} of images must be {shape}, got {tuple(images.shape)}")
 
 
 class TeacherSource:
@@ -88,6 +118,8 @@ class TeacherSource:
             ValueError: when nothing is given to teach from, or shapes, types and ranges do not fit.
         """
         layout = student.layout
+        if self._family.images:
+            inputs = inputs.of_images(layout.grid)
         batch, device = len(student.hidden_states), student.hidden_states.device
         if self.backbone:
             return TeacherFeatures(deeper().hidden_states.detach(), layout.grid), None

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models.families import Family
 from ..models.layouts import TokenLayout
-from ..models.vaes import VIDEO_VAES, VideoVae, statistics
+from ..models.vaes import VAES, Vae, statistics
 from ..optional import require
 from ..regularizer.monitor import LatentMonitor
 from ..transfer import moved
@@ -81,7 +81,8 @@ class LatentDecoder:
 
         Args:
             latents: (B, C, T, H, W), clean, normalised as the transformer sees them, not packed; with or without
-                the frames that pad their count at the front to a multiple of the transformer's temporal patch.
+                the frames that pad their count at the front to a multiple of the transformer's temporal patch. Of
+                images T is 1.
             layout: of the transformer's last forward.
             device: where a VAE that is loaded now goes.
 
@@ -92,10 +93,7 @@ class LatentDecoder:
             what = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a floating-point tensor (B, C, T, H, W), got {what}")
         if latents.dim() != 5 or tuple(latents.shape[2:]) != layout.of_latents(latents.shape[2]).latent_shape:
-            raise ValueError(
-                f"latents must be (B, C, T, H, W) with (T, H, W) = {layout.latent_shape} as in the transformer's "
-                f"forward, got {tuple(latents.shape)}{_other_order(latents, layout)}"
-            )
+            raise ValueError(self._wrong_shape(latents, layout))
         vae = self._vae if self._vae is not None else self._load(device)
         rule = _rule_of(vae, self._family)
         channels = rule.channels(vae.config)
@@ -117,6 +115,14 @@ class LatentDecoder:
                 self._monitor.watch(here, mean, std / scale, pixels)
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
+
+    def _wrong_shape(self, latents: torch.Tensor, layout: TokenLayout) -> str:
+        axes, sizes = ("C, H, W", "H, W") if self._family.images else ("C, T, H, W", "T, H, W")
+        shape = tuple(latents.shape) if latents.dim() != 5 or not self._family.images else tuple(latents[:, :, 0].shape)
+        return (
+            f"latents must be (B, {axes}) with ({sizes}) = {layout.latent_shape[-len(sizes.split(', ')) :]} as in the "
+            f"transformer's forward, got {shape}{_other_order(latents, layout)}"
+        )
 
     @property
     def temporal_factors(self) -> tuple[int, ...]:
@@ -175,12 +181,12 @@ def _either(family: Family) -> str:
     return " or ".join(family.vaes)
 
 
-def _rule_of(vae: Any, family: Family) -> VideoVae:
+def _rule_of(vae: Any, family: Family) -> Vae:
     """How ``vae`` is decoded; ValueError where it is none of the family's."""
     names = {base.__name__ for base in type(vae).__mro__}
     for name in family.vaes:
         if name in names:
-            return VIDEO_VAES[name]
+            return VAES[name]
     raise ValueError(f"vae must be an {_either(family)} for {family.name}, got {type(vae).__name__}")
 
 

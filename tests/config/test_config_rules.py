@@ -150,7 +150,8 @@ def test_preset_values() -> None:
 
 def test_a_recommended_block_is_for_its_family_alone() -> None:
     hunyuan = FAMILIES["hunyuan_video"].make()
-    for config in (CrepaConfig.preset("t2v"), CrepaConfig.preset("t2v", family="wan").replace(crepa_lambda=0.1)):
+    wan = CrepaConfig.preset("t2v", family="wan")
+    for config in (wan, wan.replace(crepa_lambda=0.1)):
         with pytest.raises(ValueError, match=r"crepa_block_index = 8 is the recommended block for wan, and the tran"):
             CrepaRegularizer(config, hunyuan)
     given = CrepaConfig.preset(

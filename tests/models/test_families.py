@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
-from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, by_frame, crepa_on, pixels_of
+from tiny_families import FAMILIES, SPARSE_KANDINSKY, WIDTH, TinyFamily, by_frame, crepa_on, pixels_of
 
 from crepa_kernels import image_to_video_mask, supported_families
 from crepa_kernels.models.families import family_of
@@ -21,12 +21,12 @@ STUDENT = 1
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def video_output(transformer: Any, path: str) -> list[torch.Tensor]:
-    """A list that gets the video tokens (B, tokens, D) of the block at ``path`` of each forward."""
+def video_output(transformer: Any, tiny: TinyFamily, path: str) -> list[torch.Tensor]:
+    """A list that gets the video or image tokens (B, tokens, D) of the block at ``path`` of each forward."""
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.append(tiny.tokens(output))
 
     transformer.get_submodule(path).register_forward_hook(keep)
     return seen
@@ -59,7 +59,7 @@ def test_a_row_names_the_blocks_in_the_order_in_which_they_run(name: str) -> Non
 def test_the_weights_that_come_after_the_last_block_are_those_of_the_row(name: str) -> None:
     tiny = FAMILIES[name]
     transformer = tiny.make()
-    seen = video_output(transformer, tiny.blocks[-1])
+    seen = video_output(transformer, tiny, tiny.blocks[-1])
     transformer(**tiny.inputs(model=transformer))
     seen[0].square().sum().backward()
     top = {n.split(".", 1)[0]: [] for n, _ in transformer.named_parameters()}
@@ -79,7 +79,7 @@ def test_states_are_the_blocks_output_by_frame_and_raster_position(name: str) ->
     tiny = FAMILIES[name]
     for index, path in enumerate(tiny.blocks):
         transformer = tiny.make()
-        seen = video_output(transformer, path)
+        seen = video_output(transformer, tiny, path)
         crepa = crepa_on(transformer, crepa_block_index=index)
         transformer(**tiny.inputs(2, model=transformer))
         states, layout = crepa.captured(index)
@@ -133,7 +133,7 @@ def test_the_prediction_does_not_change(name: str, return_dict: bool) -> None:
 def test_the_token_order_of_sparse_attention_is_undone() -> None:
     tiny = SPARSE_KANDINSKY
     transformer = tiny.make().requires_grad_(False)
-    seen = video_output(transformer, tiny.blocks[STUDENT])
+    seen = video_output(transformer, tiny, tiny.blocks[STUDENT])
     crepa = crepa_on(transformer)
     with attention_backend("flex"):
         transformer(**tiny.inputs(model=transformer))

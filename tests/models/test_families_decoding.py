@@ -99,12 +99,13 @@ def test_the_loss_of_latents_is_that_of_their_pixels(variant: str) -> None:
     tiny = FAMILIES[variant]
     transformer, vae = tiny.make(), tiny_vaes(tiny.name)
     # With a temporal patch of 2, 5 latent frames were padded at the front to the forward's 6.
-    latents = clean_latents(2, 1 + tiny.frames * tiny.patch[0] - tiny.patch[0])
+    latents = clean_latents(2, 1 + tiny.frames * tiny.patch[0] - tiny.patch[0], *tiny.latents[1:])
     crepa = crepa_on(transformer, vae=vae)
     transformer(**tiny.inputs(2, model=transformer))
     losses = [crepa.loss(step=0, latents=latents)[0]]
-    assert crepa.frames_decoded == 2 * (17 if "ltx" in variant or "1.5" in variant else 9)
-    assert crepa.frames_encoded == 2 * 3
+    frames = 1 if tiny.frames == 1 else 17 if "ltx" in variant or "1.5" in variant else 9
+    assert crepa.frames_decoded == 2 * frames
+    assert crepa.frames_encoded == 2 * tiny.frames
     losses.append(crepa.loss(step=0, pixels=found_pixels(variant, vae, latents))[0])
     assert torch.equal(*losses)
     losses.append(crepa.loss(step=0, latents=latents.flip(-1))[0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.state import compile_blocks
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +27,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], None]) -> dict[str, torch.Tensor]:
-    """Gradients of the prediction's square and the CREPA loss, "states" and every weight, with frame 0 masked."""
+    """Gradients of the prediction's square and the CREPA loss, "states" and each weight; a clip's frame 0 is masked."""
     tiny = FAMILIES[name]
     transformer = tiny.make()
     prepare(transformer)
@@ -44,11 +44,14 @@ def training_step(name: str, settings: dict[str, Any], prepare: Callable[[Any], 
     hook.remove()
     (states,) = outputs
     mask = torch.ones(2, tiny.frames, dtype=torch.bool)
-    mask[:, 0] = False
+    mask[:, : tiny.masked] = False
     pixels = None if "crepa_feature_source" in settings else pixels_of(tiny, 2)
     aux, logs = crepa.loss(step=0, pixels=pixels, frame_mask=mask)
     assert -1 <= logs["crepa_similarity"] <= 1
     (to_states,) = torch.autograd.grad(aux, states, retain_graph=True)
+    if (text := to_states.shape[1] - tiny.frames * tiny.grid[0] * tiny.grid[1]) > 0:
+        assert not to_states[:, :text].any()
+        to_states = to_states[:, text:]
     (prediction.square().mean() + aux).backward()
     # An error where the recomputation in the backward was captured: that does not come from these states.
     torch.autograd.grad(crepa.captured(index).hidden_states.sum(), states)
@@ -75,8 +78,8 @@ def test_the_gradient_reaches_every_token_of_every_unmasked_frame(name: str, set
     tiny = FAMILIES[name]
     gradients = training_step(name, settings, leave)
     reached = by_frame(gradients["states"], tiny).abs().sum(-1) > 0
-    assert not reached[:, 0].any()
-    assert reached[:, 1:].all()
+    assert not reached[:, : tiny.masked].any()
+    assert reached[:, tiny.masked :].all()
     for parameter in ("0.weight", "0.bias", "1.weight", "1.bias"):
         assert gradients[f"{CREPA.projector}.{parameter}"].any()
 
@@ -121,10 +124,13 @@ def test_states_and_gradients_in_bf16(name: str, how: str, tmp_path: Path) -> No
 def test_checkpointing_gives_the_same_gradients(name: str, settings: dict[str, Any], mode: Any) -> None:
     expected = training_step(name, settings, leave)
     found = training_step(name, settings, lambda transformer: checkpointed(transformer, mode))
-    assert expected.keys() == found.keys()
     for key, gradient in expected.items():
         # The same operations in the same order; a reentrant backward adds up in another one.
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+    # A reentrant one also reaches the text that the last block writes for nobody.
+    extra = found.keys() - expected.keys()
+    assert mode is not None or not extra
+    assert not any(found[key].any() for key in extra)
 
 
 @pytest.mark.slow
@@ -178,8 +184,9 @@ def test_a_compiled_model_is_captured(name: str) -> None:
 
 def add_lora(transformer: Any, tiny: TinyFamily, blocks: tuple[str, ...]) -> None:
     transformer.requires_grad_(False)
-    targets = [f"{path}.{tiny.query}" for path in blocks]
-    transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    config = LoraConfig(r=2, target_modules=[tiny.query_of(path) for path in blocks], init_lora_weights=False)
+    # PixArt's class has no add_adapter().
+    inject_adapter_in_model(config, transformer)
 
 
 @every_family

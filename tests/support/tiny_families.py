@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import tiny_images
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
+    ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SanaVideoTransformer3DModel,
+    SD3Transformer2DModel,
     WanTransformer3DModel,
 )
 from tiny import CHANNELS, TEXT_DIM, WAN, clip_pixels, reloaded, tiny_dinov2, tiny_vae
@@ -138,6 +147,10 @@ def _hunyuan(latents: torch.Tensor, generator: torch.Generator, model: Any) -> d
     }
 
 
+def _first_or_all(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """One family's transformer, or one variant of it.
@@ -153,6 +166,8 @@ class TinyFamily:
         patch: (frames, height, width) of a token in latents.
         channels_first: whether the embedding's weights list channels before places.
         latents: (T, H, W) that ``inputs`` uses.
+        tokens: (B, tokens, D) of the video or image in what a block returns.
+        single_query: ``query`` of blocks for one stream, where it has another name.
     """
 
     name: str
@@ -166,6 +181,8 @@ class TinyFamily:
     latents: tuple[int, int, int] = (3, 4, 6)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     channels_first: bool = True
+    tokens: Callable[[Any], torch.Tensor] = _first_or_all
+    single_query: str | None = None
 
     @property
     def frames(self) -> int:
@@ -174,6 +191,16 @@ class TinyFamily:
     @property
     def grid(self) -> tuple[int, int]:
         return self.latents[1] // self.patch[1], self.latents[2] // self.patch[2]
+
+    def query_of(self, block: str) -> str:
+        """The path of the query projection in the block at a path."""
+        single = self.single_query if block.startswith("single") else None
+        return f"{block}.{single or self.query}"
+
+    @property
+    def masked(self) -> int:
+        """Frames that tests mask: the first, where it is not the only one."""
+        return min(1, self.frames - 1)
 
     def make(self, **overrides: Any) -> Any:
         """The transformer, in train mode, saved to the hub's layout and loaded back."""
@@ -203,7 +230,9 @@ def _listed(name: str, count: int) -> tuple[str, ...]:
 
 
 _BLOCKS = _listed("transformer_blocks", 3)
-_HUNYUAN_BLOCKS = (*_listed("transformer_blocks", 2), *_listed("single_transformer_blocks", 2))
+_TWO_LISTS = (*_listed("transformer_blocks", 2), *_listed("single_transformer_blocks", 2))
+# What most families of images have; an image is a clip of one frame.
+_image = partial(TinyFamily, query="attn.to_q", latents=(1, 4, 6), tokens=tiny_images.image_tokens)
 
 FAMILIES = {
     "wan": TinyFamily("wan", WanTransformer3DModel, WAN, _plain, _listed("blocks", 3)),
@@ -238,7 +267,7 @@ FAMILIES = {
         HunyuanVideoTransformer3DModel,
         HUNYUAN,
         _hunyuan,
-        _HUNYUAN_BLOCKS,
+        _TWO_LISTS,
         "x_embedder.proj",
         "attn.to_q",
     ),
@@ -247,12 +276,61 @@ FAMILIES = {
         HunyuanVideoTransformer3DModel,
         HUNYUAN,
         _hunyuan,
-        _HUNYUAN_BLOCKS,
+        _TWO_LISTS,
         "x_embedder.proj",
         "attn.to_q",
         overrides={"image_condition_type": "token_replace"},
     ),
+    "flux": _image("flux", FluxTransformer2DModel, tiny_images.FLUX, tiny_images.flux, _TWO_LISTS, "x_embedder"),
+    "flux2": _image(
+        "flux2",
+        Flux2Transformer2DModel,
+        tiny_images.FLUX2,
+        tiny_images.flux2,
+        _TWO_LISTS,
+        "x_embedder",
+        patch=(1, 1, 1),
+        latents=(1, 2, 3),
+        single_query="attn.to_qkv_mlp_proj",
+    ),
+    "sd3": _image("sd3", SD3Transformer2DModel, tiny_images.SD3, tiny_images.sd3, _BLOCKS, "pos_embed.proj"),
+    "qwen_image": _image(
+        "qwen_image", QwenImageTransformer2DModel, tiny_images.QWEN, tiny_images.qwen_image, _BLOCKS, "img_in"
+    ),
+    "chroma": _image(
+        "chroma", ChromaTransformer2DModel, tiny_images.CHROMA, tiny_images.chroma, _TWO_LISTS, "x_embedder"
+    ),
+    "sana": _image(
+        "sana",
+        SanaTransformer2DModel,
+        tiny_images.SANA,
+        tiny_images.plain,
+        _BLOCKS,
+        "patch_embed.proj",
+        query="attn1.to_q",
+        patch=(1, 1, 1),
+        latents=(1, 2, 3),
+        tokens=_first_or_all,
+    ),
+    "pixart": _image(
+        "pixart",
+        PixArtTransformer2DModel,
+        tiny_images.PIXART,
+        tiny_images.plain,
+        _BLOCKS,
+        "pos_embed.proj",
+        query="attn1.to_q",
+        tokens=_first_or_all,
+    ),
 }
+
+
+def on_grid(name: str, grid: tuple[int, int]) -> TinyFamily:
+    """A family of images whose ``inputs`` are of a grid of tokens."""
+    tiny = FAMILIES[name]
+    return replace(tiny, latents=(1, grid[0] * tiny.patch[1], grid[1] * tiny.patch[2]))
+
+
 # Flex attention has no backward on a CPU, so this one only runs forward there.
 SPARSE_KANDINSKY = TinyFamily(
     "kandinsky5_video",
@@ -292,11 +370,14 @@ def tiny_vaes(name: str, **overrides: Any) -> Any:
     if usual[name] == "AutoencoderKLWan":
         return tiny_vae(**overrides)
     model, config = {
+        **tiny_images.VAES,
         "AutoencoderKLLTXVideo": (AutoencoderKLLTXVideo, LTX_VAE),
         "AutoencoderKLLTX2Video": (AutoencoderKLLTX2Video, LTX2_VAE),
         "AutoencoderKLCogVideoX": (AutoencoderKLCogVideoX, _SMALL),
         "AutoencoderKLHunyuanVideo": (AutoencoderKLHunyuanVideo, _SMALL),
     }[usual[name]]
+    if name == "pixart":
+        overrides = {"shift_factor": None, **overrides}  # its pipeline knows none
     return reloaded(partial(_with_statistics, model, {**config, **overrides}), 1, None, f"{name} vae {overrides}")
 
 
@@ -305,6 +386,9 @@ def _with_statistics(model: Any, config: Mapping[str, Any]) -> Any:
     if "latents_mean" in dict(vae.named_buffers()):
         vae.latents_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
         vae.latents_std.copy_(torch.tensor([1.5, 0.8, 2.0, 1.2]))
+    if isinstance(vae, AutoencoderKLFlux2):
+        vae.bn.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+        vae.bn.running_var.copy_(torch.tensor([1.5, 0.8, 2.0, 1.2]))
     return vae
 
 

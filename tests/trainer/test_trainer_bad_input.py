@@ -17,7 +17,7 @@ from tiny_hub_folders import save_tiny_cogvideox, save_tiny_hunyuan_image, save_
 from tiny_pipelines import TINY_PIPELINES, save_tiny_wan_pipeline
 from videos import captioned_squares
 
-from crepa_kernels import supported_families
+from crepa_kernels.models.families import FAMILIES, Family
 
 IMAGE = "image2video"
 ENCODERS = ("tokenizer", "text_encoder")
@@ -102,17 +102,25 @@ def change(file: Path, **changes: Any) -> None:
 
 
 def test_every_family_has_a_row() -> None:
-    assert {name.split()[0] for name in ROWS} == set(supported_families())
+    assert {name.split()[0] for name in ROWS} == set(TrainingFamily.known)
 
 
 @every_row
 def test_a_folder_of_another_family(name: str, refused: Callable[..., str]) -> None:
     own = name.split()[0]
-    for other in supported_families():
+    for other in TrainingFamily.known:
         if other != own:
             line = refused(name, family=other)
             assert f"family = {other}, but " in line
             assert f"({own})" in line
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILIES if row.images], ids=lambda row: row.name)
+def test_a_family_of_images(row: Family, refused: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    model = copied(folder, "wan", tmp_path / "model")
+    change(model / "model_index.json", transformer=["diffusers", row.transformer])
+    line = refused("wan", model)
+    assert f"{row.name} ({row.transformer}) makes images, and crepa-train trains on videos: attach" in line
 
 
 @every_row

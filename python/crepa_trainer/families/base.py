@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import raster_layout
-from crepa_kernels.models.vaes import VIDEO_VAES, encode
+from crepa_kernels.models.vaes import VAES, encode
 
 from .folder import constructor_defaults, has_part, missing_shards, read_config
 from .noise import NoisyLatents, add_noise, scheduler_shift, shifted, with_clean_first_frame, with_given_first_frame
@@ -86,6 +86,12 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         transformer = index.get("transformer") or [None, None]
         found = {each.transformer_class: each for each in cls.known.values()}.get(transformer[1])
         if found is None:
+            image = next((row.name for row in FAMILIES if row.images and row.transformer == transformer[1]), None)
+            if image is not None:
+                raise ValueError(
+                    f"{model}: {image} ({transformer[1]}) makes images, and crepa-train trains on videos: attach "
+                    "CrepaRegularizer in a loop of your own, as examples/train_flux_repa.py does"
+                )
             known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls.known.values())
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
@@ -241,7 +247,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
 
     def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""
-        return VIDEO_VAES[type(vae).__name__].decode(vae, latents)
+        return VAES[type(vae).__name__].decode(vae, latents)
 
     def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """Levels in [0, 1] at which clips of `latent_shape` (C, T, h, w) are trained, from standard normal draws (B,).

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import TokenLayout, patch_size, raster_layout
-from crepa_kernels.models.vaes import VIDEO_VAES
+from crepa_kernels.models.vaes import VAES
 
 
 class ClipSize(Protocol):
@@ -57,7 +57,7 @@ class ModelSizes:
     @property
     def compression(self) -> tuple[int, int]:
         """(pixel frames, pixels) of one latent frame and of one latent's side."""
-        return VIDEO_VAES[str(self.vae_class)].compression(self.config("vae"))
+        return VAES[str(self.vae_class)].compression(self.config("vae"))
 
     def check_bucket(self, bucket: ClipSize) -> None:
         """ValueError for a size that VAE and patches cannot make, or a frame count that the VAE cannot make."""
@@ -88,7 +88,7 @@ class ModelSizes:
     def latent_shape(self, bucket: ClipSize) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a clip's latents, from configs alone."""
         factor, pixels = self.compression
-        channels = VIDEO_VAES[str(self.vae_class)].channels(self.config("vae"))
+        channels = VAES[str(self.vae_class)].channels(self.config("vae"))
         return channels, 1 + (bucket.frames - 1) // factor, bucket.height // pixels, bucket.width // pixels
 
     def layout(self, bucket: ClipSize) -> TokenLayout:
