@@ -47,16 +47,17 @@ def mean_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 class Outputs:
-    """What a plain model's blocks return: ``video`` of the tokens that are the video's."""
+    """The tokens of the video or image that a plain model's blocks return."""
 
     def __init__(self, tiny: TinyFamily, transformer: nn.Module, *indices: int) -> None:
+        self._tiny = tiny
         self.found: dict[int, torch.Tensor] = {}
         for index in indices:
             transformer.get_submodule(tiny.blocks[index]).register_forward_hook(self._keep(index))
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.found[index] = output[0] if isinstance(output, tuple) else output
+            self.found[index] = self._tiny.tokens(output)
 
         return hook
 
