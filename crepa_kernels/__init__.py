@@ -12,10 +12,12 @@ from .projector import CrepaProjector
 if TYPE_CHECKING:
     from .config.layersync import LayerSyncConfig
     from .config.schema import CrepaConfig
+    from .config.urepa import UrepaConfig
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
     from .regularizer.layersync import LayerSync
     from .regularizer.schedule import CrepaSchedule
+    from .regularizer.urepa import UrepaRegularizer
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,8 @@ _LAZY = {
     "CrepaSchedule": "regularizer.schedule",
     "LayerSync": "regularizer",
     "LayerSyncConfig": "config",
+    "UrepaConfig": "config",
+    "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
     "supported_families": "models.families",
 }
@@ -38,6 +42,8 @@ __all__ = [
     "CrepaSchedule",
     "LayerSync",
     "LayerSyncConfig",
+    "UrepaConfig",
+    "UrepaRegularizer",
     "available_backends",
     "crepa_loss",
     "frame_indices",

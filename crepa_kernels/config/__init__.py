@@ -1,7 +1,8 @@
-"""The options of each loss: one validated schema, and the sources they come from."""
+"""Settings: one validated schema for each loss, and the sources they come from."""
 
 from .layersync import LayerSyncConfig
 from .rules import ConfigError
 from .schema import CrepaConfig
+from .urepa import UrepaConfig
 
-__all__ = ["ConfigError", "CrepaConfig", "LayerSyncConfig"]
+__all__ = ["ConfigError", "CrepaConfig", "LayerSyncConfig", "UrepaConfig"]

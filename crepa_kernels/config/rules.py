@@ -221,11 +221,6 @@ def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterato
         rule = f"must be deeper than the student's block, crepa_block_index = {block}"
         yield keys | {"crepa_block_index"}, describe("crepa_teacher_block_index", teacher, rule)
 
-    size, encoder = values["crepa_encoder_image_size"], values["crepa_encoder"]
-    if encoder in DINOV2_HUB_IDS and size % DINOV2_PATCH_SIZE:
-        rule = f"must be a multiple of the patch size of {encoder}, {DINOV2_PATCH_SIZE}, at least one patch"
-        yield {"crepa_encoder", "crepa_encoder_image_size"}, describe("crepa_encoder_image_size", size, rule)
-
     threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
     ceiling = neighbours.most if metric == "alignment_score" else 1.0
     if threshold is not None and threshold > ceiling:

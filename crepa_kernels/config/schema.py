@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from ..neighbours import Neighbours
 from .base import Integer, Settings, flag, integer, number
 from .irepa import IrepaKeys
 from .rules import (
-    DINOV2_HUB_IDS,
     ENCODER_ALIASES,
     LEAST_INTEGER,
     PRESETS,
@@ -29,7 +29,7 @@ from .rules import (
     unknown_key,
     unknown_preset,
 )
-from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, schedule_field
+from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, encoder_problems, shared_field
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class CrepaConfig(IrepaKeys, Settings):
         ge=0,
         description="zero-based block to align; must be an integer >= 0, required when enabled",
     )
-    crepa_lambda: float = schedule_field("lambda")
+    crepa_lambda: float = shared_field("lambda")
     crepa_adjacent_distance: Integer = integer(1, "neighbour offset in latent frames, 0 for none", ge=0)
     crepa_adjacent_tau: float = number(1.0, "decay length of the neighbour weight exp(-offset/tau)", gt=0)
     crepa_cumulative_neighbors: bool = flag(False, "every offset up to the distance, not that one alone")
@@ -69,17 +69,8 @@ class CrepaConfig(IrepaKeys, Settings):
     crepa_frame_map: Literal["last", "center", "mean"] = Field(
         "last", description='teacher frame of a latent frame; must be "last", "center" or "mean"'
     )
-    crepa_encoder: str = Field(
-        "dinov2_vitg14",
-        min_length=1,
-        description=f"teacher; must be one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id",
-    )
-    crepa_encoder_image_size: Integer = Field(
-        518,
-        ge=1,
-        description="side of the square image that the encoder sees, in pixels; "
-        "must be an integer, a multiple of the patch size, at least one patch",
-    )
+    crepa_encoder: str = shared_field("encoder")
+    crepa_encoder_image_size: Integer = shared_field("encoder_image_size")
     crepa_encoder_resize: Literal["square", "grid"] = Field(
         "square",
         description='frames to the image size, or to a patch a student token; must be "square" or "grid"',
@@ -98,12 +89,12 @@ class CrepaConfig(IrepaKeys, Settings):
         "must be an integer >= 0, deeper than crepa_block_index",
     )
     crepa_drop_vae_encoder: bool = flag(False, "free the VAE's encoder when only decoding is needed")
-    crepa_scheduler: Scheduler = schedule_field("scheduler")
-    crepa_warmup_steps: Integer = schedule_field("warmup_steps")
-    crepa_decay_steps: Integer = schedule_field("decay_steps")
-    crepa_lambda_end: float = schedule_field("lambda_end")
-    crepa_power: float = schedule_field("power")
-    crepa_cutoff_step: Integer = schedule_field("cutoff_step")
+    crepa_scheduler: Scheduler = shared_field("scheduler")
+    crepa_warmup_steps: Integer = shared_field("warmup_steps")
+    crepa_decay_steps: Integer = shared_field("decay_steps")
+    crepa_lambda_end: float = shared_field("lambda_end")
+    crepa_power: float = shared_field("power")
+    crepa_cutoff_step: Integer = shared_field("cutoff_step")
     crepa_similarity_threshold: float | None = Field(
         None,
         gt=0,
@@ -115,8 +106,8 @@ class CrepaConfig(IrepaKeys, Settings):
         description="what is averaged and compared with the threshold, the mean cosine in [-1, 1] or the sum "
         'over neighbours; must be "similarity" or "alignment_score"',
     )
-    crepa_similarity_ema_decay: float = schedule_field("similarity_ema_decay")
-    crepa_threshold_mode: ThresholdMode = schedule_field("threshold_mode")
+    crepa_similarity_ema_decay: float = shared_field("similarity_ema_decay")
+    crepa_threshold_mode: ThresholdMode = shared_field("threshold_mode")
     crepa_probe_interval: Integer = integer(50, "steps between measurements while a recoverable cutoff lasts", ge=1)
     crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
@@ -129,8 +120,8 @@ class CrepaConfig(IrepaKeys, Settings):
         return [*settle_source(values), *refuse_qwen("crepa_encoder", values, written)]
 
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        yield from joint_problems(self.to_dict(), self.neighbours)
-        yield from self.irepa_problems("crepa_enabled")
+        own = joint_problems(self.to_dict(), self.neighbours)
+        return chain(encoder_problems(self.teacher), own, self.irepa_problems("crepa_enabled"))
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], *, family: str | None = None) -> CrepaConfig:
@@ -266,6 +257,7 @@ class CrepaConfig(IrepaKeys, Settings):
             frame_map=self.crepa_frame_map,
             drop_vae_encoder=self.crepa_drop_vae_encoder,
             encoder_key="crepa_encoder",
+            size_key="crepa_encoder_image_size",
         )
 
     def loss_options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,11 +10,23 @@ from typing import Any, Literal
 from pydantic import Field
 
 from .base import Settings, integer, number
+from .rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE, describe
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ThresholdMode = Literal["permanent", "recoverable"]
 
-_SCHEDULE = {
+_FIELDS = {
+    "encoder": Field(
+        "dinov2_vitg14",
+        min_length=1,
+        description=f"teacher; must be one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id",
+    ),
+    "encoder_image_size": Field(
+        518,
+        ge=1,
+        description="side of the square image that the encoder sees, in pixels; "
+        "must be an integer, a multiple of the patch size, at least one patch",
+    ),
     "lambda": number(0.5, "weight of the loss", ge=0),
     "scheduler": Field(
         "constant",
@@ -35,9 +48,9 @@ _SCHEDULE = {
 }
 
 
-def schedule_field(name: str) -> Any:
-    """The field of a key of the schedule, by its name without prefix: default and rule."""
-    return copy(_SCHEDULE[name])
+def shared_field(name: str) -> Any:
+    """The field of a key that several settings have, by its name without prefix: default and rule."""
+    return copy(_FIELDS[name])
 
 
 @dataclass(frozen=True)
@@ -85,14 +98,23 @@ class TeacherSettings:
 
     Attributes:
         backbone: whether a block of the model itself teaches; then nothing else counts.
-        encoder_key: the key of ``encoder``, for messages.
+        encoder_key, size_key: the keys of ``encoder`` and ``image_size``, for messages.
     """
 
     encoder: str
     encoder_key: str
+    size_key: str
     image_size: int
     resize: str = "square"
     frames_batch_size: int = -1
     frame_map: str = "last"
     drop_vae_encoder: bool = False
     backbone: bool = False
+
+
+def encoder_problems(teacher: TeacherSettings) -> Iterator[tuple[set[str], str]]:
+    """What is wrong of an encoder together with its image size, as `joint_problems` says it."""
+    size, encoder = teacher.image_size, teacher.encoder
+    if encoder in DINOV2_HUB_IDS and size % DINOV2_PATCH_SIZE:
+        rule = f"must be a multiple of the patch size of {encoder}, {DINOV2_PATCH_SIZE}, at least one patch"
+        yield {teacher.encoder_key, teacher.size_key}, describe(teacher.size_key, size, rule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -49,6 +49,7 @@ class Family:
         any_pixel_frames: whether T latent frames are made of (T - 1)c + 1 to Tc pixel frames; else of the first number
             alone.
         images: whether it makes images, which are clips of one frame here.
+        model: what the class is called in messages.
     """
 
     name: str
@@ -66,10 +67,16 @@ class Family:
     temporal_factors: tuple[int, ...] = (4,)
     any_pixel_frames: bool = False
     images: bool = False
+    model: str = "transformer"
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in the order in which they run."""
-        return [block for name in self.block_lists for block in getattr(transformer, name)]
+        found = [getattr(transformer, name) for name in self.block_lists]
+        return [block for each in found for block in (each if isinstance(each, nn.ModuleList) else [each])]
+
+    def called(self, index: int) -> str:
+        """What block ``index`` is called in messages."""
+        return f"block {index}" if self.model == "transformer" else self.block_lists[index]
 
     def block(self, transformer: nn.Module, index: int, key: str) -> nn.Module:
         """Block ``index``; a ValueError names ``key`` and the valid range."""
@@ -102,6 +109,10 @@ def _replaces_tokens(config: Any) -> bool:
 
 def _always(config: Any) -> bool:
     return True
+
+
+def _last_width(config: Any) -> int:
+    return int(config.block_out_channels[-1])
 
 
 _BY_IDS = ("hidden_states", IMAGE_IDS)
@@ -248,6 +259,23 @@ FAMILIES = (
     ),
 )
 
+# Of U-REPA; no transformer.
+UNET = Family(
+    name="unet",
+    transformer="UNet2DConditionModel",
+    vaes=("AutoencoderKL",),
+    block_lists=("mid_block",),
+    block_classes=("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D"),
+    after_blocks=("up_blocks", "conv_norm_out", "conv_out"),
+    block_index=0,
+    hidden_size=_last_width,
+    arguments=("sample",),
+    token_layout=layouts.feature_map,
+    temporal_factors=(1,),
+    images=True,
+    model="unet",
+)
+
 
 def supported_families() -> tuple[str, ...]:
     """Names of the model families that CREPA can be attached to."""
@@ -260,20 +288,55 @@ def family_of(transformer: nn.Module) -> Family:
     Raises:
         ValueError: for any other class; the message lists the supported ones.
     """
+    found = _among((*FAMILIES, UNET), transformer, "transformer")
+    if found is UNET:
+        raise ValueError(
+            f"{type(transformer).__name__} is a UNet and no transformer: what CREPA is to those is U-REPA to UNets, "
+            "UrepaRegularizer with urepa_enabled"
+        )
+    if found is not None:
+        return found
+    known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
+    raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
+
+
+def unet_of(unet: nn.Module) -> Family:
+    """The row of a diffusers UNet, by its class or a base class of it.
+
+    Raises:
+        ValueError: for any other class, or a UNet without a block in the middle.
+    """
+    found = _among((*FAMILIES, UNET), unet, "unet")
+    if found is not None and found is not UNET:
+        raise ValueError(
+            f"{type(unet).__name__} is a transformer and no UNet: what U-REPA is to those is CREPA to transformers, "
+            "CrepaRegularizer with crepa_enabled"
+        )
+    if found is None:
+        raise ValueError(
+            f"{type(unet).__name__} is no {UNET.transformer}, which is what U-REPA attaches to; CREPA attaches to "
+            "transformers (CrepaRegularizer)"
+        )
+    if getattr(unet, "mid_block", None) is None:
+        raise ValueError(f"this {UNET.transformer} has no mid_block (mid_block_type = None), which U-REPA aligns")
+    return UNET
+
+
+def _among(families: Sequence[Family], model: nn.Module, kind: str) -> Family | None:
+    """The family of the model's class or a base class of it; a ValueError for what wraps a model."""
     # By name, so that diffusers is imported by those who have a model from it and by nobody else.
-    names = {base.__name__ for base in type(transformer).__mro__}
-    for family in FAMILIES:
+    names = {base.__name__ for base in type(model).__mro__}
+    for family in families:
         if family.transformer in names:
             return family
     # DDP and DataParallel, torch.compile's module.
-    wraps = any(isinstance(getattr(transformer, name, None), nn.Module) for name in ("module", "_orig_mod"))
+    wraps = any(isinstance(getattr(model, name, None), nn.Module) for name in ("module", "_orig_mod"))
     if wraps or "PeftModel" in names:
         raise ValueError(
-            f"{type(transformer).__name__} is no transformer but wraps one: unwrap it "
-            "(accelerator.unwrap_model(transformer), .module of DDP, get_base_model() of a PeftModel)"
+            f"{type(model).__name__} is no {kind} but wraps one: unwrap it "
+            f"(accelerator.unwrap_model({kind}), .module of DDP, get_base_model() of a PeftModel)"
         )
-    known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
-    raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
+    return None
 
 
 def image_to_video_mask(transformer: nn.Module, batch: int, frames: int) -> torch.Tensor | None:

@@ -15,6 +15,9 @@ from .image_ids import IMAGE_IDS, image_grid
 # What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids the numbers.
 Arguments = Mapping[str, Any]
 
+# The shape of the captured block's output, beside these.
+OUTPUT = "the block's output"
+
 # Side of the squares in which Kandinsky's sparse attention takes a frame's tokens.
 SPARSE_TILE = 8
 
@@ -56,8 +59,13 @@ class TokenLayout:
         return self.frames * self.patch - self.latent_shape[0]
 
     def own(self, output: torch.Tensor) -> torch.Tensor:
-        """The image's own tokens (B, ``tokens``, D) of a block's output, without text in front and references."""
-        if self.sequence is None:
+        """The image's own tokens (B, ``tokens``, D) of a block's output, without text in front and references.
+
+        Those of a UNet's map (B, D, height, width) are its places.
+        """
+        if output.dim() == 4:
+            output = output.flatten(2).transpose(1, 2)
+        if self.sequence is None or output.dim() != 3:
             return output
         start = output.shape[1] - self.sequence + self.start
         return output[:, start : start + self.tokens]
@@ -208,6 +216,13 @@ def _of_sequence(arguments: Arguments, grid: Grid, side: int, start: int = 0) ->
         )
     latent_shape = (1, side * grid[0], side * grid[1])
     return TokenLayout(1, grid, 1, latent_shape, sequence=shape[1], start=start)
+
+
+def feature_map(config: Any, arguments: Arguments) -> TokenLayout:
+    """Of a UNet's map (B, D, h, w) at some depth, which has a grid of its own, for latents (B, C, H, W)."""
+    *_, height, width = arguments[OUTPUT]
+    *_, rows, columns = arguments["sample"]
+    return TokenLayout(1, (height, width), 1, (1, rows, columns))
 
 
 def whole_output(output: Any) -> torch.Tensor:

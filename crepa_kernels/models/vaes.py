@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
@@ -44,8 +45,22 @@ class Vae:
         The end is ``VideoProcessor.postprocess_video``.
         """
         mean, std, scale = statistics(vae, latents.device)
-        video = self.to_video(vae, (latents.float() * std / scale + mean).to(vae.dtype))
+        with _upcast(vae):
+            video = self.to_video(vae, (latents.float() * std / scale + mean).to(vae.dtype))
         return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """In fp32, where its config says that it overflows in fp16 and it is in fp16, as SDXL's pipeline does it."""
+    overflows = vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+    if overflows:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(torch.float16)
 
 
 def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -77,7 +92,7 @@ def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor, float]:
     elif getattr(vae.config, "latents_mean", None) is not None:
         # From pageable memory, so the host does not wait for the device.
         both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
-        (mean, std), scale = moved(both, device), 1.0
+        mean, std = moved(both, device)
     else:
         shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
         mean, std = torch.full((1,), shift, device=device), torch.ones(1, device=device)

@@ -10,9 +10,20 @@ import torch
 from ..config.schema import CrepaConfig
 from ..projector import CrepaProjector
 from ..teachers import TeacherFeatures
+from .attach import CREPA, Owner
 from .capture import CapturedStates
 
 Result = TypeVar("Result")
+
+
+def check_width(teacher: TeacherFeatures, made_for: int, owner: Owner) -> None:
+    """ValueError where the teacher's features have another width than the projector makes."""
+    width = teacher.features.shape[-1]
+    if width != made_for:
+        raise ValueError(
+            f"teacher features have width {width}, the projector was made for {made_for}: "
+            f"pass {owner.regularizer}(feature_size={width})"
+        )
 
 
 def aligned(
@@ -29,13 +40,7 @@ def aligned(
     Raises:
         ValueError: its own, and where the teacher's features have another width than the projector makes.
     """
-    width = teacher.features.shape[-1]
-    made_for = student.hidden_states.shape[-1] if projector is None else projector.feature_size
-    if width != made_for:
-        raise ValueError(
-            f"teacher features have width {width}, the projector was made for {made_for}: "
-            f"pass CrepaRegularizer(feature_size={width})"
-        )
+    check_width(teacher, student.hidden_states.shape[-1] if projector is None else projector.feature_size, CREPA)
     return call(
         student.hidden_states,
         teacher.features,

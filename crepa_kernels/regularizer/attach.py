@@ -47,6 +47,7 @@ class Owner:
 
 CREPA = Owner("CREPA", "CrepaRegularizer", "transformer", "crepa_")
 LAYERSYNC = Owner("LayerSync", "LayerSync", "transformer", "layersync_")  # which has no projector and no files
+UREPA = Owner("U-REPA", "UrepaRegularizer", "unet", "urepa_")
 
 _PLAIN = ("Parameter", "Tensor", "DTensor")  # by name: importing DTensor takes longer than importing this package
 
@@ -260,15 +261,14 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
-            "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
-            "%s learns from %s",
-            index,
+            "no trainable weight acts on %s or before it (no adapter reaches a block up to it): %s learns from %s",
+            family.called(index),
             f"only {owner.title}'s projector" if owner.projector in projectors else "nothing",
             owner.title,
         )
     elif reached and not states.requires_grad:
         raise ValueError(
-            f"the output of block {index} is not attached to the graph, though weights up to it are trainable: with "
-            "reentrant checkpointing the blocks' inputs must require gradients; use "
+            f"the output of {family.called(index)} is not attached to the graph, though weights up to it are trainable: "
+            "with reentrant checkpointing the blocks' inputs must require gradients; use "
             f"{owner.model}.enable_gradient_checkpointing(), which is not reentrant"
         )

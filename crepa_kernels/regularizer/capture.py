@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.families import Family
 from ..models.image_ids import IMAGE_IDS, ImageIds
-from ..models.layouts import Arguments, TokenLayout
+from ..models.layouts import OUTPUT, Arguments, TokenLayout
 from ..projector import Projector
 from .attach import CREPA, Owner, check_runs
 
@@ -127,9 +127,9 @@ class _Hooks:
         if isinstance(ids, torch.Tensor) and any(capture.captures_now for capture in self._captures):
             self._image_ids.look(ids)
 
-    def layout(self, config: Any) -> TokenLayout:
-        """Of the last forward's tokens."""
-        arguments = dict(self.arguments or {})
+    def layout(self, config: Any, output: torch.Tensor) -> TokenLayout:
+        """Of the last forward's tokens, of which a block returned ``output``."""
+        arguments = {**(self.arguments or {}), OUTPUT: tuple(output.shape)}
         if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
             arguments[IMAGE_IDS] = self._image_ids.read(ids)
         return self._family.token_layout(config, arguments)
@@ -283,11 +283,11 @@ class Capture:
         output = self._output(index)
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._hooks.layout(self._transformer.config)
-        tokens = layout.own(output) if output.dim() == 3 else output
+        layout = self._hooks.layout(self._transformer.config, output)
+        tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(
-                f"block {index} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
+                f"{self._family.called(index)} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
                 f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
             )
         return CapturedStates(layout.by_frame(tokens), layout)

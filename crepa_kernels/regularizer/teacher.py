@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config.schema import CrepaConfig
+from ..config.urepa import UrepaConfig
 from ..grid import Grid
 from ..models.families import Family
 from ..teachers import TeacherFeatures
@@ -15,6 +16,7 @@ from ..teachers.clips import ClipLengths, check_pixel_frames, check_pixels, enco
 from ..teachers.dinov2 import DinoV2Teacher, EncoderSource
 from ..teachers.latents import LatentDecoder, VaeSource
 from ..transfer import moved
+from .attach import CREPA, Owner
 from .capture import CapturedStates
 
 
@@ -65,20 +67,26 @@ class TeacherSource:
         config: an enabled configuration.
         family: the transformer's.
         vae, encoder: as ``CrepaRegularizer`` takes them.
+        owner: who asks, for messages.
 
     Raises:
         ValueError: for sources of the wrong type, or an encoder of the wrong kind.
     """
 
     def __init__(
-        self, config: CrepaConfig, family: Family, vae: VaeSource | None, encoder: EncoderSource | None
+        self,
+        config: CrepaConfig | UrepaConfig,
+        family: Family,
+        vae: VaeSource | None,
+        encoder: EncoderSource | None,
+        owner: Owner = CREPA,
     ) -> None:
         settings = config.teacher
         self.backbone = settings.backbone
         self.teacher = DinoV2Teacher.from_config(config, encoder)
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(
-            None if self.backbone else vae, family, drop_encoder=config.teacher.drop_vae_encoder
+            None if self.backbone else vae, family, drop_encoder=settings.drop_vae_encoder, owner=owner.regularizer
         )
         self._family = family
         self._rule = settings.frame_map
@@ -155,5 +163,7 @@ class TeacherSource:
         if inputs.latents is None:
             raise ValueError("loss() needs one of latents=, pixels= and features= to teach from")
         if len(inputs.latents) != batch:
-            raise ValueError(f"latents have {len(inputs.latents)} clips, the transformer's last forward had {batch}")
+            raise ValueError(
+                f"latents have {len(inputs.latents)} clips, the {self._family.model}'s last forward had {batch}"
+            )
         return self.decoder.decode(inputs.latents, student.layout, student.hidden_states.device)

@@ -19,7 +19,7 @@ from ..transfer import moved
 from . import TeacherFeatures
 
 if TYPE_CHECKING:
-    from ..config import CrepaConfig
+    from ..config import CrepaConfig, UrepaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class DinoV2Teacher:
         resize: ``"square"``, or ``"grid"`` for one patch for each student token: the features then lie on the
             student's grid.
         frames_batch_size: frames encoded at a time; <= 0: all at once.
+        keys: of ``source`` and ``image_size`` in the settings, for messages.
 
     Attributes:
         frames_encoded: frames encoded so far.
@@ -63,6 +64,7 @@ class DinoV2Teacher:
         image_size: int = 518,
         resize: str = "square",
         frames_batch_size: int = -1,
+        keys: tuple[str, str] = ("crepa_encoder", "crepa_encoder_image_size"),
     ) -> None:
         if isinstance(image_size, bool) or not isinstance(image_size, int):
             raise ValueError(f"image_size must be an integer, in pixels, got {image_size!r}")
@@ -78,6 +80,7 @@ class DinoV2Teacher:
         self._resize = resize
         self._image_size = image_size
         self._frames_batch_size = frames_batch_size
+        self._keys = keys
         self._source: Any = source
         self._config: Any = None
         self._model: nn.Module | None = None
@@ -88,7 +91,7 @@ class DinoV2Teacher:
             self._source = ENCODER_ALIASES.get(name, name)
 
     @classmethod
-    def from_config(cls, config: CrepaConfig, source: EncoderSource | None = None) -> DinoV2Teacher:
+    def from_config(cls, config: CrepaConfig | UrepaConfig, source: EncoderSource | None = None) -> DinoV2Teacher:
         """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors."""
         teacher = config.teacher
         return cls(
@@ -96,6 +99,7 @@ class DinoV2Teacher:
             image_size=teacher.image_size,
             resize=teacher.resize,
             frames_batch_size=teacher.frames_batch_size,
+            keys=(teacher.encoder_key, teacher.size_key),
         )
 
     @property
@@ -154,7 +158,7 @@ class DinoV2Teacher:
             config = transformers.AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"crepa_encoder = {self._source}: its config.json cannot be read ({error}). "
+                f"{self._keys[0]} = {self._source}: its config.json cannot be read ({error}). "
                 f"Give one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id; "
                 "where loss() is always given features=, pass feature_size= instead"
             ) from error
@@ -168,7 +172,7 @@ class DinoV2Teacher:
             )
         if self._resize == "square" and (self._image_size < 1 or self._image_size % config.patch_size):
             raise ValueError(
-                f"crepa_encoder_image_size = {self._image_size} must be a multiple of the encoder's patch size, "
+                f"{self._keys[1]} = {self._image_size} must be a multiple of the encoder's patch size, "
                 f"{config.patch_size} pixels"
             )
         self._config = config

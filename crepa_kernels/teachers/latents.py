@@ -53,6 +53,7 @@ class LatentDecoder:
             arguments that loads it, or None.
         family: whose VAE it is.
         drop_encoder: free the VAE's encoder at the first decoding.
+        owner: whose ``vae`` it is, for messages.
 
     Attributes:
         frames_decoded: pixel frames decoded so far.
@@ -61,7 +62,9 @@ class LatentDecoder:
         ValueError: for a source of another type, or a VAE of another class than the family's.
     """
 
-    def __init__(self, source: VaeSource | None, family: Family, *, drop_encoder: bool = False) -> None:
+    def __init__(
+        self, source: VaeSource | None, family: Family, *, drop_encoder: bool = False, owner: str = "CrepaRegularizer"
+    ) -> None:
         if not (source is None or isinstance(source, str | os.PathLike) or callable(source)):
             raise ValueError(
                 f"vae must be an {_either(family)}, a folder or hub id, or a callable that loads it, "
@@ -69,6 +72,7 @@ class LatentDecoder:
             )
         self.frames_decoded = 0
         self._family = family
+        self._owner = owner
         self._source = source
         self._drop_encoder = drop_encoder
         self._dropped = False
@@ -106,7 +110,8 @@ class LatentDecoder:
         place = next(vae.parameters()).device
         if place.type != device.type and not self._told_place:
             self._told_place = True
-            logger.warning("the VAE decodes on %s while the transformer trains on %s: slow if not meant", place, device)
+            told = (place, self._family.model, device)
+            logger.warning("the VAE decodes on %s while the %s trains on %s: slow if not meant", *told)
         with torch.no_grad(), torch.autocast(place.type, enabled=False):
             here = moved(latents.detach(), place)
             pixels = rule.decode(vae, here)
@@ -121,7 +126,7 @@ class LatentDecoder:
         shape = tuple(latents.shape) if latents.dim() != 5 or not self._family.images else tuple(latents[:, :, 0].shape)
         return (
             f"latents must be (B, {axes}) with ({sizes}) = {layout.latent_shape[-len(sizes.split(', ')) :]} as in the "
-            f"transformer's forward, got {shape}{_other_order(latents, layout)}"
+            f"{self._family.model}'s forward, got {shape}{_other_order(latents, layout)}"
         )
 
     @property
@@ -139,7 +144,7 @@ class LatentDecoder:
     def _load(self, device: torch.device) -> Any:
         if self._source is None:
             raise ValueError(
-                "latents were given but no VAE to decode them: pass CrepaRegularizer(vae=...) "
+                f"latents were given but no VAE to decode them: pass {self._owner}(vae=...) "
                 f"(an {_either(self._family)}, a folder, a hub id or a callable that loads it), "
                 "or give loss() pixels= or features="
             )

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import clip_pixels, tiny_dinov2, tiny_wan, wan_inputs
 from tiny_families import FAMILIES
+from tiny_unets import tiny_unet, unet_inputs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from crepa_kernels import CrepaRegularizer
+from crepa_kernels import CrepaConfig, CrepaRegularizer, UrepaConfig, UrepaRegularizer
 from crepa_kernels.projector import ConvolutionProjector
 from crepa_kernels.teachers import spatially_normalized
 
@@ -354,3 +355,59 @@ def test_a_sharded_convolution_gives_the_same_gradients() -> None:
         crepa.load_state_dict(crepa.state_dict())
     finally:
         dist.destroy_process_group()
+
+
+# U-REPA
+
+
+@pytest.mark.parametrize("manifold", [0.0, 3.0])
+def test_urepas_alignment_and_relations_are_of_the_convolution_and_the_normalized_teacher(manifold: float) -> None:
+    unet = tiny_unet()
+    middles: list[torch.Tensor] = []
+    unet.mid_block.register_forward_hook(lambda module, args, output: middles.append(output))
+    torch.manual_seed(0)
+    settings = {"urepa_enabled": True, "irepa_enabled": True, "urepa_manifold_weight": manifold}
+    urepa = UrepaRegularizer(settings, unet, feature_size=8)
+    unet(**unet_inputs())
+    teacher = features(2, 1, 30)[:, 0]
+    convolutions: list[torch.Tensor] = []
+    urepa.projector.register_forward_hook(lambda module, args, output: convolutions.append(output))
+    found, logs = urepa.loss(step=0, features=teacher, feature_grid=(5, 6))
+    assert len(convolutions) == 1, "p is made once for both parts"
+
+    convolution = copy.deepcopy(urepa.projector)
+    states = middles[0].flatten(2).transpose(1, 2)[:, None]
+    p = convolved(states, *convolution[0].parameters(), (4, 4)).squeeze(1)
+    larger = functional.interpolate(p.transpose(1, 2).unflatten(2, (4, 4)), (5, 6), mode="bilinear")
+    p, y = (functional.normalize(x, dim=-1) for x in (larger.flatten(2).transpose(1, 2), normalized(teacher, ALPHA)))
+    relations = (p @ p.transpose(1, 2) - y @ y.transpose(1, 2)).square().mean()
+    expected = 0.5 * (manifold * relations - (p * y).sum(-1).mean())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert ("urepa_manifold_loss" in logs) == (manifold > 0)
+    inner = [*unet.mid_block.parameters()]
+    ours, theirs = (torch.autograd.grad(loss, inner, retain_graph=True) for loss in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 + 1e-4 * float(other.abs().max()))
+    own = torch.autograd.grad(found, [*urepa.projector.parameters()])
+    for one, other in zip(own, torch.autograd.grad(expected, [*convolution.parameters()]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_urepas_convolution_is_saved_and_loaded(tmp_path: Path) -> None:
+    unet = tiny_unet("sd15")
+    settings = {"urepa_enabled": True, "irepa_enabled": True, "irepa_projector_kernel_size": 1}
+    urepa = UrepaRegularizer(settings, unet, feature_size=8)
+    urepa.save_pretrained(tmp_path)
+    loaded = UrepaRegularizer.from_pretrained(tmp_path, tiny_unet("sd15"))
+    assert loaded.config == urepa.config
+    assert loaded.projector.sizes == (16, 8, 1)
+    for one, other in zip(loaded.projector.parameters(), urepa.projector.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_needs_what_it_modifies() -> None:
+    for config, switch in ((CrepaConfig, "crepa_enabled"), (UrepaConfig, "urepa_enabled")):
+        with pytest.raises(ValueError, match=rf"irepa_enabled = true: .*CREPA or U-REPA, so it needs {switch} = true"):
+            config.from_dict({"irepa_enabled": True, switch: False})
+    with pytest.raises(ValueError, match="irepa_projector_kernel_size = 2: .*an integer >= 1 and odd"):
+        UrepaConfig.from_dict({"urepa_enabled": True, "irepa_enabled": True, "irepa_projector_kernel_size": 2})
