@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from image_pipelines import PIPELINES, calls_of, pipeline_of, run
 from tiny import CHANNELS
 from tiny_families import FAMILIES, TinyFamily, crepa_on, on_grid, tiny_vaes
@@ -325,11 +326,15 @@ def test_ids_of_no_grid_are_named(change: Any) -> None:
     ],
 )
 def test_img_shapes_of_no_image_are_named(shapes: Any, message: str) -> None:
+    class Correcting(QwenImageTransformer2DModel):
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, **{**kwargs, "img_shapes": [[(1, 2, 8)]] * 2})
+
     tiny = on_grid("qwen_image", (2, 8))
     transformer = tiny.make()
+    transformer.__class__ = Correcting
     crepa = crepa_on(transformer)
-    transformer(**tiny.inputs(2, model=transformer))
-    crepa._capture._arguments = {**crepa._capture._arguments, "img_shapes": shapes}
+    transformer(**{**tiny.inputs(2, model=transformer), "img_shapes": shapes})
     with pytest.raises(ValueError, match=message):
         crepa.loss(step=0, pixels=torch.rand(2, 3, 32, 128))
 
