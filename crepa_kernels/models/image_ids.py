@@ -16,6 +16,21 @@ IMAGE_IDS = "img_ids"  # the forward's argument
 _EXACT = 256
 
 
+class ReadIds:
+    """Ids as they were read, (N, axes) on the device and in fp64 on the host, and the grids found in them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.on_device = ids.clone()
+        self._on_host = ids.cpu().double()
+        self._grids: dict[int, Grid] = {}
+
+    def grid(self, start: int) -> Grid:
+        """``image_grid`` of the image whose tokens begin at ``start``."""
+        if start not in self._grids:
+            self._grids[start] = image_grid(self._on_host, start)
+        return self._grids[start]
+
+
 class ImageIds:
     """Reads ids that lie on a device once for each grid, and recognizes them there from then on.
 
@@ -24,10 +39,10 @@ class ImageIds:
     """
 
     def __init__(self) -> None:
-        self._read: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # by shape, type and device: on the device, on the host
+        self._read: dict[Any, list[ReadIds]] = {}  # by shape, type and device
         self._last: tuple[Tensor, int | None] | None = None
         self._equal: HostCopy | None = None
-        self._found: Tensor | None = None
+        self._found: ReadIds | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied model (an EMA's) starts empty.
@@ -43,19 +58,18 @@ class ImageIds:
         known = self._read.get(_kind(ids))
         if known:
             ids = _of_one(ids)
-            self._equal = HostCopy(torch.stack([(ids == one).all() for one, _ in known]).float())
+            self._equal = HostCopy(torch.stack([(ids == each.on_device).all() for each in known]).float())
 
-    def read(self, ids: Tensor) -> Tensor:
-        """(N, axes) in fp64 on the host. Waits for what was queued before the forward, or for ids of a new grid."""
+    def read(self, ids: Tensor) -> ReadIds:
+        """What these ids say. Waits for what was queued before the forward, or for ids of a new grid."""
         if self._last is None or self._last[0] is not ids:
             self.look(ids)
         if self._found is None:
             known = self._read.setdefault(_kind(ids), [])
             equal = [] if self._equal is None else self._equal.read()
             if 1.0 not in equal:
-                one = _of_one(ids).detach()
-                known.append((one.clone(), one.cpu().double()))
-            self._found = known[equal.index(1.0) if 1.0 in equal else -1][1]
+                known.append(ReadIds(_of_one(ids).detach()))
+            self._found = known[equal.index(1.0) if 1.0 in equal else -1]
         return self._found
 
 
@@ -67,7 +81,7 @@ def _kind(ids: Tensor) -> Any:
     return _of_one(ids).shape, ids.dtype, ids.device
 
 
-def image_grid(ids: Tensor | None, start: int = 0) -> Grid:
+def image_grid(ids: Tensor, start: int = 0) -> Grid:
     """(height, width) of the image whose tokens begin at ``start``.
 
     Tokens of reference images have another index in the first axis and come after it, or before ``start``.
@@ -78,12 +92,8 @@ def image_grid(ids: Tensor | None, start: int = 0) -> Grid:
     Raises:
         ValueError: without ids, or where they are not those of a grid in raster order.
     """
-    if ids is None or ids.dim() != 2 or ids.shape[1] < 3 or len(ids) <= start:
-        given = "none" if ids is None else tuple(ids.shape)
-        raise ValueError(
-            f"the transformer's forward was called with {given} as {IMAGE_IDS}, expected (N, 3 or 4): without them "
-            "CREPA does not know where the image's tokens lie"
-        )
+    if ids.dim() != 2 or ids.shape[1] < 3 or len(ids) <= start:
+        raise ValueError(f"{IMAGE_IDS} must be (N, 3 or 4) with N > {start}, got {tuple(ids.shape)}")
     ids = ids[start:]
     index, rows, columns = ids[:, :3].unbind(1)
     ends = index[1:] != index[:-1]

@@ -10,9 +10,9 @@ from typing import Any, SupportsIndex
 import torch
 
 from ..grid import Grid
-from .image_ids import IMAGE_IDS, image_grid
+from .image_ids import IMAGE_IDS, ReadIds
 
-# What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids the numbers.
+# What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids what they say.
 Arguments = Mapping[str, Any]
 
 # The shape of the captured block's output, beside these.
@@ -183,8 +183,12 @@ def patches_by_ids(config: Any, arguments: Arguments) -> TokenLayout:
 def _by_ids(arguments: Arguments, side: int) -> TokenLayout:
     # Where references are encoded for a cache they stand before the image, else after it.
     first = arguments.get("num_ref_tokens") if arguments.get("kv_cache_mode") == "extract" else 0
-    grid = image_grid(arguments[IMAGE_IDS], int(first or 0))
-    return _of_sequence(arguments, grid, side, int(first or 0))
+    ids = arguments[IMAGE_IDS]
+    if not isinstance(ids, ReadIds):
+        raise ValueError(
+            f"the transformer's forward was called without {IMAGE_IDS}: CREPA does not know where its tokens lie"
+        )
+    return _of_sequence(arguments, ids.grid(int(first or 0)), side, int(first or 0))
 
 
 def image_by_shapes(config: Any, arguments: Arguments) -> TokenLayout:

@@ -268,7 +268,7 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
         )
     elif reached and not states.requires_grad:
         raise ValueError(
-            f"the output of {family.called(index)} is not attached to the graph, though weights up to it are trainable: "
-            "with reentrant checkpointing the blocks' inputs must require gradients; use "
+            f"the output of {family.called(index)} is not attached to the graph, though weights up to it are "
+            "trainable: with reentrant checkpointing the blocks' inputs must require gradients; use "
             f"{owner.model}.enable_gradient_checkpointing(), which is not reentrant"
         )

@@ -6,13 +6,11 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from PIL import Image
 from safetensors.torch import load_file
-from scripts import run_script
+from scripts import image_folder, run_script
 from tiny import TEXT_DIM, tiny_dinov2
 from tiny_families import FAMILIES, tiny_vaes
 from tiny_pipelines import UMT5, VOCABULARY, tiny_tokenizer
@@ -23,18 +21,6 @@ from crepa_kernels import CrepaRegularizer
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What stock diffusers says of every LoRA that is the transformer's alone.
 STOCK = "No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'. This is safe to ignore"
-
-
-def images(folder: Path) -> Path:
-    """Three images of other shapes, one with a caption, and files that are none."""
-    folder.mkdir()
-    numbers = np.random.default_rng(0)
-    for n, (height, width) in enumerate([(48, 96), (90, 160), (64, 64)]):
-        pixels = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{n}.{('png', 'JPG', 'webp')[n]}")
-    (folder / "0.txt").write_text("a red square\n")
-    (folder / "notes.md").write_text("of no image")
-    return folder
 
 
 def tiny_flux(folder: Path) -> Path:
@@ -60,7 +46,7 @@ train_flux = partial(run_script, EXAMPLES / "train_flux_repa.py")
 
 
 def test_flux_with_repa(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, data, output = tiny_flux(tmp_path / "flux"), images(tmp_path / "images"), tmp_path / "lora"
+    model, data, output = tiny_flux(tmp_path / "flux"), image_folder(tmp_path / "images"), tmp_path / "lora"
     tiny_dinov2(tmp_path / "dinov2")
     words = ["--model", model, "--data", data, "--output", output, "--steps", 4, "--accumulate", 2, "--rank", 2]
     words += ["--resolution", 64, "--learning_rate", 0.01, "--crepa_encoder", tmp_path / "dinov2"]
@@ -103,7 +89,7 @@ def test_a_script_is_short_and_marks_the_lines_of_its_regularizer(script: Path) 
 
 @pytest.mark.slow
 def test_flux_without_repa_on_two_ranks_and_with_a_wrong_option(tmp_path: Path) -> None:
-    model, data = tiny_flux(tmp_path / "flux"), images(tmp_path / "images")
+    model, data = tiny_flux(tmp_path / "flux"), image_folder(tmp_path / "images")
     tiny_dinov2(tmp_path / "dinov2")
     words = ["--model", model, "--data", data, "--output", tmp_path / "lora", "--steps", 2, "--resolution", 32]
     assert "crepa" not in train_flux(*words, "--crepa_enabled", "false")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from argparse import Namespace
 from typing import Any
 
@@ -382,3 +384,16 @@ def test_shapes_of_other_things_than_images_are_named(given: dict[str, Any], mes
 def test_a_vae_of_another_family_is_named() -> None:
     with pytest.raises(ValueError, match="must be an AutoencoderKLFlux2 for flux2, got AutoencoderKL"):
         crepa_on(FAMILIES["flux2"].make(), vae=tiny_vaes("flux"))
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_a_copy_of_a_model_that_has_run_captures_nothing_of_the_first(name: str) -> None:
+    tiny = FAMILIES[name]
+    transformer = tiny.make()
+    crepa = crepa_on(transformer)
+    inputs = tiny.inputs(model=transformer)
+    transformer(**inputs)
+    layout = crepa.captured().layout
+    for other in (copy.deepcopy(transformer), pickle.loads(pickle.dumps(transformer))):
+        other(**inputs)
+    assert crepa.captured().layout == layout

@@ -61,6 +61,16 @@ def test_two_ranks_train_as_one_process_and_are_cut_off_in_the_same_step(found: 
     assert_alike(one, found[setting])
 
 
+@pytest.mark.parametrize("case", ranks.IMAGES)
+def test_images_on_two_ranks_have_the_gradients_of_one_process(found: Any, case: str) -> None:
+    expected = ranks.image_gradients(case, 0, 1)
+    assert {"crepa_projector.1.weight"} < expected.keys()
+    for own in found["images"]:
+        assert own[case].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(own[case][name], gradient, rtol=1e-4, atol=CLOSE, msg=name)
+
+
 def test_the_comparison_sees_a_wrong_sum_over_ranks(found: Any) -> None:
     # With its own samples alone a rank would have measured something else.
     ema = series(ranks.one_process(ranks.frame_mask_of_even_samples), "ema")

@@ -24,6 +24,7 @@ from crepa_trainer.state import make_ema, make_state
 from crepa_trainer.step import flow_matching_loss, training_step
 from rich.console import Console
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
+from tiny_families import FAMILIES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,6 +188,36 @@ def test_nothing_is_read_from_the_device(
             _, logs = crepa.loss(step=step, **given)
         ran.append("crepa_loss" in logs)
     assert ran == [True] * 2 + [setting != "probes"] * 2
+
+
+@pytest.mark.usefixtures("no_values")
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "qwen_image", "sd3", "sana"])
+@pytest.mark.parametrize("source", [{"features": torch.rand(2, 6, 32)}, {"pixels": torch.rand(2, 3, 32, 48)}], ids=list)
+def test_nothing_is_read_of_images_but_the_ids_of_a_new_grid(
+    name: str, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, read = FAMILIES[name], []
+    inputs = tiny.inputs(2)
+    cpu = torch.Tensor.cpu
+
+    def known(self: Tensor) -> Tensor:
+        read.append(self.shape)
+        return inputs["img_ids"].reshape(-1, *self.shape)[0] if self.is_meta else cpu(self)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", known)
+    monkeypatch.setattr(HostCopy, "read", lambda self: [1.0] * self._length)
+    transformer = tiny.make()
+    settings = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
+    crepa = CrepaRegularizer(settings, transformer, encoder=tiny_dinov2().to("meta"))
+    transformer.to("meta")
+    for step in range(3):
+        transformer(**on("meta", inputs))
+        given = on("meta", {key: value.to(torch.uint8) if key == "pixels" else value for key, value in source.items()})
+        # Ids of a new grid are read in the first step.
+        with nullcontext() if step == 0 else _Operators(), nullcontext() if step == 0 else _Python():
+            _, logs = crepa.loss(step=step, **given)
+        assert "crepa_loss" in logs
+        assert len(read) == ("img_ids" in inputs)
 
 
 @pytest.mark.usefixtures("no_values")

@@ -409,5 +409,5 @@ def test_it_needs_what_it_modifies() -> None:
     for config, switch in ((CrepaConfig, "crepa_enabled"), (UrepaConfig, "urepa_enabled")):
         with pytest.raises(ValueError, match=rf"irepa_enabled = true: .*CREPA or U-REPA, so it needs {switch} = true"):
             config.from_dict({"irepa_enabled": True, switch: False})
-    with pytest.raises(ValueError, match="irepa_projector_kernel_size = 2: .*an integer >= 1 and odd"):
+    with pytest.raises(ValueError, match=r"irepa_projector_kernel_size = 2: .*an integer >= 1 and odd"):
         UrepaConfig.from_dict({"urepa_enabled": True, "irepa_enabled": True, "irepa_projector_kernel_size": 2})

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_wan, wan_inputs
+from tiny_families import FAMILIES
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -274,6 +275,28 @@ def _saved(crepa: CrepaRegularizer) -> dict[str, Any]:
     return {"state": state, "restored": restored, "loaded": loaded}
 
 
+# A block of each kind that families of images have: one that returns text and image, both in one tensor, or the image.
+IMAGES = {"flux": 1, "flux single": 2, "flux2": 2, "sd3": 1, "qwen_image": 1, "chroma": 2, "sana": 1, "pixart": 1}
+
+
+def image_gradients(case: str, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """The mean over two samples of a step's gradients, of adapters and projector; with two ranks each has one."""
+    tiny = FAMILIES[case.split()[0]]
+    transformer = tiny.make().requires_grad_(False)
+    torch.manual_seed(0)
+    targets = [tiny.query_of(path) for path in tiny.blocks]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), transformer)
+    settings = {"crepa_enabled": True, "crepa_block_index": IMAGES[case]}
+    crepa = CrepaRegularizer(settings, transformer, feature_size=FEATURE_SIZE)
+    transformer.enable_gradient_checkpointing()
+    model = DistributedDataParallel(transformer) if ranks > 1 else transformer
+    for sample in range(rank, RANKS, ranks):
+        prediction = model(**tiny.inputs(seed=sample, model=transformer))[0]
+        aux, _ = crepa.loss(step=0, features=features(sample)[:, 0])
+        ((prediction.square().mean() + aux) * ranks / RANKS).backward()
+    return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+
+
 RECOVERABLE = {"crepa_threshold_mode": "recoverable", "crepa_probe_interval": 3}
 
 RUNS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
@@ -282,6 +305,7 @@ RUNS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
     "resumed": resumed,
     "schedule": lambda rank, _: schedule(rank),
     "fsdp": lambda rank, _: fsdp(rank),
+    "images": lambda rank, _: {case: image_gradients(case, rank, RANKS) for case in IMAGES},
 }
 
 

@@ -1,4 +1,4 @@
-"""A script in a process of its own, as a user starts it, without importing the libraries again."""
+"""A script in a process of its own, as a user starts it, without importing the libraries again, and images for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import processes
+from PIL import Image
 
 
 def execute(script: Path, words: Sequence[str]) -> None:
@@ -22,3 +24,15 @@ def run_script(script: Path, *words: object, ranks: int = 1) -> str:
     done = processes.run(execute, script, [str(word) for word in words], ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def image_folder(folder: Path) -> Path:
+    """Three images of other shapes, one with a caption, and files that are none."""
+    folder.mkdir()
+    numbers = np.random.default_rng(0)
+    for n, (height, width) in enumerate([(48, 96), (90, 160), (64, 64)]):
+        pixels = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.{('png', 'JPG', 'webp')[n]}")
+    (folder / "0.txt").write_text("a red square\n")
+    (folder / "notes.md").write_text("of no image")
+    return folder
