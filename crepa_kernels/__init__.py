@@ -10,10 +10,12 @@ from .loss import CrepaOutput, available_backends, crepa_loss, relational_loss, 
 from .projector import CrepaProjector
 
 if TYPE_CHECKING:
+    from .config.layersync import LayerSyncConfig
     from .config.schema import CrepaConfig
     from .config.urepa import UrepaConfig
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
+    from .regularizer.layersync import LayerSync
     from .regularizer.schedule import CrepaSchedule
     from .regularizer.urepa import UrepaRegularizer
     from .teachers import FrozenEncoder
@@ -26,6 +28,8 @@ _LAZY = {
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
     "FrozenEncoder": "teachers",
+    "LayerSync": "regularizer",
+    "LayerSyncConfig": "config",
     "UrepaConfig": "config",
     "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
@@ -39,6 +43,8 @@ __all__ = [
     "CrepaRegularizer",
     "CrepaSchedule",
     "FrozenEncoder",
+    "LayerSync",
+    "LayerSyncConfig",
     "UrepaConfig",
     "UrepaRegularizer",
     "available_backends",

@@ -21,6 +21,7 @@ from crepa_trainer.state import add_lora
 from tiny import clip_pixels, tiny_wan, wan_inputs
 
 import crepa_kernels
+from crepa_kernels import CrepaConfig
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.loss import KEPT_BYTES
 from crepa_kernels.models.families import FAMILIES, family_of
@@ -89,7 +90,7 @@ def test_each_familys_commands_are_understood(started: list[Any]) -> None:
         assert (settings.expert is not None) == ("A14B" in settings.model)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/losses.md"])
 def test_the_commands_of_the_trainers_pages_are_understood(
     page: str, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,3 +188,20 @@ def test_what_a_page_links_to_and_names_is_there(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
     assert [page.name for page in PAGES if page.name != "index.md" and f"{page.name})" not in index] == []
+
+
+def test_the_documented_costs_of_the_losses_are_the_packages() -> None:
+    """Of Wan 14B at 480p and 81 frames, with DINOv2 giant: 21 frames of 30 x 52 tokens."""
+    (table,) = re.findall(r"\| loss \|.*\n\|[-|]*\n((?:\|.*\n)+)", (ROOT / "docs/losses.md").read_text())
+    costs = {row.split("**")[1]: row.split(" | ")[5] for row in table.splitlines()}
+    tokens, width = 21 * 30 * 52, 5120
+    projection = 6 * tokens * width * GIANT  # forward, and two products backward
+    irepa = CrepaConfig.from_dict({"crepa_enabled": True, "crepa_block_index": 8, "irepa_enabled": True})
+    plain, convolution = (readable_bytes(projector_bytes(width, GIANT, config)) for config in (None, irepa))
+    half, plan = torch.bfloat16, plan_alignment("student", (30, 52), (30, 52))
+    kept = {keeps(plan, 21, width, width, half, half, "cuda", given=True) for keeps in KEPT_BYTES.values()}
+    assert f"{projection / 1e12:.2f} TFLOP" in costs["CREPA"]
+    assert f"{10 * tokens * GIANT**2 / 1e12:.2f} TFLOP" in costs["relational"]
+    assert f"{9 * projection / 1e12:.1f} TFLOP" in costs["iREPA"]
+    assert f"({convolution} there, instead of {plain})" in costs["iREPA"]
+    assert {readable_bytes(each) for each in kept} == set(re.findall(r"\(([\d.]+ \w+) there", costs["LayerSync"]))

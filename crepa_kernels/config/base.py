@@ -131,7 +131,10 @@ class Settings(BaseModel):
         help shows as defaults.
         """
         group = parser.add_argument_group(cls.TITLE)
-        add_options(group, cls.model_fields, base or {}, cls.ALIASES, cls.UNSUPPORTED)
+        by_prefix = {
+            key: field for each in cls.PREFIXES for key, field in cls.model_fields.items() if key.startswith(each)
+        }
+        add_options(group, by_prefix, base or {}, cls.ALIASES, cls.UNSUPPORTED)
 
     @classmethod
     def from_args(

@@ -15,6 +15,7 @@ from ..grid import SpatialAlign
 from ..models.families import Family
 from ..neighbours import Neighbours
 from .base import Integer, Settings, flag, integer, number
+from .irepa import IrepaKeys
 from .rules import (
     ENCODER_ALIASES,
     LEAST_INTEGER,
@@ -36,11 +37,11 @@ logger = logging.getLogger(__name__)
 ATTACHED = "the attached transformer"
 
 
-class CrepaConfig(Settings):
-    """Settings of CREPA under the keys that users of SimpleTuner know; see `Settings`."""
+class CrepaConfig(IrepaKeys, Settings):
+    """Settings of CREPA under the keys that users of SimpleTuner know, and of iREPA; see `Settings`."""
 
     TITLE = "CREPA"
-    PREFIXES = ("crepa_",)
+    PREFIXES = ("crepa_", "irepa_")
     ALIASES = MappingProxyType({"crepa_model": "crepa_encoder"})
     WORDS = MappingProxyType({"crepa_encoder": ENCODER_ALIASES})
     # Of SimpleTuner, with the value at which they do nothing there.
@@ -119,11 +120,12 @@ class CrepaConfig(Settings):
         return [*settle_source(values), *refuse_qwen("crepa_encoder", values, written)]
 
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        return chain(encoder_problems(self.teacher), joint_problems(self.to_dict(), self.neighbours))
+        own = joint_problems(self.to_dict(), self.neighbours)
+        return chain(encoder_problems(self.teacher), own, self.irepa_problems("crepa_enabled"))
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], *, family: str | None = None) -> CrepaConfig:
-        """From the `crepa_*` keys of a mapping; all other keys are left alone.
+        """From the `crepa_*` and `irepa_*` keys of a mapping; all other keys are left alone.
 
         With `family`, a missing `crepa_block_index` of an enabled configuration becomes the family's
         recommended one, which is logged. ConfigError (a ValueError) lists every wrong key.

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field
 
 from .base import Integer, Settings, flag, number
+from .irepa import IrepaKeys
 from .rules import ENCODER_ALIASES, refuse_qwen
 from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, encoder_problems, shared_field
 
 
-class UrepaConfig(Settings):
-    """Settings of U-REPA, on UNets, under the keys that users of SimpleTuner know; see `Settings`."""
+class UrepaConfig(IrepaKeys, Settings):
+    """Settings of U-REPA, on UNets, under the keys that users of SimpleTuner know, and of iREPA; see `Settings`."""
 
     TITLE = "U-REPA"
-    PREFIXES = ("urepa_",)
+    PREFIXES = ("urepa_", "irepa_")
     WORDS = MappingProxyType({"urepa_model": ENCODER_ALIASES})
 
     urepa_enabled: bool = flag(False, "whether U-REPA is on")
@@ -52,7 +54,7 @@ class UrepaConfig(Settings):
         return refuse_qwen("urepa_model", values, written)
 
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        return encoder_problems(self.teacher)
+        return chain(encoder_problems(self.teacher), self.irepa_problems("urepa_enabled"))
 
     @property
     def schedule(self) -> ScheduleSettings:

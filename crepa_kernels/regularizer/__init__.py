@@ -1,7 +1,8 @@
-"""CREPA and U-REPA in a training step of a stock diffusers model."""
+"""CREPA, U-REPA and LayerSync in a training step of a stock diffusers model."""
 
 from .crepa import CrepaRegularizer
+from .layersync import LayerSync
 from .schedule import CrepaSchedule
 from .urepa import UrepaRegularizer
 
-__all__ = ["CrepaRegularizer", "CrepaSchedule", "UrepaRegularizer"]
+__all__ = ["CrepaRegularizer", "CrepaSchedule", "LayerSync", "UrepaRegularizer"]

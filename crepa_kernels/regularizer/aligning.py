@@ -29,18 +29,18 @@ def check_width(teacher: TeacherFeatures, made_for: int, owner: Owner) -> None:
 def aligned(
     call: Callable[..., Result],
     config: CrepaConfig,
-    projector: CrepaProjector,
+    projector: CrepaProjector | None,
     student: CapturedStates,
     teacher: TeacherFeatures,
     frame_mask: torch.Tensor | None,
     teacher_mask: torch.Tensor | None,
 ) -> Result:
-    """What ``call`` gives, ``crepa_loss`` or ``similarity_matrix``.
+    """What ``call`` gives, ``crepa_loss`` or ``similarity_matrix``, for what ``projected`` gives.
 
     Raises:
         ValueError: its own, and where the teacher's features have another width than the projector makes.
     """
-    check_width(teacher, projector.feature_size, CREPA)
+    check_width(teacher, student.hidden_states.shape[-1] if projector is None else projector.feature_size, CREPA)
     return call(
         student.hidden_states,
         teacher.features,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..models.families import Family
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..transfer import HostCopy
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Owner:
 
 
 CREPA = Owner("CREPA", "CrepaRegularizer", "transformer", "crepa_")
+LAYERSYNC = Owner("LayerSync", "LayerSync", "transformer", "layersync_")  # which has no projector and no files
 UREPA = Owner("U-REPA", "UrepaRegularizer", "unet", "urepa_")
 
 _PLAIN = ("Parameter", "Tensor", "DTensor")  # by name: importing DTensor takes longer than importing this package
@@ -91,7 +92,7 @@ def check_attachable(model: nn.Module, owner: Owner) -> None:
         )
 
 
-def attach_projector(model: nn.Module, projector: CrepaProjector, block: nn.Module, owner: Owner) -> Callable[[], None]:
+def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, owner: Owner) -> Callable[[], None]:
     """Registers ``projector`` (fp32, trainable, on the device of ``block``) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
@@ -127,14 +128,14 @@ def _drop(projector: str, module: nn.Module, state_dict: dict[str, Any], prefix:
         del state_dict[key]
 
 
-def check_attached(model: nn.Module, projector: CrepaProjector, owner: Owner) -> None:
+def check_attached(model: nn.Module, projector: Projector, owner: Owner) -> None:
     """ValueError, naming the order, when the projector is not in the model, or is wrapped, frozen, cast or empty."""
     held = model._modules.get(owner.projector)
     if held is not projector:
         what = "is gone from" if held is None else f"was replaced by a {type(held).__name__} in"
         raise _out_of_order(owner, f"{what} the {owner.model}")
     # By identity: an adapter's layer may well be called Linear, too.
-    if [type(layer) for layer in projector] != [nn.LayerNorm, nn.Linear]:
+    if tuple(type(layer) for layer in projector) != projector.LAYERS:
         layers = ", ".join(f"{type(layer).__module__}.{type(layer).__name__}" for layer in projector)
         raise _out_of_order(owner, f"was wrapped by an adapter that was added after it: it is now {layers}")
     for name, parameter in projector.named_parameters():
@@ -151,7 +152,7 @@ def check_attached(model: nn.Module, projector: CrepaProjector, owner: Owner) ->
             )
 
 
-def check_runs(model: nn.Module, projector: CrepaProjector, owner: Owner) -> None:
+def check_runs(model: nn.Module, projector: Projector, owner: Owner) -> None:
     """``check_attached`` before a forward that could not run: the model or its hooks would fail without the reason.
 
     Most kernels know neither 8-bit types nor quantized weights.
@@ -165,7 +166,7 @@ def _out_of_order(owner: Owner, what: str) -> ValueError:
     return ValueError(f"{owner.projector} {what}. The order is: {owner.order}")
 
 
-def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any], owner: Owner) -> None:
+def check_in_optimizers(projector: Projector, optimizers: Sequence[Any], owner: Owner) -> None:
     """ValueError, naming the order, for weights of the projector that are in none of the ``optimizers``."""
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
@@ -192,7 +193,7 @@ class TrainingWatch:
 
     WARNED, FAILED = 5, 50
 
-    def __init__(self, projector: CrepaProjector, owner: Owner) -> None:
+    def __init__(self, projector: Projector, owner: Owner) -> None:
         self.unchanged = 0
         self._owner = owner
         self._projector = projector
@@ -251,7 +252,8 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
         ValueError: when there are such weights, but the states are not attached to their graph.
     """
     later = {id(parameter) for block in family.blocks(model)[index + 1 :] for parameter in block.parameters()}
-    skipped = {*family.after_blocks, owner.projector}
+    projectors = {name for name, module in model.named_children() if isinstance(module, Projector)}
+    skipped = {*family.after_blocks, *projectors}
     reached = any(
         parameter.requires_grad and id(parameter) not in later and name.split(".", 1)[0] not in skipped
         for name, parameter in model.named_parameters()
@@ -259,10 +261,9 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
-            "no trainable weight acts on %s or before it (no adapter reaches a block up to it): "
-            "only %s's projector learns from %s",
+            "no trainable weight acts on %s or before it (no adapter reaches a block up to it): %s learns from %s",
             family.called(index),
-            owner.title,
+            f"only {owner.title}'s projector" if owner.projector in projectors else "nothing",
             owner.title,
         )
     elif reached and not states.requires_grad:

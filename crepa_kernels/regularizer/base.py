@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config.base import Settings
 from ..models.families import Family
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from .attach import (
@@ -28,6 +28,7 @@ from .attach import (
 )
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
+from .projecting import make_projector, projector_class
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource
@@ -61,14 +62,14 @@ class Regularizer:
 
     Attributes:
         config: the settings.
-        projector: the ``CrepaProjector``; None when disabled.
+        projector: the ``Projector``; None when disabled.
     """
 
     OWNER: ClassVar[Owner]
     CONFIG: ClassVar[type[Settings]]
 
     config: Any
-    projector: CrepaProjector | None
+    projector: Projector | None
 
     def _configure(self, config: Settings | Mapping[str, Any], model: nn.Module) -> bool:
         """Takes the settings; whether they are switched on, and there is something to attach to.
@@ -114,7 +115,7 @@ class Regularizer:
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
         hidden_size = family.hidden_size(model.config)
         size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
-        self.projector = CrepaProjector(hidden_size, size)
+        self.projector = make_projector(self.config, hidden_size, size)
         self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
         self._monitor = NonFiniteMonitor(self.OWNER)
         self._watch = TrainingWatch(self.projector, self.OWNER)
@@ -141,7 +142,7 @@ class Regularizer:
             ValueError: as the constructor, or when a file is missing, damaged or of another model.
         """
         config, weights = load_regularizer(folder, cls.CONFIG, cls.OWNER)
-        size = weights["1.weight"].shape[0] if weights else None
+        _, size, *_ = projector_class(config).sizes_in(weights) or (None, None)  # it has none where it is off
         found = cls(config, model, vae, encoder, max_train_steps, feature_size=size, **options)  # type: ignore[call-arg]
         if found.projector is not None:
             try:
@@ -219,7 +220,7 @@ class Regularizer:
         self,
         step: int,
         decision: Decision,
-        projector: CrepaProjector,
+        projector: Projector,
         measure: Callable[[CapturedStates], Measured],
     ) -> Measured:
         student = self._capture.states(self._block_index)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.families import Family
 from ..models.image_ids import IMAGE_IDS, ImageIds
 from ..models.layouts import OUTPUT, Arguments, TokenLayout
-from ..projector import CrepaProjector
+from ..projector import Projector
 from .attach import CREPA, Owner, check_runs
 
 
@@ -30,7 +30,8 @@ class _Slot:
     Plain attributes and nothing that counts: a compiled frame that runs the hook recompiles on no other change.
     """
 
-    def __init__(self, video_tokens: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(self, video_tokens: Callable[[Any], torch.Tensor], wanted: bool = False) -> None:
+        self.wanted = wanted
         self.armed = False
         self.output: torch.Tensor | None = None
         self._video_tokens = video_tokens
@@ -41,10 +42,105 @@ class _Slot:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
         # A copied model (an EMA's) starts empty: a graph cannot be copied.
-        return _Slot(self._video_tokens)
+        return _Slot(self._video_tokens, self.wanted)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"armed": False, "output": None, "_video_tokens": self._video_tokens}
+        return {"wanted": self.wanted, "armed": False, "output": None, "_video_tokens": self._video_tokens}
+
+
+class _Hooks:
+    """The hooks on one model, for all of its captures: two on the model and one on each block that any of them reads.
+
+    Attributes:
+        arguments: of the last forward, what says how its tokens lie; a new mapping for each forward.
+        training, gradients: whether that forward was in train mode, and with gradients.
+    """
+
+    def __init__(self, transformer: nn.Module, family: Family) -> None:
+        self.slots: dict[int, _Slot] = {}
+        self.arguments: dict[str, Any] | None = None
+        self.training = False
+        self.gradients = False
+        self._captures: list[Capture] = []
+        self._family = family
+        self._parameters = family.forward_parameters(transformer)
+        self._image_ids = ImageIds()
+        self._handles: dict[int | None, list[RemovableHandle]] = {}
+
+    @classmethod
+    def on(cls, transformer: nn.Module, family: Family) -> _Hooks:
+        """Those that are on the model already, or new ones."""
+        owners = (getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls(transformer, family)
+
+    def join(self, capture: Capture, transformer: nn.Module, blocks: Mapping[int, nn.Module]) -> None:
+        """Puts on the model and its ``blocks`` what is not there yet."""
+        self._captures.append(capture)
+        if None not in self._handles:
+            before = transformer.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            self._handles[None] = [before, transformer.register_forward_hook(self._after_model)]
+        for index, block in blocks.items():
+            if index not in self.slots:
+                self.slots[index] = _Slot(self._family.video_tokens)
+                self._handles[index] = [block.register_forward_hook(self.slots[index])]
+        self.look()
+
+    def leave(self, capture: Capture) -> None:
+        """Takes off what no other capture needs."""
+        self._captures.remove(capture)
+        needed = {index for each in self._captures for index in each.indices}
+        for place in list(self._handles):
+            if place not in needed and (place is not None or not self._captures):
+                for handle in self._handles.pop(place):
+                    handle.remove()
+                self.slots.pop(place, None)  # type: ignore[arg-type]
+        self.look()
+
+    def look(self) -> None:
+        """Asks the captures again which blocks they want from the next forward, and lets go of what nobody reads."""
+        for index, slot in self.slots.items():
+            readers = [capture for capture in self._captures if index in capture.indices]
+            slot.wanted = any(capture.enabled for capture in readers)
+            if not any(capture.reads for capture in readers):
+                slot.output = None
+        if self.arguments and not any(capture.reads for capture in self._captures):
+            self.arguments.pop(IMAGE_IDS, None)  # the only one that is a tensor
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.training = module.training
+        self.gradients = torch.is_grad_enabled()
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self.arguments = {
+            name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
+            for name in self._family.arguments
+        }
+        if not torch.compiler.is_compiling():
+            self._look_before()
+        for slot in self.slots.values():
+            slot.armed = slot.wanted and self.training and self.gradients
+            slot.output = None
+
+    def _look_before(self) -> None:
+        for capture in self._captures:
+            capture.check_runs()
+        ids = None if self.arguments is None else self.arguments.get(IMAGE_IDS)
+        if isinstance(ids, torch.Tensor) and any(capture.captures_now for capture in self._captures):
+            self._image_ids.look(ids)
+
+    def layout(self, config: Any, output: torch.Tensor) -> TokenLayout:
+        """Of the last forward's tokens, of which a block returned ``output``."""
+        arguments = {**(self.arguments or {}), OUTPUT: tuple(output.shape)}
+        if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
+            arguments[IMAGE_IDS] = self._image_ids.read(ids)
+        return self._family.token_layout(config, arguments)
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for slot in self.slots.values():
+            slot.armed = False
+        if torch.is_grad_enabled():
+            for capture in self._captures:
+                output = capture.entered(output)
+        return output
 
 
 class Capture:
@@ -53,6 +149,9 @@ class Capture:
     The hooks are armed before the model's forward and disarmed after it, so what gradient checkpointing recomputes
     in the backward is not captured again. They are armed only while gradients are on, the model is in train mode and
     ``enabled`` is true. The states stay until the next forward or ``release()``.
+
+    All captures of a model share its hooks, one on each block, and a block's output stays until those that read it
+    have released it.
 
     With reentrant checkpointing a block runs without gradients, but the tensor that its hook sees is the very one
     that the checkpoint's autograd function attaches to the graph when it returns.
@@ -67,11 +166,10 @@ class Capture:
         transformer: the stock model.
         family: its row of the table.
         indices: block index by the name of the setting that chose it.
-        projector: whose parameters enter the graph of each forward.
-        owner: whose projector it is.
+        projector: whose parameters enter the graph of each forward; None where nothing is trained beside the model.
+        owner: who reads it.
 
     Attributes:
-        enabled: False once CREPA has ended.
         projector_sum: of all its weights in the last forward with gradients, not finite when one of them is not.
 
     Raises:
@@ -83,83 +181,83 @@ class Capture:
         transformer: nn.Module,
         family: Family,
         indices: Mapping[str, int],
-        projector: CrepaProjector,
+        projector: Projector | None = None,
         owner: Owner = CREPA,
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
-        self.enabled = True
         self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
         self._family = family
         self._owner = owner
         self._projector = projector
-        self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
-        self._parameters = family.forward_parameters(transformer)
-        self._arguments: Arguments | None = None
-        self._image_ids = ImageIds()
+        self._enabled = True
+        self._hooks = _Hooks(transformer, family)
+        # The arguments of the forward whose states are not to be read, or no longer.
+        self._done: Arguments | None = None
         self._released = False
-        self._training = False
-        self._gradients = False
-        self._handles: list[RemovableHandle] = []
+        self._attached = False
+
+    @property
+    def indices(self) -> Collection[int]:
+        """The blocks that are captured."""
+        return self._blocks
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forwards are captured; False once CREPA has ended."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        if enabled != self._enabled:
+            self._enabled = enabled
+            self._hooks.look()
+
+    @property
+    def reads(self) -> bool:
+        """Whether the states of the last forward may still be asked for."""
+        return self._enabled and self._hooks.arguments is not self._done
 
     def attach(self) -> None:
-        """Puts the hooks on the model and on the chosen blocks."""
-        self._handles += [
-            self._transformer.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self._transformer.register_forward_hook(self._after_model),
-            *(block.register_forward_hook(self._slots[index]) for index, block in self._blocks.items()),
-        ]
+        """Puts the hooks on the model and on the chosen blocks, where no other capture has put them there."""
+        self._hooks = _Hooks.on(self._transformer, self._family)
+        self._done = self._hooks.arguments
+        self._hooks.join(self, self._transformer, self._blocks)
+        self._attached = True
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._training = module.training
-        self._gradients = torch.is_grad_enabled()
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._arguments = {
-            name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
-            for name in self._family.arguments
-        }
-        if not torch.compiler.is_compiling():
-            self._check_runs()
-        for slot in self._slots.values():
-            slot.armed = self.enabled and self._training and self._gradients
-            slot.output = None
-
-    def _check_runs(self) -> None:
+    def check_runs(self) -> None:
+        """``check_runs`` of the projector, before a forward that trains it."""
         # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
-        if self.enabled and self._training and self._gradients:
+        if self._projector is not None and self.captures_now:
             check_runs(self._transformer, self._projector, self._owner)
-            if isinstance(ids := self._held(IMAGE_IDS), torch.Tensor):
-                self._image_ids.look(ids)
 
-    def _held(self, name: str) -> Any:
-        return None if self._arguments is None else self._arguments.get(name)
+    @property
+    def captures_now(self) -> bool:
+        """Whether the forward that has begun is captured."""
+        return self._enabled and self._hooks.training and self._hooks.gradients
 
-    def _layout(self, output: torch.Tensor) -> TokenLayout:
-        arguments = {**(self._arguments or {}), OUTPUT: tuple(output.shape)}
-        if isinstance(ids := arguments.get(IMAGE_IDS), torch.Tensor):
-            arguments[IMAGE_IDS] = self._image_ids.read(ids)
-        return self._family.token_layout(self._transformer.config, arguments)
-
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
-        for slot in self._slots.values():
-            slot.armed = False
-        if not torch.is_grad_enabled():
-            return None
+    def entered(self, output: Any) -> Any:
+        """The model's output, with the projector's parameters in its graph."""
+        if self._projector is None:
+            return output
         # Inside the projector's forward, where a sharding wrapper has its weights in place.
-        zero = self._projector(None, self._look_at_the_projector)
-        return _add_to_sample(output, zero)
+        return _add_to_sample(output, self._projector(None, self._look_at_the_projector))
 
     def _look_at_the_projector(self) -> torch.Tensor:
-        parameters = list(self._projector.parameters())
-        if self.enabled and self._training:
+        parameters = list(cast(Projector, self._projector).parameters())
+        if self._enabled and self._hooks.training:
             self.projector_sum = torch.stack([parameter.detach().sum() for parameter in parameters]).sum()
         zero: torch.Tensor = _ZeroOf.apply(*parameters)
         return zero
 
     @property
     def is_empty(self) -> bool:
-        """Whether no states are held."""
-        return all(slot.output is None for slot in self._slots.values())
+        """Whether no states are held for this capture."""
+        return not self.reads or all(self._output(index) is None for index in self._blocks)
+
+    def _output(self, index: int) -> torch.Tensor | None:
+        slot = self._hooks.slots.get(index)
+        return None if slot is None or not self._enabled else slot.output
 
     def states(self, index: int) -> CapturedStates:
         """The output of block ``index`` in the last forward.
@@ -169,23 +267,23 @@ class Capture:
                 ran in a way that captures nothing, or without the arguments that say how its tokens lie; the message
                 says which and what to do.
         """
-        if index not in self._slots:
-            raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._slots))}")
-        model = self._owner.model
-        if self._arguments is None and self._released:
+        if index not in self._blocks:
+            raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._blocks))}")
+        model, arguments = self._owner.model, self._hooks.arguments
+        if (arguments is None or arguments is self._done) and self._released:
             raise ValueError(
                 f"the {model}'s forward was not called before loss() since release(), or a loss() with weight 0, "
                 "let go of the captured hidden states: call loss() and similarity_matrix() first, release() after them"
             )
-        if self._arguments is None:
+        if arguments is None or arguments is self._done:
             raise ValueError(
                 f"the {model}'s forward was not called before loss(): call {model}(...) first, and train the "
                 f"very object that {self._owner.regularizer} was given (or its DDP/FSDP wrapper), not a copy of it"
             )
-        output = self._slots[index].output
+        output = self._output(index)
         if output is None:
             raise ValueError(self._why_nothing())
-        layout = self._layout(output)
+        layout = self._hooks.layout(self._transformer.config, output)
         tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(
@@ -196,11 +294,11 @@ class Capture:
 
     def _why_nothing(self) -> str:
         model, title = self._owner.model, self._owner.title
-        if not self._gradients:
+        if not self._hooks.gradients:
             return f"the {model} ran without gradients (no_grad or inference mode): nothing was captured for {title}"
-        if not self._training:
+        if not self._hooks.training:
             return f"the {model} ran in eval mode: call {model}.train() before a training forward"
-        if not self.enabled:
+        if not self._enabled:
             return f"the {model} ran after {title}'s weight became 0 for good: nothing was captured"
         return (
             f"the {model} ran but its blocks' hooks did not: compile the blocks "
@@ -209,17 +307,16 @@ class Capture:
 
     def release(self) -> None:
         """Lets go of the captured states; ``states`` raises until the next forward."""
-        self._arguments = None
+        self._done = self._hooks.arguments
         self._released = True
-        for slot in self._slots.values():
-            slot.output = None
+        self._hooks.look()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
+        """Takes every hook off the model that no other capture needs."""
         self.release()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._attached:
+            self._hooks.leave(self)
+        self._attached = False
 
 
 def _described(value: Any) -> Any:

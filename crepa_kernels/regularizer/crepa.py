@@ -12,7 +12,7 @@ from ..config.schema import CrepaConfig
 from ..inputs import check_mask
 from ..loss import crepa_loss, similarity_matrix
 from ..models.families import family_of
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
@@ -22,6 +22,7 @@ from .aligning import aligned
 from .attach import CREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
+from .projecting import as_aligned, projected
 from .teacher import ClipInputs, TeacherSource
 
 
@@ -55,7 +56,7 @@ class CrepaRegularizer(Regularizer):
         config: as given, but on a transformer of images without neighbours, and of a preset that names no family at
             the block that is recommended for the transformer's.
         transformer: as given.
-        projector: the ``CrepaProjector``; None when disabled.
+        projector: the ``CrepaProjector``, with iREPA the ``ConvolutionProjector``; None when disabled.
 
     Raises:
         ValueError: for a wrong configuration, an unsupported or wrapped transformer, a block index out of range, an
@@ -147,7 +148,8 @@ class CrepaRegularizer(Regularizer):
         teacher_mask: torch.Tensor | None,
     ) -> Measured:
         taught = self._teacher(student, inputs, frame_mask, teacher_mask)
-        output = aligned(crepa_loss, self.config, cast(CrepaProjector, self.projector), student, *taught)
+        states, projector = projected(cast(Projector, self.projector), student)
+        output = aligned(crepa_loss, self.config, projector, states, *taught)
         teacher, *masks = taught
 
         def metric() -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +177,7 @@ class CrepaRegularizer(Regularizer):
         teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
         if lengths is not None:
             frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
-        return teacher, frame_mask, teacher_mask
+        return as_aligned(self.config, teacher), frame_mask, teacher_mask
 
     @torch.no_grad()
     def similarity_matrix(
@@ -188,4 +190,5 @@ class CrepaRegularizer(Regularizer):
         given["num_frames"] = as_counts(given.get("num_frames"))
         student = self._capture.states(self._block_index)
         taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
-        return aligned(similarity_matrix, self.config, cast(CrepaProjector, self.projector), student, *taught)
+        states, projector = projected(cast(Projector, self.projector), student)
+        return aligned(similarity_matrix, self.config, projector, states, *taught)

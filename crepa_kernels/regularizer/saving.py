@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from ..config.base import Settings
 from ..optional import require
-from ..projector import CrepaProjector
+from ..projector import Projector
 from .attach import Owner
+from .projecting import projector_class
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -43,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def whole_weights(projector: CrepaProjector) -> dict[str, torch.Tensor]:
+def whole_weights(projector: Projector) -> dict[str, torch.Tensor]:
     """The projector's state dict; where it is sharded, gathered from all ranks, which must all call this."""
     weights = projector.state_dict()
     # By name: importing DTensor takes longer than importing this package.
@@ -53,19 +54,15 @@ def whole_weights(projector: CrepaProjector) -> dict[str, torch.Tensor]:
     }
 
 
-def load_weights(projector: CrepaProjector, weights: dict[str, torch.Tensor], source: str) -> None:
+def load_weights(projector: Projector, weights: dict[str, torch.Tensor], source: str) -> None:
     """Puts ``weights`` into the projector, sharded or not.
 
     Raises:
         ValueError: naming ``source``, when they are not those of a projector of this size.
     """
-    check_weights(weights, source)
-    features, hidden = weights["1.weight"].shape
-    if (hidden, features) != (projector.hidden_size, projector.feature_size):
-        raise ValueError(
-            f"{source} holds a projector from {hidden} to {features}, "
-            f"this one goes from {projector.hidden_size} to {projector.feature_size}"
-        )
+    sizes = check_weights(weights, source, type(projector))
+    if sizes != projector.sizes:
+        raise ValueError(f"{source} holds a projector {_ways(sizes)}, this one goes {_ways(projector.sizes)}")
     if any(type(parameter).__name__ == "DTensor" for parameter in projector.parameters()):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -85,7 +82,7 @@ def projector_file(owner: Owner) -> str:
 
 
 def save_regularizer(
-    folder: str | os.PathLike[str], config: Settings, projector: CrepaProjector | None, owner: Owner
+    folder: str | os.PathLike[str], config: Settings, projector: Projector | None, owner: Owner
 ) -> None:
     """Writes the owner's ``*_config.json`` and, when there is a projector, ``*_projector.safetensors`` into ``folder``.
 
@@ -129,17 +126,19 @@ def load_regularizer(
         weights: dict[str, torch.Tensor] = require("safetensors.torch", "loading the projector").load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    check_weights(weights, str(file))
+    check_weights(weights, str(file), projector_class(config))
     return config, weights
 
 
-def check_weights(weights: dict[str, torch.Tensor], source: str) -> None:
-    """ValueError naming ``source`` unless ``weights`` are those of a LayerNorm and a Linear that fit each other."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    matrix = shapes.get("1.weight", ())
-    if len(matrix) == 2:
-        features, hidden = matrix
-        wanted = {"0.weight": (hidden,), "0.bias": (hidden,), "1.weight": matrix, "1.bias": (features,)}
-        if shapes == wanted:
-            return
-    raise ValueError(f"{source} does not hold a projector's weights (LayerNorm '0.*', Linear '1.*'): {shapes}")
+def check_weights(weights: dict[str, torch.Tensor], source: str, kind: type[Projector]) -> tuple[int, ...]:
+    """The sizes of the ``kind`` of projector that ``weights`` are of; ValueError naming ``source`` for any other."""
+    sizes = kind.sizes_in(weights)
+    if sizes is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        raise ValueError(f"{source} does not hold a projector's weights ({kind.KEYS}): {shapes}")
+    return sizes
+
+
+def _ways(sizes: tuple[int, ...]) -> str:
+    hidden, features, *kernel = sizes
+    return f"from {hidden} to {features}" + "".join(f" by a kernel of {size}" for size in kernel)

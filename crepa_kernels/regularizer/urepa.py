@@ -11,7 +11,7 @@ from torch import nn
 from ..config.urepa import UrepaConfig
 from ..loss import crepa_loss, relational_loss
 from ..models.families import unet_of
-from ..projector import CrepaProjector
+from ..projector import Projector
 from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
 from ..teachers.encoding import EncoderSource
@@ -20,6 +20,7 @@ from .aligning import check_width
 from .attach import UREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
+from .projecting import as_aligned, projected
 from .teacher import ClipInputs, TeacherSource
 
 
@@ -50,7 +51,7 @@ class UrepaRegularizer(Regularizer):
 
     Attributes:
         config, unet: as given.
-        projector: the ``CrepaProjector``; None when disabled.
+        projector: the ``CrepaProjector``, with iREPA the ``ConvolutionProjector``; None when disabled.
 
     Raises:
         ValueError: for a wrong configuration, a transformer (CREPA is for those), a wrapped UNet or one without a block
@@ -115,12 +116,13 @@ class UrepaRegularizer(Regularizer):
         return self._step(step, lambda student: self._measure(student, inputs))
 
     def _measure(self, student: CapturedStates, inputs: ClipInputs) -> Measured:
-        projector = cast(CrepaProjector, self.projector)
         # No other block teaches.
         teacher, _ = self._source.teach(inputs, student, lambda: student)
-        check_width(teacher, projector.feature_size, self.OWNER)
+        check_width(teacher, cast(Projector, self.projector).feature_size, self.OWNER)
+        teacher = as_aligned(self.config, teacher)
+        states, projector = projected(cast(Projector, self.projector), student)
         both: dict[str, Any] = {
-            "hidden_states": student.hidden_states,
+            "hidden_states": states.hidden_states,
             "teacher_features": teacher.features,
             "projector": projector,
             "student_grid": student.layout.grid,

@@ -39,7 +39,7 @@ EncoderSource = FrozenEncoder | nn.Module | FramesCall | str | os.PathLike[str] 
 
 
 def named_encoder(name: str, key: str = "crepa_encoder") -> NamedEncoder:
-    """The encoder of a name (of the setting ``key``), an alias, or the folder or hub id of a DINOv2; nothing is loaded."""
+    """The encoder of a name, an alias, or the folder or hub id of a DINOv2; nothing is loaded. ``key``: the setting."""
     name = ENCODER_ALIASES.get(name, name)
     if name == EFFICIENTNET_LITE0:
         return EfficientNetLite0()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers.encoding import named_encoder
 
 from .data.dataset import listed
@@ -28,8 +29,6 @@ from .state_files import file_digest, json_digest, random_state, read_state, set
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
-
-    from crepa_kernels import CrepaConfig
 
     from .data.dataset import FoundClips
     from .settings import RunSettings
@@ -127,10 +126,15 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
     else:
         folder = _named(settings.resume, complete)
     found = read_checkpoint(folder)
+    # What the version that wrote it did not know was not on.
+    defaults = {key: field.default for key, field in type(settings).model_fields.items()} | CrepaConfig.from_dict(
+        {}
+    ).to_dict()
+    before = {key: found.identity.get(key, defaults.get(key)) for key in identity}
     differing = [
-        f"{key} = {json.dumps(value)} (checkpoint: {json.dumps(found.identity.get(key))})"
+        f"{key} = {json.dumps(value)} (checkpoint: {json.dumps(before[key], default=str)})"
         for key, value in sorted(identity.items())
-        if value != found.identity.get(key)
+        if value != before[key]
     ]
     if differing:
         raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}; {_ADVICE}")

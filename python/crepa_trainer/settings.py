@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from crepa_kernels.config import ConfigError, CrepaConfig
+from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig
 from crepa_kernels.config.base import Integer, flag, integer, number
+from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import (
     PRESETS,
     describe,
@@ -59,11 +60,12 @@ _OTHERS = {
 }
 
 
-class RunSettings(BaseModel):
-    """Settings of a training run, immutable. Every field's description is its rule, in errors and in `--help`.
+class RunSettings(LayerSyncKeys):
+    """Settings of a training run, LayerSync's among them, immutable.
 
-    A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every wrong
-    key with its value and rule. `None` means the default. Integers have at most 64 bits.
+    Every field's description is its rule, in errors and in `--help`. A wrong value, an unknown key or a contradiction
+    raises one `ConfigError` (a ValueError) that lists every wrong key with its value and rule. `None` means the
+    default. Integers have at most 64 bits.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -186,6 +188,11 @@ class RunSettings(BaseModel):
             raise ConfigError(problems)
 
     @property
+    def layersync(self) -> LayerSyncConfig:
+        """LayerSync's settings."""
+        return LayerSyncConfig(**LayerSyncConfig.ours({key: getattr(self, key) for key in self.model_fields_set}))
+
+    @property
     def cache_folder(self) -> Path:
         """Where encoded clips and captions are kept."""
         return self.output / "cache" if self.cache is None else self.cache
@@ -199,8 +206,8 @@ class RunSettings(BaseModel):
 
 
 def _contradictions(settings: RunSettings) -> list[str]:
-    """A line for each pair of settings of which one would do nothing."""
-    found = []
+    """A line for each pair of settings that contradict each other, or of which one would do nothing."""
+    found = [problem for _, problem in settings.layersync_problems()]
     if settings.lr_warmup_steps and settings.lr_scheduler == "constant":
         rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
         found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))
@@ -221,14 +228,15 @@ def _contradictions(settings: RunSettings) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each key, `--preset` and the `--crepa_*` ones; what is not given is not in the namespace."""
-    fields = RunSettings.model_fields
+    """One option for each key, `--preset`, and CREPA's and LayerSync's; what is not given is not in the namespace."""
+    fields = {key: field for key, field in RunSettings.model_fields.items() if key not in LayerSyncConfig.model_fields}
     texts = {key: f"{field.description}{_default(field)}" for key, field in fields.items()}
     texts[PRESET] = f"crepa_* values under those that are given; must be one of {', '.join(PRESETS)}"
     # Their values are text in every case: a folder may be named 2024.
     words = {key for key, field in fields.items() if {field.annotation, *get_args(field.annotation)} & _TEXT}
     add_json_options(parser.add_argument_group("training"), texts, words)
     CrepaConfig.add_arguments(parser)
+    LayerSyncConfig.add_arguments(parser)
 
 
 _TEXT = {str, Path, Place, Folder}
@@ -248,7 +256,7 @@ def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
 def load_settings(
     config_file: Path | None, cli_overrides: Mapping[str, Any], *, rest: Sequence[str] = ()
 ) -> tuple[RunSettings, CrepaConfig]:
-    """Settings of a flat JSON file, `cli_overrides` on top of it, and `crepa_*` keys on top of those of `preset`.
+    """Settings of a flat JSON file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
 
     A missing `crepa_block_index` of an enabled configuration becomes the one recommended for the model's family,
     which is logged; for that alone the model's configs are read.
@@ -276,8 +284,9 @@ def load_settings(
     if settings is None or config is None or problems:
         sources = [str(config_file)] * (config_file is not None) + ["the command line"] * bool(cli_overrides or rest)
         raise ConfigError(problems, " and ".join(sources) or None)
-    if config.idle is not None:
-        logger.warning("CREPA is %s", config.idle)
+    for each in (config, settings.layersync):
+        if each.idle is not None:
+            logger.warning("%s is %s", each.TITLE, each.idle)
     return settings, _at_recommended_block(settings, config) if missing else config
 
 

@@ -1,4 +1,6 @@
-"""What a run trains, put together in the order that CREPA asks for: adapter, CREPA, optimiser, scheduler, prepare."""
+"""What a run trains, put together in the order that CREPA asks for: adapter, CREPA and LayerSync, optimiser, scheduler,
+prepare.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from crepa_kernels import CrepaRegularizer
+from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 @dataclass
 class TrainState:
-    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA."""
+    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA, so `layersync`."""
 
     accelerator: Accelerator
     transformer: torch.nn.Module
@@ -37,6 +39,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
+    layersync: LayerSync | None = None
 
 
 def make_state(
@@ -45,7 +48,7 @@ def make_state(
     """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
 
     Frozen weights are in the type of `mixed_precision`. ValueError for LoRA targets that the model lacks, and as
-    CrepaRegularizer.
+    CrepaRegularizer and LayerSync.
     """
     from diffusers.optimization import get_scheduler
 
@@ -61,6 +64,7 @@ def make_state(
     crepa = None
     if config.crepa_enabled:
         crepa = CrepaRegularizer(config, transformer, max_train_steps=settings.max_train_steps)
+    layersync = LayerSync(settings.layersync, transformer) if settings.layersync_enabled else None
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)
     groups = parameter_groups(
@@ -76,7 +80,7 @@ def make_state(
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
-    return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm)
+    return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
 
 
 def parameter_groups(

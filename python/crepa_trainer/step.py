@@ -1,4 +1,7 @@
-"""One training step: flow matching on latents with CREPA beside it, through accelerate. Copy `training_step`."""
+"""One training step: flow matching on latents with CREPA and LayerSync beside it, through accelerate.
+
+Copy `training_step`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def training_step(
 
     Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
     """
-    accelerator, crepa = state.accelerator, state.crepa
+    accelerator, crepa, layersync = state.accelerator, state.crepa, state.layersync
     # From pinned memory the host does not wait for it.
     batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type != "cpu")
     noisy = family.noisy(batch.clips, batch.noise, batch.time)
@@ -56,7 +59,12 @@ def training_step(
             if matrix and "crepa_loss" in logs:
                 given = crepa.similarity_matrix(frame_mask=noisy.frame_mask, **batch.teacher)
                 logs["similarity_matrix"] = given[0]
-            crepa.release()  # the captured hidden states
+        if layersync is not None:
+            aux, of_blocks = layersync.loss()
+            loss, logs = loss + aux, logs | of_blocks
+        for each in (crepa, layersync):
+            if each is not None:
+                each.release()  # the captured hidden states
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             logs["grad_norm"] = accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm)

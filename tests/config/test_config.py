@@ -11,6 +11,9 @@ import pytest
 from crepa_kernels.config import ConfigError, CrepaConfig
 
 DEFAULTS = {
+    "irepa_enabled": False,
+    "irepa_spatial_norm_alpha": 0.6,
+    "irepa_projector_kernel_size": 3,
     "crepa_enabled": False,
     "crepa_block_index": None,
     "crepa_lambda": 0.5,
@@ -88,6 +91,8 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("crepa_encoder_frames_batch_size", -(2**63), -(2**63)),
     *((key, 2**63 - 1, 2**63 - 1) for key in ("crepa_block_index", "crepa_adjacent_distance", "crepa_warmup_steps")),
     *(("crepa_backend", value, value) for value in ("auto", "triton", "torch", "reference")),
+    ("irepa_spatial_norm_alpha", 0, 0.0),
+    *(("irepa_projector_kernel_size", value, value) for value in (1, 3, 7)),
     ("crepa_encoder", "facebook/dinov2-small", "facebook/dinov2-small"),
     ("crepa_encoder", "./my encoder", "./my encoder"),
     *(("crepa_encoder", name, name) for size in "sblg" for name in (f"dinov2_vit{size}14", f"dinov2_vit{size}14_reg")),
@@ -132,6 +137,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("crepa_similarity_ema_decay", -0.01, "[0, 1)"),
     ("crepa_similarity_ema_decay", 1, "[0, 1)"),
     ("crepa_probe_interval", 0, ">= 1"),
+    ("irepa_spatial_norm_alpha", -0.1, ">= 0"),
+    *(("irepa_projector_kernel_size", value, "an integer >= 1 and odd") for value in (0, -1, 2, 4.0)),
+    ("irepa_enabled", True, "needs crepa_enabled = true"),
+    ("irepa_alpha", 0.5, "unknown key"),
+    ("irepa_spatial_norm_alfa", 0.5, "did you mean irepa_spatial_norm_alpha?"),
     ("crepa_feature_source", "self_flow", "not supported by this package"),
     *(("crepa_encoder", name, "not supported by this package") for name in ("Qwen/Qwen2.5-VL-7B", "qwen2_vl")),
     ("crepa_use_tae", True, "not supported by this package"),

@@ -97,8 +97,9 @@ def test_shuffling_moves_patches_within_their_frame_only() -> None:
     [
         {"crepa_encoder_image_size": 28, "crepa_frame_map": "mean"},
         {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2},
+        {"crepa_encoder_image_size": 28, "irepa_enabled": True},
     ],
-    ids=["encoder", "backbone"],
+    ids=["encoder", "backbone", "iREPA"],
 )
 def test_what_is_measured_is_what_a_step_sees(tmp_path: Path, settings: dict[str, Any]) -> None:
     models = save_models(tmp_path)

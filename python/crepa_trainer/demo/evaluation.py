@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
 from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
 from crepa_kernels.models.families import family_of
-from crepa_kernels.regularizer.capture import Capture
+from crepa_kernels.regularizer.capture import Capture, CapturedStates
+from crepa_kernels.regularizer.projecting import as_aligned, projected
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
@@ -46,13 +47,16 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Features:
-    """Both sides of the loss for n clips: hidden_states (n, T, P, D) and the projector, teacher (n, T, N, E), grids."""
+    """Both sides of the loss for n clips: hidden_states (n, T, P, D) and the projector, teacher (n, T, N, E), grids.
+
+    With iREPA the hidden states are projected already, there is no projector, and the teacher is normalized.
+    """
 
     hidden_states: Tensor
     teacher: Tensor
     student_grid: Grid
     teacher_grid: Grid
-    projector: nn.Module
+    projector: nn.Module | None
 
     def aligned(self, call: Callable[..., Result], config: CrepaConfig, teacher: Tensor) -> Result:
         """`crepa_loss` or `similarity_matrix` of the clips with these teacher features."""
@@ -112,8 +116,10 @@ class Evaluator:
             capture.remove()
         student, *deeper = (torch.cat(states) for states in captured.values())
         grid = self._layout.grid
-        teacher = TeacherFeatures(deeper[0], grid) if deeper else self._encoded(device)
-        return Features(student, teacher.features, grid, teacher.grid, crepa.projector)
+        teacher = as_aligned(config, TeacherFeatures(deeper[0], grid) if deeper else self._encoded(device))
+        with torch.no_grad():
+            states, projector = projected(crepa.projector, CapturedStates(student, self._layout))
+        return Features(states.hidden_states, teacher.features, grid, teacher.grid, projector)
 
     def _items(self) -> Iterator[dict[str, Tensor]]:
         self.clips.without_teacher = False
@@ -157,7 +163,8 @@ class Evaluator:
     def on_common_grid(self, features: Features) -> tuple[Tensor, Tensor]:
         """Projected student and teacher on the grid that the loss compares them on, both (n, T, h, w, E)."""
         plan = _plan(features, self.config)
-        student = plan.align(features.projector(features.hidden_states), "student")
+        projector = features.projector or nn.Identity()
+        student = plan.align(projector(features.hidden_states), "student")
         return student.unflatten(2, plan.grid), plan.align(features.teacher, "teacher").unflatten(2, plan.grid)
 
 

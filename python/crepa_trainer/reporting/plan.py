@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crepa_kernels import CrepaProjector
+from crepa_kernels import CrepaConfig
 from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.grid import Grid, num_tokens, plan_alignment
 from crepa_kernels.loss import KEPT_BYTES, requested_backend
+from crepa_kernels.regularizer.projecting import make_projector
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..data.dataset import Bucket, FoundClips, caption_file
@@ -19,8 +20,6 @@ from ..data.names import teacher_frames, teacher_is_encoder
 from ..state import PRECISIONS, add_lora
 
 if TYPE_CHECKING:
-    from crepa_kernels import CrepaConfig
-
     from ..families import CutText, TrainingFamily
     from ..settings import RunSettings
 
@@ -77,8 +76,9 @@ class CrepaMemory:
 class Plan:
     """A run in numbers.
 
-    `epochs`: how often each clip is seen; `memory` is None without CREPA; `workers`: those of each process; `cut`:
-    captions and validation prompts of which the text encoder does not read the end.
+    `epochs`: how often each clip is seen; `memory` is None without CREPA; `layersync`: what its loss keeps, in bytes;
+    `workers`: those of each process; `cut`: captions and validation prompts of which the text encoder does not read
+    the end.
     """
 
     settings: RunSettings
@@ -91,6 +91,7 @@ class Plan:
     buckets: tuple[BucketPlan, ...]
     epochs: float
     memory: CrepaMemory | None
+    layersync: int
     workers: int
     cut: tuple[CutText, ...]
 
@@ -131,17 +132,32 @@ def make_plan(
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
             read, settings or a device that the family cannot be trained with, a backend that cannot run there.
     """
-    check_blocks(config, family)
+    check_blocks(settings, config, family)
     family.check_run(settings.batch_size, device_type)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
     taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
     memory = _memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None
+    layersync = _kept_by_layersync(settings, family, buckets, device_type) if settings.layersync_enabled else 0
     workers = settings.workers_on(device_type)
     epochs = taken / batches
     cut = tuple(family.cut_texts(_texts(settings, found)))
-    return Plan(settings, config, family, found, processes, parameters, trained, buckets, epochs, memory, workers, cut)
+    return Plan(
+        settings,
+        config,
+        family,
+        found,
+        processes,
+        parameters,
+        trained,
+        buckets,
+        epochs,
+        memory,
+        layersync,
+        workers,
+        cut,
+    )
 
 
 def _texts(settings: RunSettings, found: FoundClips) -> dict[str, str]:
@@ -151,13 +167,15 @@ def _texts(settings: RunSettings, found: FoundClips) -> dict[str, str]:
     return {file.relative_to(found.folder).as_posix(): text for file, text in captions.items()} | prompts
 
 
-def check_blocks(config: CrepaConfig, family: TrainingFamily) -> None:
+def check_blocks(settings: RunSettings, config: CrepaConfig, family: TrainingFamily) -> None:
     """ValueError, with the valid range, for a block that the model does not have."""
-    if not config.crepa_enabled:
-        return
-    indices = {"crepa_block_index": config.crepa_block_index}
-    if config.crepa_feature_source == "backbone":
+    indices: dict[str, int | None] = {}
+    if config.crepa_enabled:
+        indices["crepa_block_index"] = config.crepa_block_index
+    if config.crepa_enabled and config.crepa_feature_source == "backbone":
         indices["crepa_teacher_block_index"] = config.crepa_teacher_block_index
+    if settings.layersync_enabled:
+        indices |= {key: getattr(settings, key) for key in ("layersync_student_block", "layersync_teacher_block")}
     for key, index in indices.items():
         if index is not None and index >= family.blocks:
             raise ValueError(
@@ -166,11 +184,14 @@ def check_blocks(config: CrepaConfig, family: TrainingFamily) -> None:
             )
 
 
-def projector_bytes(hidden_size: int, feature_size: int) -> int:
-    """Bytes of a projector in training: 16 (2 D + E D + E), for LayerNorm(D) and Linear(D, E)."""
+def projector_bytes(hidden_size: int, feature_size: int, config: CrepaConfig | None = None) -> int:
+    """Bytes of a projector in training: 16 (2 D + E D + E), for LayerNorm(D) and Linear(D, E).
+
+    With iREPA in `config` 16 (k k E D + E), for its convolution.
+    """
     with torch.device("meta"):
-        parameters = sum(each.numel() for each in CrepaProjector(hidden_size, feature_size).parameters())
-    return FP32 * COPIES_OF_TRAINED * parameters
+        projector = make_projector(config or CrepaConfig.from_dict({}), hidden_size, feature_size)
+    return FP32 * COPIES_OF_TRAINED * sum(each.numel() for each in projector.parameters())
 
 
 def _feature_size(config: CrepaConfig) -> int:
@@ -204,9 +225,9 @@ def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: Traini
     return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded)
 
 
-def _takes_triton(config: CrepaConfig, device_type: str, dtype: torch.dtype) -> bool:
+def _takes_triton(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether Triton computes the loss, which `auto` tries at the first step; ValueError where it must and cannot."""
-    backend, reason = requested_backend(config.crepa_backend), why_not_triton_for(device_type, dtype)
+    backend, reason = requested_backend(backend), why_not_triton_for(device_type, dtype)
     if backend == "triton" and reason is not None:
         raise ValueError(f"crepa_backend = triton cannot run here: {reason}")
     return backend == "triton" or (backend == "auto" and device_type == "cuda" and reason is None)
@@ -223,13 +244,38 @@ def _memory(
     encoder = named_encoder(config.crepa_encoder) if teacher_is_encoder(config) else None
     features = _feature_size(config) if encoder else hidden
     teacher_dtype = encoder.dtype(torch.device(device_type)) if encoder else dtype
-    keeps = KEPT_BYTES["triton" if _takes_triton(config, device_type, dtype) else "torch"]
+    keeps = KEPT_BYTES["triton" if _takes_triton(config.crepa_backend, device_type, dtype) else "torch"]
     kept = []
     for each in buckets:
         plan = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid)
         frames = min(settings.batch_size, each.clips) * each.frames
-        kept.append(keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type))
+        kept.append(
+            keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type, given=config.irepa_enabled)
+        )
+        if config.irepa_enabled:
+            kept[-1] += frames * each.tokens_per_frame * features * dtype.itemsize  # p
     weights = 0
     if encoder and settings.cache_teacher == "frames":
         weights = encoder.parameters() * teacher_dtype.itemsize
-    return CrepaMemory(projector_bytes(hidden, features), max(kept), weights)
+    projector = projector_bytes(hidden, features, config)
+    # The convolution's weights in the products' type.
+    copied = (
+        projector // (FP32 * COPIES_OF_TRAINED) * dtype.itemsize
+        if config.irepa_enabled and dtype.itemsize < FP32
+        else 0
+    )
+    return CrepaMemory(projector, max(kept) + copied, weights)
+
+
+def _kept_by_layersync(
+    settings: RunSettings, family: TrainingFamily, buckets: Sequence[BucketPlan], device_type: str
+) -> int:
+    """Bytes that LayerSync keeps for a micro-batch of the largest bucket."""
+    width, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
+    keeps = KEPT_BYTES["triton" if _takes_triton("auto", device_type, dtype) else "torch"]
+    kept = []
+    for each in buckets:
+        plan = plan_alignment("student", each.grid, each.grid)
+        frames = min(settings.batch_size, each.clips) * each.frames
+        kept.append(keeps(plan, frames, width, width, dtype, dtype, device_type, given=True))
+    return max(kept)

@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
-_SHOWN = (("loss", "loss"), ("flow", "flow_loss"), ("similarity", "crepa_similarity"), ("weight", "crepa_weight"))
+_SHOWN = (
+    ("loss", "loss"),
+    ("flow", "flow_loss"),
+    ("similarity", "crepa_similarity"),
+    ("weight", "crepa_weight"),
+    ("layersync", "layersync_similarity"),
+)
 
 
 @contextmanager

@@ -26,7 +26,13 @@ MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in [*_model_rows(plan), *_data_rows(plan), *_crepa_rows(plan), *_step_rows(plan)]:
+    for name, text in [
+        *_model_rows(plan),
+        *_data_rows(plan),
+        *_crepa_rows(plan),
+        *_layersync_rows(plan),
+        *_step_rows(plan),
+    ]:
         table.add_row(name, plain(text))
     console.print(table, highlight=False, markup=False)
 
@@ -114,10 +120,29 @@ def _crepa_rows(plan: Plan) -> Rows:
         grids = _grids(plan.buckets)
         rows.append(("teacher", config.crepa_encoder + (f", {grids} patches a frame" if grids else "")))
         rows.append(("frames encoded", _encoded(plan)))
+    if config.irepa_enabled:
+        side, alpha = config.irepa_projector_kernel_size, config.irepa_spatial_norm_alpha
+        norm = f"teacher less {alpha:g} of each frame's mean, over its deviation"
+        rows.append(("iREPA", f"projector a convolution of {side}x{side} tokens, {norm}"))
     parts = [f"projector with gradients and optimiser {readable_bytes(memory.projector)}"]
     parts.append(f"kept by the loss {readable_bytes(memory.kept)}")
     parts += [f"teacher {readable_bytes(memory.teacher)}"] if memory.teacher else []
     return [*rows, ("extra memory", f"{readable_bytes(memory.total)}: {', '.join(parts)}")]
+
+
+def _layersync_rows(plan: Plan) -> Rows:
+    settings = plan.settings
+    if not settings.layersync_enabled:
+        idle = settings.layersync.idle
+        return [("LayerSync", idle)] if idle else []
+    student, teacher = settings.layersync_student_block, settings.layersync_teacher_block
+    blocks = f"block {student} learns from block {teacher} of 0 to {plan.family.blocks - 1}"
+    return [
+        (
+            "LayerSync",
+            f"{blocks}, weight {settings.layersync_lambda:g}, {readable_bytes(plan.layersync)} kept by the loss",
+        )
+    ]
 
 
 def _grids(buckets: Sequence[BucketPlan]) -> str:
