@@ -1,4 +1,4 @@
-"""What `CrepaConfig` knows besides its fields: other names, tables, rules over several keys, the error."""
+"""What settings know besides their fields: the error, other names, tables, rules over several keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from ..models.families import FAMILIES
 from ..neighbours import Neighbours
 
-PREFIX = "crepa_"
-KEY_ALIASES = {"crepa_model": "crepa_encoder"}
+# Of all keys of this package; a typo is looked for among the keys of its own prefix first.
+PREFIXES = ("crepa_", "urepa_", "irepa_", "layersync_")
 
 DINOV2_PATCH_SIZE = 14
 DINOV2_HUB_IDS = {
@@ -28,12 +28,6 @@ ENCODER_ALIASES = {
     "dinov2-vitb14": "dinov2_vitb14",
 }
 
-# Keys of SimpleTuner that this package does not implement, with the value at which they do nothing there.
-UNSUPPORTED_KEYS: dict[str, Any] = {
-    "crepa_use_tae": False,
-    "crepa_self_flow": False,
-    "crepa_self_flow_mask_ratio": 0,
-}
 UNSUPPORTED = "not supported by this package"
 
 # What operators, schedules and checkpoints hold.
@@ -105,11 +99,19 @@ def _is_too_long(value: Any) -> bool:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` is most likely a typo of, or None. The prefix all keys share does not count."""
-    by_stem = {choice.removeprefix(PREFIX): choice for choice in choices}
-    stem = word.strip().lower().replace("-", "_").removeprefix(PREFIX)
-    found = difflib.get_close_matches(stem, by_stem, n=1, cutoff=0.6)
-    return by_stem[found[0]] if found else None
+    """The choice that `word` is most likely a typo of, or None. The prefix that many keys share does not count."""
+    word, choices = word.strip().lower().replace("-", "_"), list(choices)
+    prefix = _prefix(word)
+    for alike in ([choice for choice in choices if _prefix(choice) == prefix], choices):
+        by_stem = {choice.removeprefix(_prefix(choice)): choice for choice in alike}
+        found = difflib.get_close_matches(word.removeprefix(prefix), by_stem, n=1, cutoff=0.6)
+        if found:
+            return by_stem[found[0]]
+    return None
+
+
+def _prefix(word: str) -> str:
+    return next((prefix for prefix in PREFIXES if word.startswith(prefix)), "")
 
 
 def unknown_preset(name: Any) -> str:
@@ -137,49 +139,57 @@ def recommended_block_index(family: str) -> int:
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
 
 
-def _is_qwen(encoder: Any) -> bool:
-    if not isinstance(encoder, str):
-        return False
-    name = encoder.lower().replace("\\", "/").rstrip("/")
-    return name.startswith("qwen") or name.rsplit("/", 1)[-1].startswith("qwen")
-
-
 def _is_off(value: Any, off: Any) -> bool:
     return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(off, bool) and value == off
 
 
-def canonical(data: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Canonical keys and values; the key each was written under; what is wrong whatever the fields say."""
+def canonical(
+    data: Mapping[str, Any],
+    fields: Iterable[str],
+    aliases: Mapping[str, str],
+    unsupported: Mapping[str, Any],
+    words: Mapping[str, Mapping[str, str]],
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Canonical keys and values; the key each was written under; what is wrong whatever the fields say.
+
+    aliases, unsupported, words: as `Settings` has them.
+    """
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     problems: list[str] = []
-    known = [*fields, *KEY_ALIASES, *UNSUPPORTED_KEYS]
+    known = [*fields, *aliases]
     for key, value in data.items():
-        if key not in known:
-            problems.append(describe(key, value, unknown_key(key, [*fields, *KEY_ALIASES])))
-        elif value is None:
-            continue
-        elif key in UNSUPPORTED_KEYS:
-            if not _is_off(value, UNSUPPORTED_KEYS[key]):
-                off = json.dumps(UNSUPPORTED_KEYS[key])
+        if key in unsupported:
+            if value is not None and not _is_off(value, unsupported[key]):
+                off = json.dumps(unsupported[key])
                 problems.append(describe(key, value, f"{UNSUPPORTED}; only {off} or null is accepted"))
-        else:
-            name = KEY_ALIASES.get(key, key)
-            if name == "crepa_encoder" and isinstance(value, str):
-                value = ENCODER_ALIASES.get(value, value)
+        elif key not in known:
+            problems.append(describe(key, value, unknown_key(key, known)))
+        elif value is not None:
+            name = aliases.get(key, key)
+            if isinstance(value, str):
+                value = words.get(name, {}).get(value, value)
             if name in values and values[name] != value:
                 rule = f"is another name of {written[name]}, which says {values[name]!r}; give one of them"
                 problems.append(describe(key, value, rule))
                 continue
             values[name], written[name] = value, key
-    problems += _resolve_source(values)
-    if _is_qwen(values.get("crepa_encoder")):
-        key = written["crepa_encoder"]
-        problems.append(describe(key, values.pop("crepa_encoder"), f"Qwen encoders are {UNSUPPORTED}"))
     return values, written, problems
 
 
-def _resolve_source(values: dict[str, Any]) -> list[str]:
+def refuse_qwen(key: str, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
+    """What is wrong of a Qwen encoder under `key`, which is taken out of `values`."""
+    encoder = values.get(key)
+    if not isinstance(encoder, str):
+        return []
+    name = encoder.lower().replace("\\", "/").rstrip("/")
+    if not (name.startswith("qwen") or name.rsplit("/", 1)[-1].startswith("qwen")):
+        return []
+    return [describe(written[key], values.pop(key), f"Qwen encoders are {UNSUPPORTED}")]
+
+
+def settle_source(values: dict[str, Any]) -> list[str]:
+    """Puts in `values` what `crepa_feature_source` and `crepa_use_backbone_features` mean together; what is wrong."""
     source = values.get("crepa_feature_source")
     if source == "self_flow":
         return [describe("crepa_feature_source", values.pop("crepa_feature_source"), UNSUPPORTED)]

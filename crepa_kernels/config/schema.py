@@ -1,72 +1,47 @@
-"""`CrepaConfig`: one validated schema for the JSON file, the command line and a form."""
+"""`CrepaConfig`: the settings of CREPA."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ..grid import SpatialAlign
 from ..neighbours import Neighbours
+from .base import Integer, Settings, flag, integer, number
 from .rules import (
     DINOV2_HUB_IDS,
+    ENCODER_ALIASES,
     LEAST_INTEGER,
-    MOST_INTEGER,
-    PREFIX,
     PRESETS,
     ConfigError,
-    canonical,
     describe,
     joint_problems,
     recommended_block_index,
-    refused_keys,
+    refuse_qwen,
+    settle_source,
     unknown_key,
     unknown_preset,
-    whole_rule,
 )
-from .sources import add_options, merge, read_json, unknown_options
+from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, schedule_field
 
 logger = logging.getLogger(__name__)
 
 
-def _whole_number(value: Any) -> Any:
-    # JSON has one kind of number: 1e3 is a step count too.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+class CrepaConfig(Settings):
+    """Settings of CREPA under the keys that users of SimpleTuner know; see `Settings`."""
 
-
-Integer = Annotated[int, Field(le=MOST_INTEGER), BeforeValidator(_whole_number)]
-_SIGNS = {"ge": ">=", "gt": ">"}
-
-
-def integer(default: int | None, text: str, *, ge: int) -> Any:
-    """A field whose bound is a rule in its description too."""
-    return Field(default, ge=ge, description=f"{text}; must be an integer >= {ge}")
-
-
-def number(default: float | None, text: str, **bound: Any) -> Any:
-    """As `integer`, `bound`: ge or gt."""
-    [(name, value)] = bound.items()
-    return Field(default, description=f"{text}; must be a number {_SIGNS[name]} {value}", **bound)
-
-
-def flag(default: bool, text: str) -> Any:
-    """A field that is true or false, and says so."""
-    return Field(default, description=f"{text}; must be true or false")
-
-
-class CrepaConfig(BaseModel):
-    """Settings of CREPA, immutable, under the keys that users of SimpleTuner know.
-
-    Every field's description is its rule: it is shown in errors, in `--help` and in `model_json_schema()`.
-    A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every
-    wrong key with its value and rule. `None` means the default. Integers have at most 64 bits.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    TITLE = "CREPA"
+    PREFIXES = ("crepa_",)
+    ALIASES = MappingProxyType({"crepa_model": "crepa_encoder"})
+    WORDS = MappingProxyType({"crepa_encoder": ENCODER_ALIASES})
+    # Of SimpleTuner, with the value at which they do nothing there.
+    UNSUPPORTED = MappingProxyType({"crepa_use_tae": False, "crepa_self_flow": False, "crepa_self_flow_mask_ratio": 0})
+    SAME = (frozenset({"crepa_feature_source", "crepa_use_backbone_features"}),)
+    PRESETS = MappingProxyType(PRESETS)
 
     crepa_enabled: bool = flag(False, "whether CREPA is on")
     crepa_block_index: Integer | None = Field(
@@ -74,7 +49,7 @@ class CrepaConfig(BaseModel):
         ge=0,
         description="zero-based block to align; must be an integer >= 0, required when enabled",
     )
-    crepa_lambda: float = number(0.5, "weight of the loss", ge=0)
+    crepa_lambda: float = schedule_field("lambda")
     crepa_adjacent_distance: Integer = integer(1, "neighbour offset in latent frames, 0 for none", ge=0)
     crepa_adjacent_tau: float = number(1.0, "decay length of the neighbour weight exp(-offset/tau)", gt=0)
     crepa_cumulative_neighbors: bool = flag(False, "every offset up to the distance, not that one alone")
@@ -117,15 +92,12 @@ class CrepaConfig(BaseModel):
         "must be an integer >= 0, deeper than crepa_block_index",
     )
     crepa_drop_vae_encoder: bool = flag(False, "free the VAE's encoder when only decoding is needed")
-    crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
-        "constant",
-        description='the weight after warm-up; must be "constant", "linear", "cosine" or "polynomial"',
-    )
-    crepa_warmup_steps: Integer = integer(0, "steps over which the weight rises linearly from 0", ge=0)
-    crepa_decay_steps: Integer = integer(0, "steps from warm-up to lambda_end, 0 for the rest of the run", ge=0)
-    crepa_lambda_end: float = number(0.0, "weight after the decay", ge=0)
-    crepa_power: float = number(1.0, "exponent of the polynomial decay", gt=0)
-    crepa_cutoff_step: Integer = integer(0, "step from which the weight is 0, 0 for never", ge=0)
+    crepa_scheduler: Scheduler = schedule_field("scheduler")
+    crepa_warmup_steps: Integer = schedule_field("warmup_steps")
+    crepa_decay_steps: Integer = schedule_field("decay_steps")
+    crepa_lambda_end: float = schedule_field("lambda_end")
+    crepa_power: float = schedule_field("power")
+    crepa_cutoff_step: Integer = schedule_field("cutoff_step")
     crepa_similarity_threshold: float | None = Field(
         None,
         gt=0,
@@ -137,14 +109,8 @@ class CrepaConfig(BaseModel):
         description="what is averaged and compared with the threshold, the mean cosine in [-1, 1] or the sum "
         'over neighbours; must be "similarity" or "alignment_score"',
     )
-    crepa_similarity_ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of the similarity's moving average; must be a number in [0, 1)"
-    )
-    crepa_threshold_mode: Literal["permanent", "recoverable"] = Field(
-        "permanent",
-        description="whether the weight comes back when the average falls below the threshold; "
-        'must be "permanent" or "recoverable"',
-    )
+    crepa_similarity_ema_decay: float = schedule_field("similarity_ema_decay")
+    crepa_threshold_mode: ThresholdMode = schedule_field("threshold_mode")
     crepa_probe_interval: Integer = integer(50, "steps between measurements while a recoverable cutoff lasts", ge=1)
     crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
@@ -152,25 +118,12 @@ class CrepaConfig(BaseModel):
         'must be "auto", "triton", "torch" or "reference"',
     )
 
-    def __init__(self, **data: Any) -> None:
-        fields = type(self).model_fields
-        values, written, problems = canonical(data, fields)
-        refused: list[str] = []
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            refused = refused_keys(error, fields)
-            for key in refused:
-                rule = whole_rule(fields[key].description or "", values[key])
-                problems.append(describe(written.get(key, key), values[key], rule))
-            super().__init__(**{key: value for key, value in values.items() if key not in refused})
-        problems += [
-            problem
-            for keys, problem in joint_problems(self.to_dict(), self.neighbours)
-            if not keys.intersection(refused)
-        ]
-        if problems:
-            raise ConfigError(problems)
+    @classmethod
+    def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
+        return [*settle_source(values), *refuse_qwen("crepa_encoder", values, written)]
+
+    def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
+        return joint_problems(self.to_dict(), self.neighbours)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], *, family: str | None = None) -> CrepaConfig:
@@ -179,102 +132,32 @@ class CrepaConfig(BaseModel):
         With `family`, a missing `crepa_block_index` of an enabled configuration becomes the family's
         recommended one, which is logged. ConfigError (a ValueError) lists every wrong key.
         """
-        if not isinstance(mapping, Mapping):
-            raise ConfigError([f"settings must be a mapping of keys to values, not {type(mapping).__name__}"])
-        values = {key: value for key, value in mapping.items() if isinstance(key, str) and key.startswith(PREFIX)}
-        recommended = False
-        if family is not None and values.get("crepa_block_index") is None:
-            index = recommended_block_index(family)
-            if values.get("crepa_enabled") is True:
-                recommended, values["crepa_block_index"] = True, index
-                logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
-        config = cls(**values)
-        config._keep_family(family if recommended else None)
+        if family is None or not isinstance(mapping, Mapping) or mapping.get("crepa_block_index") is not None:
+            return super().from_dict(mapping)
+        index = recommended_block_index(family)
+        if mapping.get("crepa_enabled") is not True:
+            return super().from_dict(mapping)
+        logger.info("crepa_block_index = %d, the recommended block for %s", index, family)
+        config = super().from_dict({**mapping, "crepa_block_index": index})
+        config._keep_family(family)
         return config
-
-    @classmethod
-    def from_json(cls, path: str | Path, *, family: str | None = None) -> CrepaConfig:
-        """From a JSON file that holds one object; errors begin with the file's name."""
-        values = read_json(path)
-        try:
-            return cls.from_dict(values, family=family)
-        except ConfigError as error:
-            raise ConfigError(error.problems, str(path)) from None
 
     @classmethod
     def preset(cls, name: str, *, family: str = "wan", **overrides: Any) -> CrepaConfig:
         """One of `PRESETS`, enabled, at the family's recommended block, with `overrides` on top."""
         if name not in PRESETS:
             raise ConfigError([f"unknown preset {name!r}, {unknown_preset(name)}"])
-        stray = [key for key in overrides if not key.startswith(PREFIX)]
+        stray = [key for key in overrides if not key.startswith(cls.PREFIXES)]
         if stray:
             known = cls.model_fields
             raise ConfigError(describe(key, overrides[key], unknown_key(key, known)) for key in stray)
-        return cls.from_dict(merge(PRESETS[name], overrides), family=family)
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser, base: Mapping[str, Any] | None = None) -> None:
-        """Add one `--crepa_*` option for each key, in a group of their own.
-
-        Values are read as JSON; what is not JSON is a string; an option without a value means true. Options
-        that are not given leave nothing in the namespace. Give the namespace to `from_args`. `base`: values that the
-        help shows as defaults.
-        """
-        add_options(parser, cls.model_fields, base or {})
-
-    @classmethod
-    def from_args(
-        cls,
-        namespace: argparse.Namespace,
-        base: CrepaConfig | Mapping[str, Any] | None = None,
-        *,
-        rest: Sequence[str] = (),
-        family: str | None = None,
-    ) -> CrepaConfig:
-        """From a namespace of `add_arguments`, over `base` (a configuration, or a mapping as of `read_json`).
-
-        `rest`: what `parser.parse_known_args` did not know; an option in it that begins with `--crepa` is an
-        error that names the nearest one.
-        """
-        given = {key: value for key, value in vars(namespace).items() if key.startswith(PREFIX)}
-        problems = unknown_options(rest, cls.model_fields)
-        if isinstance(base, CrepaConfig):
-            base = {key: getattr(base, key) for key in base.model_fields_set}
-        try:
-            config = cls.from_dict(merge(base or {}, given), family=family)
-        except ConfigError as error:
-            raise ConfigError([*problems, *error.problems]) from None
-        if problems:
-            raise ConfigError(problems)
-        return config
-
-    @classmethod
-    def parse_known_args(
-        cls,
-        argv: Sequence[str] | None = None,
-        base: CrepaConfig | Mapping[str, Any] | None = None,
-        *,
-        family: str | None = None,
-    ) -> tuple[CrepaConfig, list[str]]:
-        """The configuration on a command line (default: the process's own), and the words left over."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        cls.add_arguments(parser)
-        namespace, rest = parser.parse_known_args(argv)
-        return cls.from_args(namespace, base, rest=rest, family=family), rest
+        return cls.from_dict(cls.merged(PRESETS[name], overrides), family=family)
 
     def replace(self, **overrides: Any) -> CrepaConfig:
         """A validated copy with other values; `None` puts a key back to its default."""
-        config = type(self)(**merge({key: getattr(self, key) for key in self.model_fields_set}, overrides))
+        config = super().replace(**overrides)
         config._keep_family(None if "crepa_block_index" in overrides else self.block_is_of)
         return config
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CrepaConfig:
-        """`replace`: pydantic's own would not validate."""
-        return self.replace(**(update or {}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, as JSON can hold it; `from_dict` gives the same configuration back."""
-        return {key: getattr(self, key) for key in type(self).model_fields}
 
     def _keep_family(self, family: str | None) -> None:
         # No field: two configurations of the same values are equal, wherever the block came from.
@@ -285,14 +168,6 @@ class CrepaConfig(BaseModel):
         """The family for which `crepa_block_index` was taken as the recommended one; None where it was given."""
         family: str | None = self.__dict__.get("_family")
         return family
-
-    @property
-    def idle(self) -> str | None:
-        """What to say of keys that do nothing because nobody said whether CREPA is on; None where there are none."""
-        given = [key for key in type(self).model_fields if key in self.model_fields_set]
-        if not given or "crepa_enabled" in given:
-            return None
-        return f"OFF: neither crepa_enabled nor a preset is given, without which {', '.join(given)} does nothing"
 
     @property
     def spatial_align(self) -> SpatialAlign:
@@ -309,6 +184,25 @@ class CrepaConfig(BaseModel):
             self.crepa_adjacent_tau,
             self.crepa_cumulative_neighbors,
             self.crepa_normalize_neighbour_sum,
+        )
+
+    @property
+    def schedule(self) -> ScheduleSettings:
+        """The weight over training, and its cutoff."""
+        return ScheduleSettings.of(self, self.threshold_on_other_scale())
+
+    @property
+    def teacher(self) -> TeacherSettings:
+        """The teacher, and how frames come to it."""
+        return TeacherSettings(
+            backbone=self.crepa_feature_source == "backbone",
+            encoder=self.crepa_encoder,
+            image_size=self.crepa_encoder_image_size,
+            resize=self.crepa_encoder_resize,
+            frames_batch_size=self.crepa_encoder_frames_batch_size,
+            frame_map=self.crepa_frame_map,
+            drop_vae_encoder=self.crepa_drop_vae_encoder,
+            encoder_key="crepa_encoder",
         )
 
     def loss_options(self) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""Where `CrepaConfig` reads its keys from: a JSON file, a command line, one set of values over another."""
+"""Where settings read their keys from: a JSON file, a command line, one set of values over another."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .rules import KEY_ALIASES, PREFIX, UNSUPPORTED, UNSUPPORTED_KEYS, ConfigError, nearest
+from .rules import UNSUPPORTED, ConfigError, nearest
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -55,18 +55,24 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+def add_options(
+    group: argparse._ArgumentGroup,
+    fields: Mapping[str, Any],
+    base: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    unsupported: Mapping[str, Any],
+) -> None:
     """One option for each field, alias and unsupported key; what is not given is not in the namespace.
 
     base: values that the help shows in the place of the fields' defaults.
     """
     defaults = {**{key: field.default for key, field in fields.items()}, **base}
     texts = {key: f"{field.description} (default: {json.dumps(defaults[key])})" for key, field in fields.items()}
-    texts |= {alias: f"the same as --{key}" for alias, key in KEY_ALIASES.items()}
-    texts |= {key: f"{UNSUPPORTED} (accepted: {json.dumps(off)})" for key, off in UNSUPPORTED_KEYS.items()}
+    texts |= {alias: f"the same as --{key}" for alias, key in aliases.items()}
+    texts |= {key: f"{UNSUPPORTED} (accepted: {json.dumps(off)})" for key, off in unsupported.items()}
     words = {key for key in fields if fields[key].annotation is str}
-    words |= {alias for alias, key in KEY_ALIASES.items() if key in words}
-    add_json_options(parser.add_argument_group("CREPA"), texts, words)
+    words |= {alias for alias, key in aliases.items() if key in words}
+    add_json_options(group, texts, words)
 
 
 def add_json_options(group: argparse._ArgumentGroup, texts: Mapping[str, str], words: Container[str] = ()) -> None:
@@ -102,13 +108,11 @@ def _word(text: str) -> Any:
 def unknown_options(
     words: Iterable[str],
     known: Iterable[str],
-    prefixes: tuple[str, ...] = (f"--{PREFIX}", "--crepa-"),
+    prefixes: tuple[str, ...],
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """A line for each word that looks like an option (of CREPA): what `others` says of its key, or the nearest one of
-    `known` keys.
-    """
-    problems, choices = [], [*known, *KEY_ALIASES]
+    """A line for each word that begins as an option: what `others` says of its key, or the nearest one of `known`."""
+    problems, choices = [], list(known)
     for word in words:
         if word.startswith(prefixes):
             option = word.split("=", 1)[0]
@@ -120,9 +124,9 @@ def unknown_options(
     return problems
 
 
-def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` over `base`; what `base` says of the same thing under another key gives way too."""
-    same = [{alias, key} for alias, key in KEY_ALIASES.items()]
-    same.append({"crepa_feature_source", "crepa_use_backbone_features"})
-    superseded = {key for names in same for key in names if names & set(overrides)}
+def merge(
+    base: Mapping[str, Any], overrides: Mapping[str, Any], same: Iterable[Collection[str]] = ()
+) -> dict[str, Any]:
+    """`overrides` over `base`; of keys that say the `same` thing, `base`'s give way to any of `overrides`."""
+    superseded = {key for keys in same for key in keys if overrides.keys() & set(keys)}
     return {**{key: value for key, value in base.items() if key not in superseded}, **overrides}

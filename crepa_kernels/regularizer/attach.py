@@ -1,9 +1,10 @@
-"""Attaching the projector to a transformer, and the checks that it stays as it was attached."""
+"""Attaching the projector to a model, and the checks that it stays as it was attached."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,35 @@ from ..transfer import HostCopy
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR_NAME = "crepa_projector"
-ORDER = "adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard"
+
+@dataclass(frozen=True)
+class Owner:
+    """Who attaches to a model: names for messages, for what is registered on it and for what is saved.
+
+    Attributes:
+        title: of the loss.
+        regularizer: the class's name.
+        model: what it attaches to.
+        prefix: of its keys, of the projector's name and of the files.
+    """
+
+    title: str
+    regularizer: str
+    model: str
+    prefix: str
+
+    @property
+    def projector(self) -> str:
+        """The projector's name in the model."""
+        return f"{self.prefix}projector"
+
+    @property
+    def order(self) -> str:
+        """In which it attaches."""
+        return f"adapters, {self.regularizer}, optimizer, LR scheduler, prepare/DDP/fully_shard"
+
+
+CREPA = Owner("CREPA", "CrepaRegularizer", "transformer", "crepa_")
 
 _PLAIN = ("Parameter", "Tensor", "DTensor")  # by name: importing DTensor takes longer than importing this package
 
@@ -32,34 +60,37 @@ _WRAPPERS = {
 }
 
 
-def check_attachable(transformer: nn.Module) -> None:
-    """ValueError, naming the order, for a transformer that is wrapped, sharded, without weights or has a projector.
+def check_attachable(model: nn.Module, owner: Owner) -> None:
+    """ValueError, naming the order, for a model that is wrapped, sharded, without weights or has a projector.
 
     Also one for what is no model, such as a class or a pipeline.
     """
-    if not isinstance(transformer, nn.Module):
-        what = f"the class {transformer.__name__}" if isinstance(transformer, type) else type(transformer).__name__
-        inner = isinstance(getattr(transformer, "transformer", None), nn.Module)
-        hint = ", which has one: give its .transformer" if inner else ""
-        raise ValueError(f"CrepaRegularizer must be given the transformer itself, got {what}{hint}")
-    names = {base.__name__ for base in type(transformer).__mro__}
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        inner = isinstance(getattr(model, owner.model, None), nn.Module)
+        hint = f", which has one: give its .{owner.model}" if inner else ""
+        raise ValueError(f"{owner.regularizer} must be given the {owner.model} itself, got {what}{hint}")
+    names = {base.__name__ for base in type(model).__mro__}
     found = [text for name, text in _WRAPPERS.items() if name in names]
-    parameters = list(transformer.parameters())
+    parameters = list(model.parameters())
     if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
         found = found or ["sharded: its weights are DTensors"]
     if found:
         raise ValueError(
-            f"CrepaRegularizer must be given the transformer itself, but it is {found[0]}. The order is: {ORDER}"
+            f"{owner.regularizer} must be given the {owner.model} itself, but it is {found[0]}. "
+            f"The order is: {owner.order}"
         )
-    if hasattr(transformer, PROJECTOR_NAME):
+    if hasattr(model, owner.projector):
         raise ValueError(
-            f"the transformer already has a {PROJECTOR_NAME}: remove() the CrepaRegularizer that added it first"
+            f"the {owner.model} already has a {owner.projector}: remove() the {owner.regularizer} that added it first"
         )
     if parameters and all(parameter.is_meta for parameter in parameters):
-        raise ValueError(f"the transformer has no weights yet (meta device): load them first. The order is: {ORDER}")
+        raise ValueError(
+            f"the {owner.model} has no weights yet (meta device): load them first. The order is: {owner.order}"
+        )
 
 
-def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: nn.Module) -> Callable[[], None]:
+def attach_projector(model: nn.Module, projector: CrepaProjector, block: nn.Module, owner: Owner) -> Callable[[], None]:
     """Registers ``projector`` (fp32, trainable, on the device of ``block``) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
@@ -69,70 +100,71 @@ def attach_projector(transformer: nn.Module, projector: CrepaProjector, block: n
         What undoes it all.
     """
     # A model may lie on several devices, or in part on none. The projector reads what the captured block writes.
-    devices = [parameter.device for parameter in (*block.parameters(), *transformer.parameters())]
+    devices = [parameter.device for parameter in (*block.parameters(), *model.parameters())]
     device = next((each for each in devices if each.type != "meta"), devices[0])
     projector.to(device=device, dtype=torch.float32).requires_grad_(True)
-    transformer.add_module(PROJECTOR_NAME, projector)
-    transformer.save_pretrained = partial(_save_without_projector, transformer)  # type: ignore[assignment]
+    model.add_module(owner.projector, projector)
+    model.save_pretrained = partial(_save_without, model, owner.projector)  # type: ignore[assignment]
 
     def detach() -> None:
-        transformer._modules.pop(PROJECTOR_NAME, None)
-        transformer.__dict__.pop("save_pretrained", None)
+        model._modules.pop(owner.projector, None)
+        model.__dict__.pop("save_pretrained", None)
 
     return detach
 
 
-def _save_without_projector(transformer: Any, *args: Any, **kwargs: Any) -> Any:
-    handle = transformer.register_state_dict_post_hook(_drop_projector)
+def _save_without(model: Any, projector: str, *args: Any, **kwargs: Any) -> Any:
+    handle = model.register_state_dict_post_hook(partial(_drop, projector))
     try:
-        return type(transformer).save_pretrained(transformer, *args, **kwargs)
+        return type(model).save_pretrained(model, *args, **kwargs)
     finally:
         handle.remove()
 
 
-def _drop_projector(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(f"{prefix}{PROJECTOR_NAME}.")]:
+def _drop(projector: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}{projector}.")]:
         del state_dict[key]
 
 
-def check_attached(transformer: nn.Module, projector: CrepaProjector) -> None:
+def check_attached(model: nn.Module, projector: CrepaProjector, owner: Owner) -> None:
     """ValueError, naming the order, when the projector is not in the model, or is wrapped, frozen, cast or empty."""
-    held = transformer._modules.get(PROJECTOR_NAME)
+    held = model._modules.get(owner.projector)
     if held is not projector:
         what = "is gone from" if held is None else f"was replaced by a {type(held).__name__} in"
-        raise _out_of_order(f"{what} the transformer")
+        raise _out_of_order(owner, f"{what} the {owner.model}")
     # By identity: an adapter's layer may well be called Linear, too.
     if [type(layer) for layer in projector] != [nn.LayerNorm, nn.Linear]:
         layers = ", ".join(f"{type(layer).__module__}.{type(layer).__name__}" for layer in projector)
-        raise _out_of_order(f"was wrapped by an adapter that was added after it: it is now {layers}")
+        raise _out_of_order(owner, f"was wrapped by an adapter that was added after it: it is now {layers}")
     for name, parameter in projector.named_parameters():
         if parameter.is_meta:
-            raise _out_of_order(f"has no weights: {name} is on the meta device")
+            raise _out_of_order(owner, f"has no weights: {name} is on the meta device")
         if type(parameter).__name__ not in _PLAIN:
-            raise _out_of_order(f"must stay fp32, but {name} was quantized to {type(parameter).__name__}")
+            raise _out_of_order(owner, f"must stay fp32, but {name} was quantized to {type(parameter).__name__}")
         if parameter.dtype != torch.float32:
-            raise _out_of_order(f"must stay fp32, but {name} was cast to {parameter.dtype}")
+            raise _out_of_order(owner, f"must stay fp32, but {name} was cast to {parameter.dtype}")
         if not parameter.requires_grad:
             raise _out_of_order(
-                f"must be trainable, but {name} is frozen (an adapter added afterwards, or requires_grad_(False))"
+                owner,
+                f"must be trainable, but {name} is frozen (an adapter added afterwards, or requires_grad_(False))",
             )
 
 
-def check_runs(transformer: nn.Module, projector: CrepaProjector) -> None:
+def check_runs(model: nn.Module, projector: CrepaProjector, owner: Owner) -> None:
     """``check_attached`` before a forward that could not run: the model or its hooks would fail without the reason.
 
     Most kernels know neither 8-bit types nor quantized weights.
     """
     for parameter in projector.parameters():
         if type(parameter).__name__ not in _PLAIN or parameter.dtype.itemsize == 1:
-            check_attached(transformer, projector)
+            check_attached(model, projector, owner)
 
 
-def _out_of_order(what: str) -> ValueError:
-    return ValueError(f"{PROJECTOR_NAME} {what}. The order is: {ORDER}")
+def _out_of_order(owner: Owner, what: str) -> ValueError:
+    return ValueError(f"{owner.projector} {what}. The order is: {owner.order}")
 
 
-def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any]) -> None:
+def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any], owner: Owner) -> None:
     """ValueError, naming the order, for weights of the projector that are in none of the ``optimizers``."""
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
@@ -141,7 +173,7 @@ def check_in_optimizers(projector: CrepaProjector, optimizers: Sequence[Any]) ->
     missing = [name for name, parameter in projector.named_parameters() if id(parameter) not in held]
     if missing:
         raise _out_of_order(
-            f"cannot learn: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the optimizer"
+            owner, f"cannot learn: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the optimizer"
         )
 
 
@@ -159,8 +191,9 @@ class TrainingWatch:
 
     WARNED, FAILED = 5, 50
 
-    def __init__(self, projector: CrepaProjector) -> None:
+    def __init__(self, projector: CrepaProjector, owner: Owner) -> None:
         self.unchanged = 0
+        self._owner = owner
         self._projector = projector
         self._step: int | None = None
         self._versions: list[tuple[int, int]] = []
@@ -203,34 +236,37 @@ class TrainingWatch:
 
     def _message(self) -> str:
         return (
-            f"{PROJECTOR_NAME} has not changed over {self.unchanged} optimizer steps with a weight above 0: it is not "
-            "in the optimizer (CrepaRegularizer.check_optimizer(optimizer) says so at once), or a gradient scaler left "
-            f"out every step, or step= counts micro-batches. The order is: {ORDER}"
+            f"{self._owner.projector} has not changed over {self.unchanged} optimizer steps with a weight above 0: it "
+            f"is not in the optimizer ({self._owner.regularizer}.check_optimizer(optimizer) says so at once), or a "
+            "gradient scaler left out every step, or step= counts micro-batches. "
+            f"The order is: {self._owner.order}"
         )
 
 
-def check_reach(transformer: nn.Module, family: Family, index: int, states: torch.Tensor) -> None:
-    """Warns when no trainable weight acts on ``states``, the output of block ``index``: CREPA cannot reach the model.
+def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tensor, owner: Owner) -> None:
+    """Warns when no trainable weight acts on ``states``, the output of block ``index``: the loss reaches no model.
 
     Raises:
         ValueError: when there are such weights, but the states are not attached to their graph.
     """
-    later = {id(parameter) for block in family.blocks(transformer)[index + 1 :] for parameter in block.parameters()}
-    skipped = {*family.after_blocks, PROJECTOR_NAME}
+    later = {id(parameter) for block in family.blocks(model)[index + 1 :] for parameter in block.parameters()}
+    skipped = {*family.after_blocks, owner.projector}
     reached = any(
         parameter.requires_grad and id(parameter) not in later and name.split(".", 1)[0] not in skipped
-        for name, parameter in transformer.named_parameters()
+        for name, parameter in model.named_parameters()
     )
     # An adapter outside of the model, in forwards that it replaced, shows in the states alone.
     if not reached and not states.requires_grad:
         logger.warning(
             "no trainable weight acts on block %d or before it (no adapter reaches a block up to it): "
-            "only CREPA's projector learns from CREPA",
+            "only %s's projector learns from %s",
             index,
+            owner.title,
+            owner.title,
         )
     elif reached and not states.requires_grad:
         raise ValueError(
             f"the output of block {index} is not attached to the graph, though weights up to it are trainable: with "
             "reentrant checkpointing the blocks' inputs must require gradients; use "
-            "transformer.enable_gradient_checkpointing(), which is not reentrant"
+            f"{owner.model}.enable_gradient_checkpointing(), which is not reentrant"
         )

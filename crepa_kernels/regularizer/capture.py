@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.families import Family
 from ..models.layouts import Arguments, TokenLayout
 from ..projector import CrepaProjector
-from .attach import check_runs
+from .attach import CREPA, Owner, check_runs
 
 
 class CapturedStates(NamedTuple):
@@ -67,6 +67,7 @@ class Capture:
         family: its row of the table.
         indices: block index by the name of the setting that chose it.
         projector: whose parameters enter the graph of each forward.
+        owner: whose projector it is.
 
     Attributes:
         enabled: False once CREPA has ended.
@@ -77,13 +78,19 @@ class Capture:
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Family, indices: Mapping[str, int], projector: CrepaProjector
+        self,
+        transformer: nn.Module,
+        family: Family,
+        indices: Mapping[str, int],
+        projector: CrepaProjector,
+        owner: Owner = CREPA,
     ) -> None:
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
         self.enabled = True
         self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
         self._family = family
+        self._owner = owner
         self._projector = projector
         self._slots = {index: _Slot(family.video_tokens) for index in self._blocks}
         self._parameters = family.forward_parameters(transformer)
@@ -115,7 +122,7 @@ class Capture:
     def _check_runs(self) -> None:
         # Asked where it is called, a compiled model would be compiled in five frames once CREPA ends, not in three.
         if self.enabled and self._training and self._gradients:
-            check_runs(self._transformer, self._projector)
+            check_runs(self._transformer, self._projector, self._owner)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         for slot in self._slots.values():
@@ -148,15 +155,16 @@ class Capture:
         """
         if index not in self._slots:
             raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._slots))}")
+        model = self._owner.model
         if self._arguments is None and self._released:
             raise ValueError(
-                "the transformer's forward was not called before loss() since release(), or a loss() with weight 0, "
+                f"the {model}'s forward was not called before loss() since release(), or a loss() with weight 0, "
                 "let go of the captured hidden states: call loss() and similarity_matrix() first, release() after them"
             )
         if self._arguments is None:
             raise ValueError(
-                "the transformer's forward was not called before loss(): call transformer(...) first, and train the "
-                "very object that CrepaRegularizer was given (or its DDP/FSDP wrapper), not a copy of it"
+                f"the {model}'s forward was not called before loss(): call {model}(...) first, and train the "
+                f"very object that {self._owner.regularizer} was given (or its DDP/FSDP wrapper), not a copy of it"
             )
         output = self._slots[index].output
         if output is None:
@@ -170,15 +178,16 @@ class Capture:
         return CapturedStates(layout.by_frame(output), layout)
 
     def _why_nothing(self) -> str:
+        model, title = self._owner.model, self._owner.title
         if not self._gradients:
-            return "the transformer ran without gradients (no_grad or inference mode): nothing was captured for CREPA"
+            return f"the {model} ran without gradients (no_grad or inference mode): nothing was captured for {title}"
         if not self._training:
-            return "the transformer ran in eval mode: call transformer.train() before a training forward"
+            return f"the {model} ran in eval mode: call {model}.train() before a training forward"
         if not self.enabled:
-            return "the transformer ran after CREPA's weight became 0 for good: nothing was captured"
+            return f"the {model} ran after {title}'s weight became 0 for good: nothing was captured"
         return (
-            "the transformer ran but its blocks' hooks did not: compile the blocks "
-            "(block.compile() or transformer.compile_repeated_blocks()) and not the model"
+            f"the {model} ran but its blocks' hooks did not: compile the blocks "
+            f"(block.compile() or {model}.compile_repeated_blocks()) and not the model"
         )
 
     def release(self) -> None:

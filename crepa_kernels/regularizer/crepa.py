@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +10,7 @@ from torch import nn
 
 from ..config.schema import CrepaConfig
 from ..inputs import check_mask
-from ..loss import CrepaOutput, crepa_loss, similarity_matrix
+from ..loss import crepa_loss, similarity_matrix
 from ..models.families import family_of
 from ..projector import CrepaProjector
 from ..reduction import counted_frames
@@ -21,26 +19,13 @@ from ..teachers.clips import as_counts
 from ..teachers.dinov2 import EncoderSource
 from ..teachers.latents import VaeSource
 from .aligning import aligned
-from .attach import (
-    TrainingWatch,
-    attach_projector,
-    check_attachable,
-    check_attached,
-    check_in_optimizers,
-    check_reach,
-)
-from .capture import Capture, CapturedStates
-from .monitor import NonFiniteMonitor
-from .saving import load_crepa, load_weights, save_crepa, whole_weights
-from .schedule import CrepaSchedule, run_length
+from .attach import CREPA
+from .base import Logs, Measured, Regularizer
+from .capture import CapturedStates
 from .teacher import ClipInputs, TeacherSource
 
-logger = logging.getLogger(__name__)
 
-Logs = dict[str, torch.Tensor | float | bool]
-
-
-class CrepaRegularizer:
+class CrepaRegularizer(Regularizer):
     """Aligns one block's hidden states with a frozen teacher's features of the clip (arXiv 2506.09229).
 
     Attaches to the transformer: forward hooks that capture the block's output, and the projector, registered as
@@ -70,6 +55,10 @@ class CrepaRegularizer:
             encoder that cannot be read, or sources of the wrong type.
     """
 
+    OWNER = CREPA
+    CONFIG = CrepaConfig
+    config: CrepaConfig
+
     def __init__(
         self,
         config: CrepaConfig | Mapping[str, Any],
@@ -81,98 +70,28 @@ class CrepaRegularizer:
         feature_size: int | None = None,
         vae_encodes: bool = False,
     ) -> None:
-        self.config = config if isinstance(config, CrepaConfig) else CrepaConfig.from_dict(config)
         self.transformer = transformer
-        self.projector: CrepaProjector | None = None
-        self._removed = False
-        if not self.config.crepa_enabled:
-            if self.config.idle is not None:
-                logger.warning("CREPA is %s", self.config.idle)
+        if not self._configure(config, transformer):
             return
-        check_attachable(transformer)
         if self.config.crepa_drop_vae_encoder and vae_encodes:
             raise ValueError(
                 "crepa_drop_vae_encoder = true, but the training loop still encodes clips with the VAE: "
                 "encode them before training, or set it to false"
             )
-        self._family = family_of(transformer)
-        if self.config.block_is_of not in (None, self._family.name):
+        family = family_of(transformer)
+        if self.config.block_is_of not in (None, family.name):
             raise ValueError(
                 f"crepa_block_index = {self.config.crepa_block_index} is the recommended block for "
-                f"{self.config.block_is_of}, and the transformer is of {self._family.name}: "
-                f'give family="{self._family.name}" with the preset, or the block'
+                f"{self.config.block_is_of}, and the transformer is of {family.name}: "
+                f'give family="{family.name}" with the preset, or the block'
             )
-        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * (self.config.crepa_feature_source == "backbone")
+        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * self.config.teacher.backbone
         blocks: dict[str, int] = {key: getattr(self.config, key) for key in keys}
-        student, *_ = (self._family.block(transformer, index, key) for key, index in blocks.items())
-        self._block_index, self._teacher_block_index = blocks[keys[0]], blocks[keys[-1]]
-        self._schedule = CrepaSchedule(self.config, run_length(self.config, max_train_steps))
-        self._source = TeacherSource(self.config, self._family, vae, encoder)
-        hidden_size = self._family.hidden_size(transformer.config)
-        self.projector = CrepaProjector(hidden_size, self._source.feature_size(hidden_size, feature_size))
-        self._capture = Capture(transformer, self._family, blocks, self.projector)
-        self._monitor = NonFiniteMonitor()
-        self._watch = TrainingWatch(self.projector)
-        self._looked_at_adapters = False
-        self._capture.attach()
-        self._detach = attach_projector(transformer, self.projector, student)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        transformer: nn.Module,
-        vae: VaeSource | None = None,
-        encoder: EncoderSource | None = None,
-        max_train_steps: int | None = None,
-        *,
-        vae_encodes: bool = False,
-    ) -> CrepaRegularizer:
-        """Attaches what ``save_pretrained`` wrote into ``folder``: the settings and the trained projector.
-
-        Raises:
-            ValueError: as the constructor, or when a file is missing, damaged or of another model.
-        """
-        config, weights = load_crepa(folder)
-        size = weights["1.weight"].shape[0] if weights else None
-        crepa = cls(config, transformer, vae, encoder, max_train_steps, feature_size=size, vae_encodes=vae_encodes)
-        if crepa.projector is not None:
-            try:
-                load_weights(crepa.projector, weights, str(folder))
-            except ValueError:
-                crepa.remove()
-                raise
-        return crepa
-
-    @property
-    def ended(self) -> bool:
-        """Whether CREPA is off, or over for good: ``loss`` then needs nothing of the teacher's side."""
-        return self.projector is None or self._schedule.ended
-
-    def captured(self, block: int | None = None) -> CapturedStates:
-        """What the last forward of training left of a block: hidden states (B, T, P, D), attached, and their layout.
-
-        Args:
-            block: its index, ``crepa_block_index`` or in backbone mode ``crepa_teacher_block_index``; the first if not
-                given.
-
-        Raises:
-            ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; for
-                another block; or CREPA is off.
-        """
-        if self.projector is None:
-            raise ValueError("CREPA is off: nothing is captured")
-        return self._capture.states(self._block_index if block is None else block)
-
-    @property
-    def frames_encoded(self) -> int:
-        """Frames that the teacher has encoded so far."""
-        return 0 if self.projector is None else self._source.teacher.frames_encoded
-
-    @property
-    def frames_decoded(self) -> int:
-        """Pixel frames that the VAE has decoded so far."""
-        return 0 if self.projector is None else self._source.decoder.frames_decoded
+        for key, index in blocks.items():
+            family.block(transformer, index, key)
+        self._teacher_block_index = blocks[keys[-1]]
+        source = TeacherSource(self.config, family, vae, encoder)
+        self._attach(family, blocks, source, max_train_steps=max_train_steps, feature_size=feature_size)
 
     def loss(
         self,
@@ -215,56 +134,30 @@ class CrepaRegularizer:
                 has changed the projector over 50 steps (after 5 a warning), nothing is given to teach from, or shapes,
                 types and ranges do not fit.
         """
-        if self._removed:
-            raise ValueError("this CrepaRegularizer was removed from its transformer")
-        if self.projector is None:
-            return torch.zeros(()), {}
-        aux = torch.zeros((), device=next(self.projector.parameters()).device)
-        decision = self._schedule.decide(step, aux.device)
-        # The next forward comes before anybody can know its step.
-        self._capture.enabled = not self._schedule.ended
-        logs: Logs = {"crepa_weight": decision.weight, "crepa_cutoff": decision.cutoff}
-        if self.config.crepa_similarity_threshold is not None:
-            ema = self._schedule.ema
-            logs["crepa_similarity_ema"] = torch.full_like(aux, float("nan") if ema is None else ema)
-        if not decision.run:
-            self._capture.release()
-            if self._schedule.ended:
-                self._source.unload()
-            return aux, logs
-        student = self._student()
-        if torch.is_grad_enabled() and not decision.probe:
-            self._watch.look(step)
         inputs = ClipInputs(latents, pixels, features, feature_grid, as_counts(num_frames))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not decision.probe):
-            output = self._output(step, student, inputs, frame_mask, teacher_mask)
-        if decision.probe:
-            return aux, logs
-        aux = decision.weight * output.loss
-        logs |= {
-            "crepa_loss": aux.detach(),
-            "crepa_similarity": output.similarity,
-            "crepa_similarity_self": output.self_similarity,
-            "crepa_alignment_score": output.alignment_score,
-        }
-        return aux, logs
+        return self._step(step, lambda student: self._measure(student, inputs, frame_mask, teacher_mask))
 
-    def _output(
+    def _measure(
         self,
-        step: int,
         student: CapturedStates,
         inputs: ClipInputs,
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
-    ) -> CrepaOutput:
+    ) -> Measured:
         taught = self._teacher(student, inputs, frame_mask, teacher_mask)
         output = aligned(crepa_loss, self.config, cast(CrepaProjector, self.projector), student, *taught)
         teacher, *masks = taught
-        self._monitor.watch(step, output.loss, teacher.features, cast(torch.Tensor, self._capture.projector_sum))
-        if self.config.crepa_similarity_threshold is not None:
+
+        def metric() -> tuple[torch.Tensor, torch.Tensor]:
             count = counted_frames(output.frame_similarity, *masks)
-            self._schedule.observe(step, getattr(output, self.config.crepa_similarity_metric) * count, count)
-        return output
+            return getattr(output, self.config.crepa_similarity_metric) * count, count
+
+        logs: Logs = {
+            "crepa_similarity": output.similarity,
+            "crepa_similarity_self": output.self_similarity,
+            "crepa_alignment_score": output.alignment_score,
+        }
+        return Measured({"crepa_loss": output.loss}, logs, teacher.features, metric)
 
     def _teacher(
         self,
@@ -294,80 +187,3 @@ class CrepaRegularizer:
         student = self._capture.states(self._block_index)
         taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
         return aligned(similarity_matrix, self.config, cast(CrepaProjector, self.projector), student, *taught)
-
-    def check_optimizer(self, *optimizers: Any) -> None:
-        """Asks at once what ``loss`` finds out in some steps: that the projector is in one of the optimizers.
-
-        Call it in the order of attaching, after prepare or ``fully_shard`` where these are used.
-
-        Raises:
-            ValueError: naming the weights that are in none of them, and the order.
-        """
-        if self.projector is not None:
-            check_in_optimizers(self.projector, optimizers)
-
-    def _student(self) -> CapturedStates:
-        student = self._capture.states(self._block_index)
-        if torch.is_grad_enabled():
-            check_attached(self.transformer, cast(CrepaProjector, self.projector))
-            if not self._looked_at_adapters:
-                check_reach(self.transformer, self._family, self._block_index, student.hidden_states)
-                self._looked_at_adapters = True
-        return student
-
-    def release(self) -> None:
-        """Lets go of the captured hidden states, which otherwise stay until the next forward."""
-        if self.projector is not None:
-            self._capture.release()
-
-    def flush(self) -> str | None:
-        """Waits for the device and logs what it has to say of a NaN; call it before giving up on a run.
-
-        Returns the side that a loss that was not finite came from, None where all were finite.
-        """
-        if self.projector is None:
-            return None
-        self._monitor.flush()
-        return self._monitor.source
-
-    def remove(self) -> None:
-        """Takes hooks and projector off the transformer, which is then as it was found; ``loss`` raises after this."""
-        if self.projector is not None and not self._removed:
-            self._capture.remove()
-            self._detach()
-            self._source.unload()
-        self._removed = True
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``crepa_config.json`` and ``crepa_projector.safetensors`` into ``folder``.
-
-        Call it in one process, but where the projector is sharded (fully_shard) in all of them: rank 0 writes then.
-        """
-        save_crepa(folder, self.config, self.projector)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Projector and schedule, for a checkpoint of training (``accelerator.register_for_checkpointing(crepa)``).
-
-        The same on every rank. With a threshold or a sharded projector it is put together from all ranks, so every
-        rank must call it, as ``accelerator.save_state`` does, and any of them may write it.
-        """
-        if self.projector is None:
-            return {}
-        return {"projector": whole_weights(self.projector), "schedule": self._schedule.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what ``state_dict`` gave, so that the run goes on as if it had not stopped.
-
-        Raises:
-            ValueError: for the state of another projector, or none where CREPA is enabled.
-        """
-        if self.projector is None:
-            if state:
-                logger.warning("the checkpoint's CREPA state is not used: crepa_enabled is false")
-            return
-        if not {"projector", "schedule"} <= state.keys():
-            raise ValueError(f"not a CrepaRegularizer's state: {sorted(state)}; was CREPA off in that run?")
-        load_weights(self.projector, state["projector"], "the checkpoint")
-        self._schedule.load_state_dict(state["schedule"])
-        self._capture.enabled = not self._schedule.ended
-        self._monitor = NonFiniteMonitor()

@@ -8,12 +8,13 @@ import math
 import torch
 
 from ..transfer import HostCopy
+from .attach import Owner
 
 logger = logging.getLogger(__name__)
 
 TEACHER = "the teacher's features"
 _NAMES = (TEACHER, "the projector's weights")
-_REST = "the transformer's hidden states: teacher and projector are finite"
+_REST = "the {model}'s hidden states: teacher and projector are finite"
 
 
 class NonFiniteMonitor:
@@ -27,8 +28,9 @@ class NonFiniteMonitor:
         source: the side that it came from; None while the loss is finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Owner) -> None:
         self.source: str | None = None
+        self._owner = owner
         self._told = False
         self._under_way: list[tuple[int, HostCopy]] = []
 
@@ -53,8 +55,9 @@ class NonFiniteMonitor:
             return
         self._told = True
         found = [name for name, value in zip(_NAMES, sides, strict=True) if not math.isfinite(value)]
-        self.source = source = " and ".join(found) or _REST
-        logger.warning("the CREPA loss at step %d is %s; it came from %s (said once)", step, loss, source)
+        self.source = source = " and ".join(found) or _REST.format(model=self._owner.model)
+        title = self._owner.title
+        logger.warning("the %s loss at step %d is %s; it came from %s (said once)", title, step, loss, source)
 
 
 class LatentMonitor:

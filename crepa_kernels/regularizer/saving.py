@@ -8,17 +8,17 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from ..config.schema import CrepaConfig
+from ..config.base import Settings
 from ..optional import require
 from ..projector import CrepaProjector
+from .attach import Owner
 
-PROJECTOR_FILE = "crepa_projector.safetensors"
-CONFIG_FILE = "crepa_config.json"
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @contextmanager
@@ -74,8 +74,20 @@ def load_weights(projector: CrepaProjector, weights: dict[str, torch.Tensor], so
         projector.load_state_dict(weights)
 
 
-def save_crepa(folder: str | os.PathLike[str], config: CrepaConfig, projector: CrepaProjector | None) -> None:
-    """Writes ``crepa_config.json`` and, when there is a projector, ``crepa_projector.safetensors`` into ``folder``.
+def config_file(owner: Owner) -> str:
+    """Name of the file with the settings."""
+    return f"{owner.prefix}config.json"
+
+
+def projector_file(owner: Owner) -> str:
+    """Name of the file with the projector's weights."""
+    return f"{owner.projector}.safetensors"
+
+
+def save_regularizer(
+    folder: str | os.PathLike[str], config: Settings, projector: CrepaProjector | None, owner: Owner
+) -> None:
+    """Writes the owner's ``*_config.json`` and, when there is a projector, ``*_projector.safetensors`` into ``folder``.
 
     Where the projector is sharded every rank calls this, and rank 0 writes.
     """
@@ -90,27 +102,28 @@ def save_crepa(folder: str | os.PathLike[str], config: CrepaConfig, projector: C
     if weights:
         torch_io = require("safetensors.torch", "saving the projector")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        with replacing(where / PROJECTOR_FILE) as file:
+        with replacing(where / projector_file(owner)) as file:
             torch_io.save_file(tensors, file, metadata={"format": "pt"})
-    with replacing(where / CONFIG_FILE) as file:
+    with replacing(where / config_file(owner)) as file:
         file.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def load_crepa(folder: str | os.PathLike[str]) -> tuple[CrepaConfig, dict[str, torch.Tensor]]:
-    """Reads what ``save_crepa`` wrote: the settings, and the projector's weights (none where CREPA was off).
+def load_regularizer(
+    folder: str | os.PathLike[str], kind: type[AnySettings], owner: Owner
+) -> tuple[AnySettings, dict[str, torch.Tensor]]:
+    """Reads what ``save_regularizer`` wrote: the settings, and the projector's weights (none where it was off).
 
     Raises:
         ValueError: naming the file, when one is missing or is not a projector's.
     """
-    where = Path(folder)
-    if not (where / CONFIG_FILE).is_file():
-        raise ValueError(f"{where} has no {CONFIG_FILE}: it was not written by CrepaRegularizer.save_pretrained")
-    config = CrepaConfig.from_json(where / CONFIG_FILE)
-    if not config.crepa_enabled:
+    settings, file = Path(folder, config_file(owner)), Path(folder, projector_file(owner))
+    if not settings.is_file():
+        raise ValueError(f"{folder} has no {settings.name}: it was not written by {owner.regularizer}.save_pretrained")
+    config = kind.from_json(settings)
+    if not config.enabled:
         return config, {}
-    file = where / PROJECTOR_FILE
     if not file.is_file():
-        raise ValueError(f"{where} has a {CONFIG_FILE} but no {PROJECTOR_FILE}")
+        raise ValueError(f"{folder} has a {settings.name} but no {file.name}")
     safetensors = require("safetensors", "loading the projector")
     try:
         weights: dict[str, torch.Tensor] = require("safetensors.torch", "loading the projector").load_file(file)

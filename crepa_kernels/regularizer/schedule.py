@@ -17,6 +17,7 @@ from .step_sum import StepSum
 
 if TYPE_CHECKING:
     from ..config.schema import CrepaConfig
+    from ..config.shared import ScheduleSettings
 
 logger = logging.getLogger(__name__)
 
@@ -30,50 +31,51 @@ _ENTRY_KEYS = {"step", "updates", "sum", "count"}
 _LAST_STEP = 2**63 - 1
 
 
-def crepa_weight(config: CrepaConfig, step: int, max_train_steps: int) -> float:
+def scheduled_weight(settings: ScheduleSettings, step: int, max_train_steps: int) -> float:
     """Scheduled weight at an optimiser step (from 0), before any similarity cutoff.
 
     Warm-up, for every scheduler: `λ step / warmup`. Then, with `x = (step - warmup) / decay` clamped to [0, 1]
-    and `decay` the rest of the run where `crepa_decay_steps` is 0:
+    and `decay` the rest of the run where `decay_steps` is 0:
 
     - constant: `λ`
     - linear: `λ_end + (λ - λ_end)(1 - x)`
     - cosine: `λ_end + (λ - λ_end)(1 + cos(πx))/2`
     - polynomial: `λ_end + (λ - λ_end)(1 - x)^power`
 
-    0 from `crepa_cutoff_step` on, where that is not 0.
+    0 from `cutoff_step` on, where that is not 0.
     """
-    start, end, warmup = config.crepa_lambda, config.crepa_lambda_end, config.crepa_warmup_steps
-    if step_cutoff(config, step):
+    start, end, warmup = settings.weight, settings.lambda_end, settings.warmup_steps
+    if step_cutoff(settings, step):
         return 0.0
     if step < warmup:
         return start * (step / warmup)
-    if config.crepa_scheduler == "constant":
+    if settings.scheduler == "constant":
         return start
-    past, decay = step - warmup, config.crepa_decay_steps or max_train_steps - warmup
+    past, decay = step - warmup, settings.decay_steps or max_train_steps - warmup
     progress = past / decay if past < decay else float(past > 0)
     left = 1.0 - progress
-    if config.crepa_scheduler == "cosine":
+    if settings.scheduler == "cosine":
         left = (1.0 + math.cos(math.pi * progress)) / 2.0
-    elif config.crepa_scheduler == "polynomial":
-        left = left**config.crepa_power
+    elif settings.scheduler == "polynomial":
+        left = left**settings.power
     # Exactly λ at the start and exactly λ_end at the end.
     return start * left + end * (1.0 - left)
 
 
-def step_cutoff(config: CrepaConfig, step: int) -> bool:
-    """Whether `crepa_cutoff_step` has come."""
-    return 0 < config.crepa_cutoff_step <= step
+def step_cutoff(settings: ScheduleSettings, step: int) -> bool:
+    """Whether `cutoff_step` has come."""
+    return 0 < settings.cutoff_step <= step
 
 
-def run_length(config: CrepaConfig, max_train_steps: int | None) -> int:
+def run_length(settings: ScheduleSettings, max_train_steps: int | None) -> int:
     """`max_train_steps`, which may be None where nothing depends on it; else a ValueError asks for it."""
     if max_train_steps is not None:
         return max_train_steps
-    if config.crepa_scheduler != "constant" and config.crepa_decay_steps == 0:
+    if settings.scheduler != "constant" and settings.decay_steps == 0:
+        prefix = settings.prefix
         raise ValueError(
-            f"crepa_scheduler = {config.crepa_scheduler} with crepa_decay_steps = 0 decays over the rest of the "
-            "run: pass CrepaRegularizer(max_train_steps=...), or set crepa_decay_steps"
+            f"{prefix}scheduler = {settings.scheduler} with {prefix}decay_steps = 0 decays over the rest of the run: "
+            f"pass max_train_steps= to the regularizer, or set {prefix}decay_steps"
         )
     return 1
 
@@ -83,7 +85,7 @@ class Decision:
     """What one optimiser step does.
 
     `weight` multiplies the loss. `run` False: nothing of CREPA runs. `cutoff`: the weight is 0 because of
-    `crepa_cutoff_step` or the similarity, not because of warm-up or decay. `probe`: CREPA runs with weight 0,
+    `cutoff_step` or the similarity, not because of warm-up or decay. `probe`: CREPA runs with weight 0,
     only to measure.
     """
 
@@ -110,7 +112,7 @@ class CrepaSchedule:
     observed something, and so takes the same decisions.
 
     While the average is at or above the threshold the weight is 0: for good in the mode `permanent`; in
-    `recoverable` until it drops, with a probe each time `crepa_probe_interval` steps have passed since CREPA
+    `recoverable` until it drops, with a probe each time `probe_interval` steps have passed since CREPA
     last ran. A probe counts as that many updates. Where the scheduled weight itself is 0, nothing is probed.
 
     Args:
@@ -125,6 +127,7 @@ class CrepaSchedule:
         if isinstance(max_train_steps, bool) or not isinstance(max_train_steps, int) or max_train_steps < 1:
             raise ValueError(f"max_train_steps must be an integer >= 1, got {max_train_steps!r}")
         self.config = config
+        self._settings = config.schedule
         self.max_train_steps = max_train_steps
         self._ema: float | None = None
         self._similar = False
@@ -136,22 +139,19 @@ class CrepaSchedule:
         self._tell_threshold()
 
     def _tell_threshold(self) -> None:
-        from ..config.rules import PRESETS
-
-        other = self.config.threshold_on_other_scale()
+        settings = self._settings
         # One of several processes says it.
-        if other is not None and not (several_ranks() and dist.get_rank()):
-            threshold, metric = self.config.crepa_similarity_threshold, self.config.crepa_similarity_metric
+        if settings.elsewhere is not None and not (several_ranks() and dist.get_rank()):
+            shown = settings.similarity_threshold, settings.similarity_metric
             # A warning, so that it is seen where logging was not configured; not of the values that are shipped.
-            keys = ("crepa_similarity_threshold", "crepa_similarity_metric")
-            shipped = (threshold, metric) in [tuple(map(preset.get, keys)) for preset in PRESETS.values()]
-            level = logging.INFO if shipped else logging.WARNING
-            words = "crepa_similarity_threshold: %g on %s is %.3g on %s"
-            logger.log(level, words, threshold, metric, other[1], other[0])
+            level = logging.INFO if shown in settings.shipped else logging.WARNING
+            metric, threshold = settings.elsewhere
+            words = "%ssimilarity_threshold: %g on %s is %.3g on %s"
+            logger.log(level, words, settings.prefix, *shown, threshold, metric)
 
     def weight(self, step: int) -> float:
-        """The scheduled weight at `step`, whatever the similarity: a pure function, see `crepa_weight`."""
-        return crepa_weight(self.config, _checked(step), self.max_train_steps)
+        """The scheduled weight at `step`, whatever the similarity: a pure function, see `scheduled_weight`."""
+        return scheduled_weight(self._settings, _checked(step), self.max_train_steps)
 
     @property
     def ema(self) -> float | None:
@@ -161,15 +161,15 @@ class CrepaSchedule:
     @property
     def ended(self) -> bool:
         """Whether nothing of CREPA runs in any step from the last decided one on, whatever that was measured."""
-        config, step = self.config, self._step
+        settings, step = self._settings, self._step
         if step is None:
             return False
-        if step_cutoff(config, step) or (self._similar and config.crepa_threshold_mode == "permanent"):
+        if step_cutoff(settings, step) or (self._similar and settings.threshold_mode == "permanent"):
             return True
         # The schedule after warm-up is monotone, so a weight that is 0 now and in the end is 0 between.
         # A cutoff step that is to come says nothing of the steps before it.
-        last = config.crepa_cutoff_step - 1 if config.crepa_cutoff_step else 2**53
-        return step >= config.crepa_warmup_steps and self.weight(step) == 0 and self.weight(last) == 0
+        last = settings.cutoff_step - 1 if settings.cutoff_step else 2**53
+        return step >= settings.warmup_steps and self.weight(step) == 0 and self.weight(last) == 0
 
     def decide(self, step: int, device: torch.device = _CPU) -> Decision:
         """What the optimiser step `step` (from 0) does; the same answer for each of its micro-batches.
@@ -190,8 +190,8 @@ class CrepaSchedule:
         self._decision = self._decide(step)
         if self._decision.run:
             self._last_run = step
-            if self.config.crepa_similarity_threshold is not None:
-                self._open(step, self.config.crepa_probe_interval if self._decision.probe else 1, device)
+            if self._settings.similarity_threshold is not None:
+                self._open(step, self._settings.probe_interval if self._decision.probe else 1, device)
         return self._decision
 
     def _open(self, step: int, updates: int, device: torch.device) -> None:
@@ -203,10 +203,10 @@ class CrepaSchedule:
     def _decide(self, step: int) -> Decision:
         scheduled = self.weight(step)
         if not self._similar:
-            return Decision(scheduled, scheduled > 0.0, step_cutoff(self.config, step), probe=False)
+            return Decision(scheduled, scheduled > 0.0, step_cutoff(self._settings, step), probe=False)
         # A step that is decided again after load_state_dict is its own last run.
-        due = self._last_run in (None, step) or step - self._last_run >= self.config.crepa_probe_interval
-        probe = due and scheduled > 0.0 and self.config.crepa_threshold_mode == "recoverable"
+        due = self._last_run in (None, step) or step - self._last_run >= self._settings.probe_interval
+        probe = due and scheduled > 0.0 and self._settings.threshold_mode == "recoverable"
         return Decision(0.0, run=probe, cutoff=True, probe=probe)
 
     def observe(self, step: int, metric_sum: Tensor, count: Tensor) -> None:
@@ -215,12 +215,12 @@ class CrepaSchedule:
         Both are tensors of one element on one device; nothing waits for it. Without a threshold nothing is done.
         ValueError: not the step of the last `decide`, a step in which nothing runs, other shapes or devices.
         """
-        if self.config.crepa_similarity_threshold is None:
+        if self._settings.similarity_threshold is None:
             return
         if self._decision is None or step != self._step:
             raise ValueError(f"observe(step={step!r}) must follow decide() of that step, the last is {self._step}")
         if not self._decision.run:
-            raise ValueError(f"nothing of CREPA runs in step {step}, so there is nothing to observe")
+            raise ValueError(f"nothing of {self._settings.title} runs in step {step}, so there is nothing to observe")
         if metric_sum.numel() != 1 or count.numel() != 1 or metric_sum.device != count.device:
             raise ValueError(
                 "metric_sum and count must have one element each on one device, got shapes "
@@ -239,14 +239,14 @@ class CrepaSchedule:
         value = metric_sum / count
         if not math.isfinite(value):
             if not self._warned:
-                logger.warning("%s is %s and is left out of its average", self.config.crepa_similarity_metric, value)
+                logger.warning("%s is %s and is left out of its average", self._settings.similarity_metric, value)
                 self._warned = True
             return
-        kept = self.config.crepa_similarity_ema_decay**updates
+        kept = self._settings.similarity_ema_decay**updates
         self._ema = value if self._ema is None else value + kept * (self._ema - value)
-        threshold = self.config.crepa_similarity_threshold
+        threshold = self._settings.similarity_threshold
         reached = threshold is not None and self._ema >= threshold
-        self._similar = reached or (self._similar and self.config.crepa_threshold_mode == "permanent")
+        self._similar = reached or (self._similar and self._settings.threshold_mode == "permanent")
 
     def state_dict(self) -> dict[str, Any]:
         """Average, flag, steps and measurements still under way as plain numbers, fit for JSON; the same on every rank.
@@ -275,7 +275,7 @@ class CrepaSchedule:
         """
         _check_state(state)
         self._ema = state["ema"]
-        self._similar = state["similarity_cutoff"] and self.config.crepa_similarity_threshold is not None
+        self._similar = state["similarity_cutoff"] and self._settings.similarity_threshold is not None
         self._step, self._last_run = state["step"], state["last_run_step"]
         self._under_way = [
             StepSum(entry["step"], entry["updates"], _CPU, numbers=(entry["sum"], entry["count"]))

@@ -43,12 +43,15 @@ class TeacherSource:
     def __init__(
         self, config: CrepaConfig, family: Family, vae: VaeSource | None, encoder: EncoderSource | None
     ) -> None:
-        self.backbone = config.crepa_feature_source == "backbone"
+        settings = config.teacher
+        self.backbone = settings.backbone
         self.teacher = DinoV2Teacher.from_config(config, encoder)
         # Backbone mode decodes nothing, so the VAE is not touched.
-        self.decoder = LatentDecoder(None if self.backbone else vae, family, drop_encoder=config.crepa_drop_vae_encoder)
+        self.decoder = LatentDecoder(
+            None if self.backbone else vae, family, drop_encoder=config.teacher.drop_vae_encoder
+        )
         self._family = family
-        self._rule = config.crepa_frame_map
+        self._rule = settings.frame_map
         self._looked_at_pixels = False
 
     def unload(self) -> None:

@@ -90,11 +90,12 @@ class DinoV2Teacher:
     @classmethod
     def from_config(cls, config: CrepaConfig, source: EncoderSource | None = None) -> DinoV2Teacher:
         """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors."""
+        teacher = config.teacher
         return cls(
-            config.crepa_encoder if source is None else source,
-            image_size=config.crepa_encoder_image_size,
-            resize=config.crepa_encoder_resize,
-            frames_batch_size=config.crepa_encoder_frames_batch_size,
+            teacher.encoder if source is None else source,
+            image_size=teacher.image_size,
+            resize=teacher.resize,
+            frames_batch_size=teacher.frames_batch_size,
         )
 
     @property

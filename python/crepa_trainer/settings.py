@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from crepa_kernels.config import ConfigError, CrepaConfig
+from crepa_kernels.config.base import Integer, flag, integer, number
 from crepa_kernels.config.rules import (
-    PREFIX,
     PRESETS,
     describe,
     recommended_block_index,
@@ -23,8 +23,7 @@ from crepa_kernels.config.rules import (
     unknown_preset,
     whole_rule,
 )
-from crepa_kernels.config.schema import Integer, flag, integer, number
-from crepa_kernels.config.sources import add_json_options, merge, read_json, unknown_options
+from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +240,9 @@ def _default(field: Any) -> str:
 
 def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
     """The keys of `add_arguments` that are in a namespace, with their values."""
+    values = vars(namespace)
     known = {*RunSettings.model_fields, PRESET}
-    return {key: value for key, value in vars(namespace).items() if key in known or key.startswith(PREFIX)}
+    return {key: value for key, value in values.items() if key in known} | CrepaConfig.ours(values)
 
 
 def load_settings(
@@ -290,14 +290,14 @@ def _split(
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
     if name is not None and not preset:
         problems.append(describe(PRESET, name, unknown_preset(name)))
-    crepa = [{key: value for key, value in each.items() if key.startswith(PREFIX)} for each in (from_file, over)]
-    ours = {key: value for key, value in both.items() if not key.startswith(PREFIX)}
-    merged = merge(merge(preset, crepa[0]), crepa[1])
+    crepa = [CrepaConfig.ours(each) for each in (from_file, over)]
+    ours = {key: value for key, value in both.items() if key not in CrepaConfig.ours(both)}
+    merged = CrepaConfig.merged(CrepaConfig.merged(preset, crepa[0]), crepa[1])
     return ours, {**merged, **{key: at_home(merged[key]) for key in ("crepa_encoder", "crepa_model") if key in merged}}
 
 
 def _unknown_words(rest: Sequence[str]) -> list[str]:
-    known = [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields]
+    known = [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields, *CrepaConfig.ALIASES]
     options = unknown_options(rest, known, ("-",), _OTHERS)
     # A word after an unknown option was its value.
     return options or [f"{word}: not an option" for word in rest]

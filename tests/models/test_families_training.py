@@ -18,7 +18,7 @@ from tiny_families import FAMILIES, TinyFamily, by_frame, crepa_on, pixels_of
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels.models.families import family_of
-from crepa_kernels.regularizer.attach import PROJECTOR_NAME
+from crepa_kernels.regularizer.attach import CREPA
 
 STUDENT, TEACHER = 1, 2
 BACKBONE: dict[str, Any] = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": TEACHER}
@@ -78,7 +78,7 @@ def test_the_gradient_reaches_every_token_of_every_unmasked_frame(name: str, set
     assert not reached[:, 0].any()
     assert reached[:, 1:].all()
     for parameter in ("0.weight", "0.bias", "1.weight", "1.bias"):
-        assert gradients[f"{PROJECTOR_NAME}.{parameter}"].any()
+        assert gradients[f"{CREPA.projector}.{parameter}"].any()
 
 
 @pytest.mark.parametrize("mode", [None, reentrant], ids=["not reentrant", "reentrant"])
@@ -224,7 +224,7 @@ def test_a_saved_model_is_the_stock_one_without_the_projector(name: str, tmp_pat
     crepa = crepa_on(transformer)
     transformer.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert not [key for key in weights if PROJECTOR_NAME in key]
+    assert not [key for key in weights if CREPA.projector in key]
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(transformer).__name__
     loaded, report = type(transformer).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]

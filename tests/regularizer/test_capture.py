@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector
 from crepa_kernels.models.families import family_of, supported_families
-from crepa_kernels.regularizer.attach import PROJECTOR_NAME
+from crepa_kernels.regularizer.attach import CREPA
 from crepa_kernels.regularizer.capture import Capture
 
 FRAMES, GRID = 3, (2, 3)  # of wan_inputs()
@@ -28,7 +28,7 @@ TOKENS = 6
 
 def attached(transformer: WanTransformer3DModel, *indices: int) -> Capture:
     projector = CrepaProjector(32, 8)
-    transformer.add_module(PROJECTOR_NAME, projector)
+    transformer.add_module(CREPA.projector, projector)
     chosen = {f"block {index}": index for index in indices or (1,)}
     capture = Capture(transformer, family_of(transformer), chosen, projector)
     capture.attach()
@@ -101,7 +101,7 @@ def gradients_of(transformer: WanTransformer3DModel, *, run: Callable[..., Any] 
     assert capture.states(1).hidden_states.data_ptr() == states.data_ptr(), (
         "the recomputation in the backward was captured"
     )
-    weights = [(n, p) for n, p in transformer.named_parameters() if PROJECTOR_NAME not in n]
+    weights = [(n, p) for n, p in transformer.named_parameters() if CREPA.projector not in n]
     return [p.grad for n, p in weights if p.grad is not None]
 
 
@@ -207,7 +207,7 @@ def test_ddp_needs_nothing_in_steps_without_crepa(one_process: None, options: di
 def test_without_the_projector_in_the_graph_ddp_fails(one_process: None) -> None:
     # What the test above guards against does happen.
     transformer = lora(tiny_wan())
-    transformer.add_module(PROJECTOR_NAME, CrepaProjector(32, 8))
+    transformer.add_module(CREPA.projector, CrepaProjector(32, 8))
     model = DistributedDataParallel(transformer)
     model(**wan_inputs())[0].square().mean().backward()
     with pytest.raises(RuntimeError, match=r"unused|finished reduction"):

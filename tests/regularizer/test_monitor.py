@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_wan, wan_inputs
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.regularizer.attach import CREPA
 from crepa_kernels.regularizer.monitor import NonFiniteMonitor
 from crepa_kernels.transfer import HostCopy
 
@@ -53,7 +54,7 @@ def test_nan_stays_in_the_loss_and_its_side_is_said_once(
 def test_what_has_not_arrived_is_said_when_waited_for(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor = NonFiniteMonitor()
+    monitor = NonFiniteMonitor(CREPA)
     clean = torch.ones(2)
     broken = torch.tensor([math.nan, 1.0])
     # Still under way when it is asked, and there once it is waited for.

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from crepa_kernels import CrepaRegularizer
-from crepa_kernels.regularizer.attach import ORDER
+from crepa_kernels.regularizer.attach import CREPA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,7 +119,7 @@ def by_name() -> tuple[Any, CrepaRegularizer, torch.optim.Optimizer]:
 @pytest.mark.parametrize("order", [built_before, by_name])
 def test_a_projector_outside_the_optimizer_is_one_warning_and_then_an_error(order: Any, said: Any) -> None:
     transformer, crepa, optimizer = order()
-    with pytest.raises(ValueError, match=rf"crepa_projector.*1\.weight.*not in the optimizer.*{ORDER}"):
+    with pytest.raises(ValueError, match=rf"crepa_projector.*1\.weight.*not in the optimizer.*{CREPA.order}"):
         crepa.check_optimizer(optimizer)
     train(transformer, crepa, optimizer, range(WARNED), micro=2)
     assert said() == []
@@ -127,8 +127,8 @@ def test_a_projector_outside_the_optimizer_is_one_warning_and_then_an_error(orde
     without_optimizer(crepa, transformer, range(WARNED + 3, FAILED))
     [warning] = said()
     assert f"has not changed over {WARNED} optimizer steps" in warning
-    assert ORDER in warning
-    with pytest.raises(ValueError, match=f"has not changed over {FAILED} optimizer steps.*{ORDER}"):
+    assert CREPA.order in warning
+    with pytest.raises(ValueError, match=f"has not changed over {FAILED} optimizer steps.*{CREPA.order}"):
         without_optimizer(crepa, transformer, range(FAILED, FAILED + 1))
 
 

@@ -1,0 +1,207 @@
+"""`Settings`: one validated schema for the JSON file, the command line and a form, under keys with a prefix."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .rules import MOST_INTEGER, ConfigError, canonical, describe, refused_keys, whole_rule
+from .sources import add_options, merge, read_json, unknown_options
+
+Self = TypeVar("Self", bound="Settings")
+
+
+def _whole_number(value: Any) -> Any:
+    # JSON has one kind of number: 1e3 is a step count too.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, Field(le=MOST_INTEGER), BeforeValidator(_whole_number)]
+_SIGNS = {"ge": ">=", "gt": ">"}
+
+
+def integer(default: int | None, text: str, *, ge: int) -> Any:
+    """A field whose bound is a rule in its description too."""
+    return Field(default, ge=ge, description=f"{text}; must be an integer >= {ge}")
+
+
+def number(default: float | None, text: str, **bound: Any) -> Any:
+    """As `integer`, `bound`: ge or gt."""
+    [(name, value)] = bound.items()
+    return Field(default, description=f"{text}; must be a number {_SIGNS[name]} {value}", **bound)
+
+
+def flag(default: bool, text: str) -> Any:
+    """A field that is true or false, and says so."""
+    return Field(default, description=f"{text}; must be true or false")
+
+
+class Settings(BaseModel):
+    """Immutable settings, each under a key that begins with one of ``PREFIXES``.
+
+    Every field's description is its rule: it is shown in errors, in `--help` and in `model_json_schema()`.
+    A wrong value, an unknown key or a contradiction raises one `ConfigError` (a ValueError) that lists every
+    wrong key with its value and rule. `None` means the default. Integers have at most 64 bits.
+
+    A subclass says its fields and these:
+
+    TITLE: what they are the settings of, in messages and over their group of `--help`.
+    PREFIXES: of its keys; `<the first>enabled` is its switch.
+    ALIASES: other names of keys.
+    WORDS: by key, other names of its values.
+    UNSUPPORTED: keys of other programs that do nothing here, with the one value that is accepted.
+    SAME: sets of keys that say the same thing, of which a later source's replace an earlier one's.
+    PRESETS: values by the name of a preset.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    TITLE: ClassVar[str]
+    PREFIXES: ClassVar[tuple[str, ...]]
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    WORDS: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    UNSUPPORTED: ClassVar[Mapping[str, Any]] = {}
+    SAME: ClassVar[tuple[frozenset[str], ...]] = ()
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, **data: Any) -> None:
+        fields = type(self).model_fields
+        values, written, problems = canonical(data, fields, self.ALIASES, self.UNSUPPORTED, self.WORDS)
+        problems += self._settle(values, written)
+        refused: list[str] = []
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            refused = refused_keys(error, fields)
+            for key in refused:
+                rule = whole_rule(fields[key].description or "", values[key])
+                problems.append(describe(written.get(key, key), values[key], rule))
+            super().__init__(**{key: value for key, value in values.items() if key not in refused})
+        problems += [problem for keys, problem in self._joint_problems() if not keys.intersection(refused)]
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
+        """Puts in ``values`` what they mean together; what is wrong of them whatever the fields say.
+
+        written: the key that each was written under.
+        """
+        return []
+
+    def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Rules over several keys, on values that each field accepts: the keys involved and what is wrong."""
+        return iter(())
+
+    @classmethod
+    def ours(cls, mapping: Mapping[Any, Any]) -> dict[str, Any]:
+        """The keys of a mapping that begin with one of the prefixes."""
+        return {key: value for key, value in mapping.items() if isinstance(key, str) and key.startswith(cls.PREFIXES)}
+
+    @classmethod
+    def from_dict(cls: type[Self], mapping: Mapping[str, Any], *, family: str | None = None) -> Self:
+        """From the keys of a mapping that have the prefix; all other keys are left alone.
+
+        family: the model's, where settings have values that are recommended for it. ConfigError (a ValueError) lists
+        every wrong key.
+        """
+        if not isinstance(mapping, Mapping):
+            raise ConfigError([f"settings must be a mapping of keys to values, not {type(mapping).__name__}"])
+        return cls(**cls.ours(mapping))
+
+    @classmethod
+    def from_json(cls: type[Self], path: str | Path, *, family: str | None = None) -> Self:
+        """From a JSON file that holds one object; errors begin with the file's name."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values, family=family)
+        except ConfigError as error:
+            raise ConfigError(error.problems, str(path)) from None
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser, base: Mapping[str, Any] | None = None) -> None:
+        """Add one option for each key, in a group of their own.
+
+        Values are read as JSON; what is not JSON is a string; an option without a value means true. Options
+        that are not given leave nothing in the namespace. Give the namespace to `from_args`. `base`: values that the
+        help shows as defaults.
+        """
+        group = parser.add_argument_group(cls.TITLE)
+        add_options(group, cls.model_fields, base or {}, cls.ALIASES, cls.UNSUPPORTED)
+
+    @classmethod
+    def from_args(
+        cls: type[Self],
+        namespace: argparse.Namespace,
+        base: Self | Mapping[str, Any] | None = None,
+        *,
+        rest: Sequence[str] = (),
+        family: str | None = None,
+    ) -> Self:
+        """From a namespace of `add_arguments`, over `base` (a configuration, or a mapping as of `read_json`).
+
+        `rest`: what `parser.parse_known_args` did not know; an option in it that begins with the prefix is an
+        error that names the nearest one.
+        """
+        prefixes = tuple(f"--{prefix.rstrip('_')}{end}" for prefix in cls.PREFIXES for end in "_-")
+        problems = unknown_options(rest, [*cls.model_fields, *cls.ALIASES], prefixes)
+        if isinstance(base, Settings):
+            base = {key: getattr(base, key) for key in type(base).model_fields if key in base.model_fields_set}
+        try:
+            config = cls.from_dict(cls.merged(base or {}, cls.ours(vars(namespace))), family=family)
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from None
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    @classmethod
+    def parse_known_args(
+        cls: type[Self],
+        argv: Sequence[str] | None = None,
+        base: Self | Mapping[str, Any] | None = None,
+        *,
+        family: str | None = None,
+    ) -> tuple[Self, list[str]]:
+        """The configuration on a command line (default: the process's own), and the words left over."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        cls.add_arguments(parser)
+        namespace, rest = parser.parse_known_args(argv)
+        return cls.from_args(namespace, base, rest=rest, family=family), rest
+
+    @classmethod
+    def merged(cls, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """`overrides` over `base`; what `base` says of the same thing under another key gives way too."""
+        same = [frozenset(pair) for pair in cls.ALIASES.items()]
+        return merge(base, overrides, (*same, *cls.SAME))
+
+    def replace(self: Self, **overrides: Any) -> Self:
+        """A validated copy with other values; `None` puts a key back to its default."""
+        return type(self)(**self.merged({key: getattr(self, key) for key in self.model_fields_set}, overrides))
+
+    def model_copy(self: Self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """`replace`: pydantic's own would not validate."""
+        return self.replace(**(update or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, as JSON can hold it; `from_dict` gives the same configuration back."""
+        return {key: getattr(self, key) for key in type(self).model_fields}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is switched on."""
+        return bool(getattr(self, f"{self.PREFIXES[0]}enabled"))
+
+    @property
+    def idle(self) -> str | None:
+        """What to say of keys that do nothing because nobody said whether it is on; None where there are none."""
+        switch = f"{self.PREFIXES[0]}enabled"
+        given = [key for key in type(self).model_fields if key in self.model_fields_set]
+        if not given or switch in given:
+            return None
+        missing = f"neither {switch} nor a preset is given" if self.PRESETS else f"{switch} is not given"
+        return f"OFF: {missing}, without which {', '.join(given)} does nothing"
