@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from ..config.schema import CrepaConfig
+from ..loss import relational_loss
 from ..projector import CrepaProjector
 from ..teachers import TeacherFeatures
 from .capture import CapturedStates
@@ -24,7 +25,7 @@ def aligned(
     frame_mask: torch.Tensor | None,
     teacher_mask: torch.Tensor | None,
 ) -> Result:
-    """What ``call`` gives, ``crepa_loss`` or ``similarity_matrix``.
+    """What ``call`` gives, ``crepa_loss``, ``relational_loss`` or ``similarity_matrix``.
 
     Raises:
         ValueError: its own, and where the teacher's features have another width than the projector makes.
@@ -35,6 +36,7 @@ def aligned(
             f"teacher features have width {width}, the projector was made for {projector.feature_size}: "
             f"pass CrepaRegularizer(feature_size={width})"
         )
+    options = config.relational_options() if call is relational_loss else config.loss_options()
     return call(
         student.hidden_states,
         teacher.features,
@@ -43,5 +45,5 @@ def aligned(
         teacher_grid=teacher.grid,
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
-        **config.loss_options(),
+        **options,
     )

@@ -251,7 +251,10 @@ def _memory(
     for each in buckets:
         plan = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid)
         frames = min(settings.batch_size, each.clips) * each.frames
-        kept.append(keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type))
+        sizes = (plan, frames, hidden, features, dtype, teacher_dtype, device_type)
+        # Relations keep the same of their own rows, whatever compares them.
+        relations = KEPT_BYTES["torch"](*sizes) if config.crepa_relational_weight > 0 else 0
+        kept.append(keeps(*sizes) + relations)
     weights = 0
     if encoder and settings.cache_teacher == "frames":
         weights = _encoder_parameters(config) * encoder_type(torch.device(device_type)).itemsize
