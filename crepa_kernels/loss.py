@@ -16,7 +16,8 @@ from .backends.torch.relational import relational_torch
 from .backends.triton.availability import why_no_triton, why_not_triton_for
 from .backends.triton.operator import crepa_triton
 from .backends.triton.operator import kept_bytes as triton_keeps
-from .backends.triton.self_check import prefers_triton
+from .backends.triton.relational import relational_triton
+from .backends.triton.self_check import prefers_pair_tiles, prefers_triton
 from .grid import SpatialAlign, plan_alignment
 from .inputs import LossInputs, check_inputs
 from .neighbours import Neighbours, Pairs, Relation
@@ -45,6 +46,12 @@ _BACKENDS: dict[str, Callable[[LossInputs], CrepaOutput]] = {
     "triton": crepa_triton,
 }
 
+_RELATIONAL: dict[str, Callable[[LossInputs, Relation], torch.Tensor]] = {
+    "reference": relational_reference,
+    "torch": relational_torch,
+    "triton": relational_triton,
+}
+
 # Of each backend that a run trains with, its own formula for the bytes that it keeps between forward and backward.
 KEPT_BYTES: dict[str, Callable[..., int]] = {"torch": torch_keeps, "triton": triton_keeps}
 
@@ -64,10 +71,12 @@ def requested_backend(backend: str) -> str:
     return chosen
 
 
-def _backend_for(backend: str, inputs: LossInputs) -> str:
+def _backend_for(backend: str, inputs: LossInputs, relation: Relation | None = None) -> str:
+    """The backend of one call: of ``relational_loss`` with a ``relation``."""
     backend = requested_backend(backend)
     if backend == "auto":
-        return "triton" if prefers_triton(inputs) else "torch"
+        triton = prefers_triton(inputs) if relation is None else prefers_pair_tiles(inputs, relation)
+        return "triton" if triton else "torch"
     h = inputs.hidden_states
     if backend == "triton" and (reason := why_not_triton_for(h.device, h.dtype)):
         raise ValueError(f"backend 'triton' cannot run here: {reason}")
@@ -207,8 +216,8 @@ def relational_loss(
         frame_mask: (B, T) bool, student frames in the loss.
         teacher_mask: (B, T) bool, teacher frames that exist, after ``frame_index``. A frame is compared where both
             masks have it, and is as if it were not there where not.
-        backend: ``"reference"``, or any other name for the fast algebra. ``CREPA_BACKEND`` in the environment
-            overrides it.
+        backend: as in ``crepa_loss``. Without a margin ``"triton"`` is the same algebra as ``"torch"``, which
+            ``"auto"`` takes; with one it walks over tiles of pairs by kernels of its own.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 hidden states), with gradients as ``crepa_loss`` has them. A clip
@@ -230,8 +239,7 @@ def relational_loss(
             frame_mask=frame_mask,
             teacher_mask=teacher_mask,
         )
-        reference = requested_backend(backend) == "reference"
-        return relational_reference(inputs, relation) if reference else relational_torch(inputs, relation)
+        return _RELATIONAL[_backend_for(backend, inputs, relation)](inputs, relation)
 
     return projector(hidden_states, run) if isinstance(projector, CrepaProjector) else run()
 

@@ -42,6 +42,7 @@ TESTS = [
             "triton_products",
             "triton_resampled",
             "autocast",
+            "triton_relational",
             "relational_autograd",
         ),
         "ops": ("extension_cuda", "layer_norm_resample_options", "resample_gather"),

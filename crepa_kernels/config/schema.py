@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..grid import SpatialAlign
 from ..models.families import Family
-from ..neighbours import Neighbours
+from ..neighbours import Neighbours, Pairs
 from .base import Integer, Settings, flag, integer, number
 from .irepa import IrepaKeys
 from .rules import (
@@ -109,6 +109,17 @@ class CrepaConfig(IrepaKeys, Settings):
     crepa_similarity_ema_decay: float = shared_field("similarity_ema_decay")
     crepa_threshold_mode: ThresholdMode = shared_field("threshold_mode")
     crepa_probe_interval: Integer = integer(50, "steps between measurements while a recoverable cutoff lasts", ge=1)
+    crepa_relational_weight: float = number(0.0, "weight of the relational loss within CREPA's, 0 for none", ge=0)
+    crepa_relational_pairs: Pairs = Field(
+        "neighbours",
+        description="frames whose tokens the relational loss compares, neighbours by distance and tau; "
+        'must be "frame", "all", "cross" or "neighbours"',
+    )
+    crepa_relational_margin: float | None = Field(
+        None,
+        ge=0,
+        description="difference of cosines that costs nothing, squares where there is none; must be a number >= 0",
+    )
     crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
         description="what computes the loss, CREPA_BACKEND in the environment overrides it; "
@@ -268,6 +279,17 @@ class CrepaConfig(IrepaKeys, Settings):
             "cumulative": self.crepa_cumulative_neighbors,
             "normalize_neighbour_sum": self.crepa_normalize_neighbour_sum,
             "normalize_by_frames": self.crepa_normalize_by_frames,
+            "spatial_align": self.spatial_align,
+            "backend": self.crepa_backend,
+        }
+
+    def relational_options(self) -> dict[str, Any]:
+        """Arguments of `relational_loss` that this configuration decides."""
+        return {
+            "pairs": self.crepa_relational_pairs,
+            "distance": self.crepa_adjacent_distance,
+            "tau": self.crepa_adjacent_tau,
+            "margin": self.crepa_relational_margin,
             "spatial_align": self.spatial_align,
             "backend": self.crepa_backend,
         }

@@ -12,14 +12,15 @@ matrix of all tokens by all tokens is made. There are two ways:
 
    which are five products. Where all pairs of frames count alike, the clip is one frame.
 2. *By tokens*: a tile of A is made, its part of the cost and of ``dZ_f = 2 sum_k w phi'(A) Z_k`` taken, and it is
-   dropped. Both directions of a pair of frames are one tile.
+   dropped. Both directions of a pair of frames are one tile. With a margin ``crepa_kernels::relate_tiles`` does the
+   same by Triton kernels.
 
 It is an operator so that a compiled loss has one node for a clip, and not one for every product of every tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,8 @@ from .register import define, keeps_type
 TILE = {"cpu": 1 << 20}
 TILE_ELSEWHERE = 1 << 24
 
-define(
-    "relate_frames",
-    "(Tensor z, Tensor d, int[] offsets, float[] weights, float? margin, Tensor(a!) gradient) -> Tensor",
-)
+SCHEMA = "(Tensor z, Tensor d, int[] offsets, float[] weights, float? margin, Tensor(a!) gradient) -> Tensor"
+define("relate_frames", SCHEMA)
 keeps_type("relate_frames")
 relate_frames_op = torch.ops.crepa_kernels.relate_frames.default
 
@@ -51,28 +50,23 @@ def _relate_frames(
         margin: phi(a) = max(|a| - margin, 0); None: a squared.
         gradient: (T, M, E) in the type of the result, written: M times its gradient with respect to Z; or empty.
     """
-    frames, tokens, _ = z.shape
     into = gradient.zero_() if gradient.numel() else None
-    pairs = _Pairs(dict(zip(offsets, weights, strict=True)), frames)
+    pairs = Pairs(dict(zip(offsets, weights, strict=True)), len(z))
     if margin is None and not prefers_tokens(z, pairs, into is not None):
         found = by_features(z, d, into, pairs)
-    elif pairs.all and (frames * tokens) ** 2 <= _tile_size(z):
-        # One tile has every pair of tokens.
-        whole = None if into is None else into.flatten(0, 1)[None]
-        found = by_tokens(z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}, margin, tokens)
     else:
-        found = by_tokens(z, d, into, pairs.weights, margin, tokens)
-    return found / tokens**2
+        found = by_tokens(z, d, into, pairs, margin)
+    return found / z.shape[1] ** 2
 
 
 @torch.library.register_fake("crepa_kernels::relate_frames")
 def _relate_frames_fake(
     z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:
-    return z.new_empty((), dtype=_wide(z))
+    return z.new_empty((), dtype=wide_type(z))
 
 
-class _Pairs:
+class Pairs:
     """Which of a clip's frames are compared: by the offset, w; and whether those are all, or all others, with w = 1."""
 
     def __init__(self, weights: dict[int, float], frames: int) -> None:
@@ -84,15 +78,15 @@ class _Pairs:
         self.apart = 2 * sum(frames - offset for offset in weights if offset)
 
 
-def _wide(rows: Tensor) -> torch.dtype:
+def wide_type(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def _tile_size(rows: Tensor) -> int:
+def tile_size(rows: Tensor) -> int:
     return TILE.get(rows.device.type, TILE_ELSEWHERE)
 
 
-def prefers_tokens(z: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
+def prefers_tokens(z: Tensor, pairs: Pairs, with_gradient: bool) -> bool:
     """Whether the squares take fewer multiplications by tokens than by features."""
     frames, tokens, features = z.shape
     # A tile takes two products for both of its directions, a frame's own tile one; each direction has a gradient.
@@ -104,11 +98,11 @@ def prefers_tokens(z: Tensor, pairs: _Pairs, with_gradient: bool) -> bool:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and written in fp32 (fp64)."""
-    if a.dtype == _wide(a):
+    if a.dtype == wide_type(a):
         return a @ b
     if a.is_cuda:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=_wide(a))
-    return a.to(_wide(a)) @ b.to(_wide(a))
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=wide_type(a))
+    return a.to(wide_type(a)) @ b.to(wide_type(a))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -146,14 +140,14 @@ def gram(rows: Tensor) -> Tensor:
     return torch.cat((torch.cat((gram(left), across), 1), torch.cat((across.t(), gram(right)), 1)))
 
 
-def by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: _Pairs) -> Tensor:
+def by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs) -> Tensor:
     """The sum of w |A|^2 over all pairs of frames."""
     frames, weights = z.shape[0], pairs.weights
     if pairs.all:
         clip = _moments(z.flatten(0, 1), d.flatten(0, 1))
         _add_gradient(gradient, z, d, clip, range(frames))
         return _cost(clip, clip)
-    total = z.new_zeros((), dtype=_wide(z))
+    total = z.new_zeros((), dtype=wide_type(z))
     reach, held = max(weights), dict[int, _Moments]()
     whole: _Moments | None = None
     for frame in range(frames):
@@ -196,28 +190,58 @@ def _add_gradient(gradient: Tensor | None, z: Tensor, d: Tensor, sums: _Moments,
         _add_product(gradient[frame], z[frame], of_z)
 
 
-def by_tokens(
-    z: Tensor, d: Tensor, gradient: Tensor | None, weights: dict[int, float], margin: float | None, tokens: int
-) -> Tensor:
-    """The sum of w phi(A) over all pairs of frames; the gradient is divided by ``tokens``."""
-    frames, width, _ = z.shape
-    rows = min(width, max(1, _tile_size(z) // width))
-    together = max(1, _tile_size(z) // width**2)
-    total = z.new_zeros((), dtype=_wide(z))
+class Tile(NamedTuple):
+    """The rows ``part`` of the frames ``left`` against all rows of the frames ``right``, one by one; all weigh w."""
+
+    left: slice
+    right: slice
+    part: slice
+    weight: float
+
+    @property
+    def own(self) -> bool:
+        """Whether the frames are compared with themselves; others stand for both directions of a pair."""
+        return self.left == self.right
+
+
+def tiles(frames: int, tokens: int, weights: dict[int, float], size: int, multiple: int = 1) -> Iterator[Tile]:
+    """All pairs of frames of every offset, in tiles of about ``size`` numbers whose sides ``multiple`` divides."""
+    width = -(-tokens // multiple) * multiple
+    rows = min(width, max(multiple, size // width // multiple * multiple))
+    together = max(1, size // width**2)
     for offset, weight in weights.items():
         for first in range(0, frames - offset, together):
             left = slice(first, min(first + together, frames - offset))
             right = slice(left.start + offset, left.stop + offset)
-            for start in range(0, width, rows):
-                part = slice(start, min(start + rows, width))
-                cost, slope = _cost_and_slope(_tile(z, d, left, right, part), margin)
-                total += cost.mul_(weight * (2 if offset else 1))
-                if gradient is None:
-                    continue
-                slope = slope.mul_(2 * weight / tokens).to(z.dtype)
-                _add_product(gradient[left, part], slope, z[right])
-                if offset:
-                    _add_product(gradient[right], slope.mT, z[left, part])
+            for start in range(0, tokens, rows):
+                yield Tile(left, right, slice(start, min(start + rows, tokens)), weight)
+
+
+def joined(
+    z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs
+) -> tuple[Tensor, Tensor, Tensor | None, dict[int, float]]:
+    """The rows and the weights of their frames: one frame, where one tile can have every pair of a clip's tokens."""
+    if not (pairs.all and (z.shape[0] * z.shape[1]) ** 2 <= tile_size(z)):
+        return z, d, gradient, pairs.weights
+    whole = None if gradient is None else gradient.flatten(0, 1)[None]
+    return z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}
+
+
+def by_tokens(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs, margin: float | None) -> Tensor:
+    """The sum of w phi(A) over all pairs of frames; the gradient is divided by the tokens of a frame."""
+    tokens = z.shape[1]
+    z, d, gradient, weights = joined(z, d, gradient, pairs)
+    total = z.new_zeros((), dtype=wide_type(z))
+    for tile in tiles(z.shape[0], z.shape[1], weights, tile_size(z)):
+        left, right, part, weight = tile
+        cost, slope = _cost_and_slope(_tile(z, d, left, right, part), margin)
+        total += cost.mul_(weight * (1 if tile.own else 2))
+        if gradient is None:
+            continue
+        slope = slope.mul_(2 * weight / tokens).to(z.dtype)
+        _add_product(gradient[left, part], slope, z[right])
+        if not tile.own:
+            _add_product(gradient[right], slope.mT, z[left, part])
     return total
 
 

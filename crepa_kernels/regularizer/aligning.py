@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from ..config.schema import CrepaConfig
+from ..loss import relational_loss
 from ..projector import CrepaProjector
 from ..teachers import TeacherFeatures
 from .attach import CREPA, Owner
@@ -35,12 +36,13 @@ def aligned(
     frame_mask: torch.Tensor | None,
     teacher_mask: torch.Tensor | None,
 ) -> Result:
-    """What ``call`` gives, ``crepa_loss`` or ``similarity_matrix``, for what ``projected`` gives.
+    """What ``call`` gives, ``crepa_loss``, ``relational_loss`` or ``similarity_matrix``, for what ``projected`` gives.
 
     Raises:
         ValueError: its own, and where the teacher's features have another width than the projector makes.
     """
     check_width(teacher, student.hidden_states.shape[-1] if projector is None else projector.feature_size, CREPA)
+    options = config.relational_options() if call is relational_loss else config.loss_options()
     return call(
         student.hidden_states,
         teacher.features,
@@ -49,5 +51,5 @@ def aligned(
         teacher_grid=teacher.grid,
         frame_mask=frame_mask,
         teacher_mask=teacher_mask,
-        **config.loss_options(),
+        **options,
     )

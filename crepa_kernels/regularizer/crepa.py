@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config.schema import CrepaConfig
 from ..inputs import check_mask
-from ..loss import crepa_loss, similarity_matrix
+from ..loss import crepa_loss, relational_loss, similarity_matrix
 from ..models.families import family_of
 from ..projector import Projector
 from ..reduction import counted_frames
@@ -130,7 +130,9 @@ class CrepaRegularizer(Regularizer):
             A scalar with gradient to the transformer and the projector (0 while the weight is 0), and the logs:
             ``crepa_weight`` (float), ``crepa_cutoff`` (bool), with a threshold ``crepa_similarity_ema`` (NaN before its
             first value), and unless the weight is 0, as detached scalars on the device, ``crepa_loss`` (the weighted
-            value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``.
+            value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``, and with
+            ``crepa_relational_weight`` ``crepa_relational_loss``, likewise times both of its weights: the scalar is the
+            sum of the two losses.
 
         Raises:
             ValueError: when forward was not called before, something in the order of attaching is wrong, no optimizer
@@ -150,6 +152,11 @@ class CrepaRegularizer(Regularizer):
         taught = self._teacher(student, inputs, frame_mask, teacher_mask)
         states, projector = projected(cast(Projector, self.projector), student)
         output = aligned(crepa_loss, self.config, projector, states, *taught)
+        losses, weight = {"crepa_loss": output.loss}, self.config.crepa_relational_weight
+        if weight > 0:
+            # A Linear projects again: three products of a training step's thousands.
+            relations = aligned(relational_loss, self.config, projector, states, *taught)
+            losses["crepa_relational_loss"] = weight * relations
         teacher, *masks = taught
 
         def metric() -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +168,7 @@ class CrepaRegularizer(Regularizer):
             "crepa_similarity_self": output.self_similarity,
             "crepa_alignment_score": output.alignment_score,
         }
-        return Measured({"crepa_loss": output.loss}, logs, teacher.features, metric)
+        return Measured(losses, logs, teacher.features, metric)
 
     def _teacher(
         self,

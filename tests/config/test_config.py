@@ -43,13 +43,17 @@ DEFAULTS = {
     "crepa_similarity_ema_decay": 0.99,
     "crepa_threshold_mode": "permanent",
     "crepa_probe_interval": 50,
+    "crepa_relational_weight": 0.0,
+    "crepa_relational_pairs": "neighbours",
+    "crepa_relational_margin": None,
     "crepa_backend": "auto",
 }
 BOOLEANS = [key for key, value in DEFAULTS.items() if isinstance(value, bool) and key != "crepa_spatial_align"]
 INTEGERS = [key for key, value in DEFAULTS.items() if type(value) is int or key.endswith("block_index")]
-NUMBERS = [key for key, value in DEFAULTS.items() if isinstance(value, float)] + ["crepa_similarity_threshold"]
+NUMBERS = [key for key, value in DEFAULTS.items() if isinstance(value, float)]
+NUMBERS += ["crepa_similarity_threshold", "crepa_relational_margin"]
 WORDS = ["crepa_frame_map", "crepa_encoder_resize", "crepa_feature_source", "crepa_scheduler"]
-WORDS += ["crepa_similarity_metric", "crepa_threshold_mode", "crepa_backend"]
+WORDS += ["crepa_similarity_metric", "crepa_threshold_mode", "crepa_relational_pairs", "crepa_backend"]
 
 
 def test_defaults() -> None:
@@ -90,6 +94,10 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("crepa_probe_interval", 1, 1),
     ("crepa_encoder_frames_batch_size", -(2**63), -(2**63)),
     *((key, 2**63 - 1, 2**63 - 1) for key in ("crepa_block_index", "crepa_adjacent_distance", "crepa_warmup_steps")),
+    ("crepa_relational_weight", 2, 2.0),
+    *(("crepa_relational_pairs", value, value) for value in ("frame", "all", "cross", "neighbours")),
+    ("crepa_relational_margin", 0, 0.0),
+    ("crepa_relational_margin", 0.1, 0.1),
     *(("crepa_backend", value, value) for value in ("auto", "triton", "torch", "reference")),
     ("irepa_spatial_norm_alpha", 0, 0.0),
     *(("irepa_projector_kernel_size", value, value) for value in (1, 3, 7)),
@@ -142,6 +150,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("irepa_enabled", True, "needs crepa_enabled = true"),
     ("irepa_alpha", 0.5, "unknown key"),
     ("irepa_spatial_norm_alfa", 0.5, "did you mean irepa_spatial_norm_alpha?"),
+    ("crepa_relational_weight", -0.1, ">= 0"),
+    ("crepa_relational_margin", -0.1, ">= 0"),
     ("crepa_feature_source", "self_flow", "not supported by this package"),
     *(("crepa_encoder", name, "not supported by this package") for name in ("Qwen/Qwen2.5-VL-7B", "qwen2_vl")),
     ("crepa_use_tae", True, "not supported by this package"),
@@ -262,6 +272,31 @@ def test_each_option_of_the_loss_is_under_its_own_name() -> None:
         "cumulative": True,
         "normalize_neighbour_sum": True,
         "normalize_by_frames": False,
+        "spatial_align": "pool",
+        "backend": "torch",
+    }
+
+
+def test_each_option_of_the_relational_loss_is_under_its_own_name() -> None:
+    from inspect import signature
+
+    from crepa_kernels import relational_loss
+
+    given = {
+        "crepa_adjacent_distance": 3,
+        "crepa_adjacent_tau": 2.5,
+        "crepa_relational_pairs": "cross",
+        "crepa_relational_margin": 0.1,
+        "crepa_spatial_align": False,
+        "crepa_backend": "torch",
+    }
+    options = CrepaConfig.from_dict(given).relational_options()
+    assert options.keys() <= signature(relational_loss).parameters.keys()
+    assert options == {
+        "pairs": "cross",
+        "distance": 3,
+        "tau": 2.5,
+        "margin": 0.1,
         "spatial_align": "pool",
         "backend": "torch",
     }

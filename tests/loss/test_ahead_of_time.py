@@ -17,6 +17,8 @@ from crepa_kernels.backends.triton.tiles import VENDOR, ProductTile
 from crepa_kernels.shapes import SHAPE_CLASSES
 
 WAN_14B = {"hidden_size": 5120, "feature_size": 1536, "frames": 21, "tokens": 1560}
+# All pairs of tokens of frames that are at most one apart, and by a margin.
+PAIRS = WAN_14B | {"feature_size": 768, "margin": 0.1}
 # A frame of up to 32 bytes is the compiler's own; spilled registers are more.
 FRAME = 32
 # Kernels over numbers per frame, not per token: how they load does not matter.
@@ -111,6 +113,26 @@ def test_a_growing_grid_is_projected_before_it_is_resampled_on_hopper() -> None:
     request = Request("sm_90", "all", change="resample", **grids)
     assert {"statistics", "rows", "layer_norm_backward", "weight_gradients"} <= set(compiled(request))
     assert sum(launch.operations for launch in launches_of(request)) == 6 * 256 * 1280 * 1536
+
+
+def test_pair_tiles_on_hopper() -> None:
+    found = compiled(Request("sm_90", "all", **PAIRS))
+    assert set(found) == {"differences", "relation_gradient"}
+    assert all(facts["wgmma"] > 0 and facts["narrow_loads"] == 0 for facts in found.values())
+
+
+@pytest.mark.parametrize("kernel", ["differences", pytest.param("relation_gradient", marks=slow)])
+@others
+def test_pair_tiles_on_each_target(target: str, kernel: str) -> None:
+    assert compiled(Request(target, kernel, **PAIRS | {"distance": 0}))[kernel]["matrix"] > 0
+
+
+@slow
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("feature_size", [384, 768, 1024, 1536])
+@pytest.mark.parametrize("target", sorted(SHARED_MEMORY))
+def test_pair_tiles_of_every_width_and_type(target: str, feature_size: int, dtype: str) -> None:
+    compiled(Request(target, "all", dtype=dtype, **PAIRS | {"feature_size": feature_size}))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +251,31 @@ DOCUMENTED = [
     Request("sm_90", "all", **WAN_14B | {"tokens": 37 * 37}, change="resample", students=30 * 52),
     Request("sm_90", "all", **WAN_14B | {"tokens": 256, "feature_size": 384}, change="resample", students=45 * 80),
 ]
+
+
+def pairs_table(request: Request) -> list[str]:
+    """One line a kernel, over all its launches, and by what the matrices of all tokens by all would be."""
+    lines = ["| launch | times | GFLOP | read MB | written MB |", "|---|---|---|---|---|"]
+    launches = launches_of(request)
+    for name in ("differences", "relation_gradient"):
+        own = [launch for launch in launches if launch.name == name]
+        read, written = sum(launch.read for launch in own), sum(launch.written for launch in own)
+        operations = sum(launch.operations for launch in own)
+        lines.append(f"| {name} | {len(own)} | {operations / 1e9:.0f} | {read / 1e6:.0f} | {written / 1e6:.0f} |")
+    slopes = max(launch.arguments["slopes"].nbytes for launch in launches if launch.name == "differences")
+    matrix = 4 * (request.frames * request.tokens) ** 2
+    return [
+        *lines,
+        "",
+        f"Slopes held at a time: {slopes / 1e6:.0f} MB; one fp32 matrix of all pairs: {matrix / 1e6:.0f}.",
+    ]
+
+
+@pytest.mark.parametrize("distance", [1, 20], ids=["neighbours", "all"])
+def test_the_documented_pair_tiles_are_those_that_run(distance: int) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    table = "\n".join(pairs_table(Request("sm_90", "all", **PAIRS | {"distance": distance})))
+    assert table in text, f"docs/kernels.md lacks:\n{table}"
 
 
 @pytest.mark.parametrize("request_", DOCUMENTED, ids=["equal grids", "recompute", "to 37x37", "to 16x16"])

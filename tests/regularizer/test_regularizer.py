@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import clip_pixels, is_captured, pixel_frames, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crepa_kernels import CrepaConfig, CrepaRegularizer, available_backends, crepa_loss
+from crepa_kernels import CrepaConfig, CrepaRegularizer, available_backends, crepa_loss, relational_loss
 from crepa_kernels.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG: dict[str, Any] = {
@@ -160,6 +160,46 @@ def test_the_loss_is_that_of_the_captured_states_and_the_teachers_frames(source:
     torch.testing.assert_close(logs["crepa_similarity"], expected.similarity, **close)
     torch.testing.assert_close(logs["crepa_similarity_self"], expected.self_similarity, **close)
     torch.testing.assert_close(logs["crepa_alignment_score"], expected.alignment_score, **close)
+
+
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_relations_are_added_by_both_of_their_weights(margin: float | None) -> None:
+    """Of the same states, features, masks and grids; the gradient is that of the sum."""
+    mask = torch.tensor([[True, True, False]])
+    options = {"crepa_adjacent_tau": 0.7, "crepa_relational_weight": 0.3, "crepa_relational_margin": margin}
+    found = {}
+    for name, given in (("both", options), ("alone", {"crepa_adjacent_tau": 0.7})):
+        transformer = tiny_wan()
+        crepa = regularizer(transformer, **given)
+        transformer(**wan_inputs())
+        student = crepa.captured()
+        aux, logs = crepa.loss(step=0, features=features(), frame_mask=mask)
+        gradient = torch.autograd.grad(aux, crepa.projector[1].weight, retain_graph=True)[0]
+        found[name] = (aux, logs, gradient)
+    grids = {"student_grid": (2, 3), "teacher_grid": (2, 3)}
+    how = {"pairs": "neighbours", "tau": 0.7, "margin": margin, "frame_mask": mask}
+    expected = 0.5 * 0.3 * relational_loss(student.hidden_states, features(), crepa.projector, **grids, **how)
+    (aux, logs, gradient), (alone, without, other) = found["both"], found["alone"]
+    assert logs.keys() - without.keys() == {"crepa_relational_loss"}
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(logs["crepa_relational_loss"], expected.detach(), **close)
+    torch.testing.assert_close(logs["crepa_loss"], without["crepa_loss"], **close)
+    torch.testing.assert_close(aux, alone + expected, **close)
+    weight = crepa.projector[1].weight
+    torch.testing.assert_close(gradient, other + torch.autograd.grad(expected, weight)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_relations_that_are_off_cost_nothing() -> None:
+    names = []
+    for weight in (0.0, 1.0):
+        transformer = tiny_wan()
+        crepa = regularizer(transformer, crepa_relational_weight=weight)
+        transformer(**wan_inputs())
+        with OurOperators() as ours:
+            crepa.loss(step=0, features=features())
+        names.append(ours.names)
+    assert "relate_frames" not in names[0]
+    assert "relate_frames" in names[1]
 
 
 def test_logs_are_detached_tensors_but_for_weight_and_cutoff() -> None:

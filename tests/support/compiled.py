@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import processes
@@ -37,7 +37,7 @@ class Request:
     ``masked`` gives both masks and a frame index. ``change`` is "keep", or "resample" or "pool" for a student of
     ``students`` tokens a frame, by default twice as many. ``given``: without a projector. ``compute`` is autocast's
     type for fp32 tokens. ``tiles``: for instance {"dx": {"warps": 4}}, or a whole tile where the choice is the vendor's
-    product.
+    product. ``margin`` asks for the relational loss's kernels instead, with pairs of frames up to ``distance`` apart.
     """
 
     target: str
@@ -55,6 +55,7 @@ class Request:
     change: str = "keep"
     students: int | None = None
     given: bool = False
+    margin: float | None = None
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> list[dict[str, Any]]:
@@ -82,8 +83,29 @@ def choice_for(request: Request) -> Any:
     return Choice.from_dict(data)
 
 
+def relation_launches_of(request: Request) -> list[Any]:
+    """Every launch that compares a clip's tokens with each other and makes the rows' gradient."""
+    from crepa_kernels.backends.triton.launch import recorded
+    from crepa_kernels.backends.triton.pair_tiles import relate
+    from crepa_kernels.backends.triton.tiles import PairTiles, pair_tiles
+
+    dtype = getattr(torch, request.dtype)
+    memory, hip = SHARED_MEMORY[request.target], request.target.startswith("gfx")
+    choice = pair_tiles(dtype.itemsize, memory, hip)
+    parts = {name: replace(tile, **request.tiles.get(name, {})) for name, tile in vars(choice).items()}
+    choice = PairTiles(*(parts[name] for name in ("differences", "gradient")))
+    rows = torch.empty((request.frames, request.tokens, request.feature_size), dtype=dtype, device="meta")
+    gradient = torch.empty_like(rows, dtype=torch.float32)
+    weights = dict.fromkeys(range(request.distance + 1), 1.0)
+    with recorded() as launches:
+        relate(rows, rows, gradient, weights, request.margin or 0.0, 1.0, choice)
+    return launches
+
+
 def launches_of(request: Request) -> list[Any]:
     """Every launch and vendor product of forward and backward, from tensors without memory."""
+    if request.margin is not None:
+        return relation_launches_of(request)
     from crepa_kernels.backends.triton.call import CHANGES, TYPES, Call
     from crepa_kernels.backends.triton.launch import recorded
     from crepa_kernels.backends.triton.pipeline import Needs, backward, forward

@@ -69,10 +69,15 @@ def test_videos_to_a_lora_with_validation_clips(folder: Path, tmp_path: Path, te
     output = tmp_path / "run"
     given = {"validation_prompts": ["a blue square"], "validation_every": 2, "validation_steps": 2}
     file = config_file(folder, output, **given, cache_teacher=teacher, matrix_every=2)
-    assert crepa_train(file) == 0
+    relations = ["--crepa_relational_weight", "0.5"] if teacher == "features" else []
+    assert crepa_train(file, *relations) == 0
     rows = read_metrics(output / "metrics.jsonl")
     assert len(rows) == 4
     assert all(row["crepa_similarity"] for row in rows[1:])
+    for row in rows[1:]:
+        assert ("crepa_relational_loss" in row) == bool(relations)
+        parts = row["flow_loss"] + row["crepa_loss"] + row.get("crepa_relational_loss", 0.0)
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
     assert (output / "trained" / "pytorch_lora_weights.safetensors").is_file()
     for step in (2, 4):
         clip = output / "validation" / f"step-{step:08d}" / "prompt-0"

@@ -134,6 +134,13 @@ def test_memory_is_that_of_the_largest_bucket(folder: Path) -> None:
     assert (cached.teacher, cached.kept) == (0, keeps("torch", 3, torch.bfloat16))
 
 
+def test_relations_keep_rows_of_their_own(folder: Path) -> None:
+    plan = planned(folder, crepa(folder, crepa_relational_weight=0.5), batch_size=2, mixed_precision="no")
+    assert plan.memory is not None
+    assert plan.memory.kept == 2 * keeps("torch", 2 * 3, torch.float32)
+    assert "weight 0.5, constant, relations of neighbours x 0.5" in printed(plan)
+
+
 def test_memory_is_that_of_the_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` on a GPU is Triton, as far as a plan can know; the environment overrides the setting."""
     pytest.importorskip("triton")

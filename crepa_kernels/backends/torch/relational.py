@@ -9,6 +9,7 @@ traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,23 @@ from .student import GradientRows, Projected, Settings, StudentRows
 from .teacher import TeacherFrames
 
 
-def relational_torch(inputs: LossInputs, relation: Relation) -> torch.Tensor:
-    """The relational loss of ``inputs``; differentiable once."""
+def relational_torch(
+    inputs: LossInputs,
+    relation: Relation,
+    relate: Callable[..., torch.Tensor] = relate_frames_op,
+    rows_type: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The relational loss of ``inputs``; differentiable once.
+
+    ``relate``: the operator that compares a clip's rows. ``rows_type``: the type that it is given them in; None: the
+    narrowest that PyTorch multiplies into the sums' type.
+    """
     with torch.autocast(inputs.hidden_states.device.type, enabled=False):
         gamma, beta, weight, bias, _ = inputs.projector
         sums = _ClipSums.apply(
-            inputs.hidden_states, gamma, beta, weight, bias, inputs, relation, torch.is_grad_enabled()
-        )
+            inputs.hidden_states, gamma, beta, weight, bias, inputs, relation, relate, rows_type,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
         return reduce_pairs(sums, inputs.frame_mask, relation.weights(inputs.frames, like=sums))
 
 
@@ -47,6 +58,8 @@ class _ClipSums(torch.autograd.Function):
         bias: torch.Tensor | None,
         inputs: LossInputs,
         relation: Relation,
+        relate: Callable[..., torch.Tensor],
+        rows_type: torch.dtype | None,
         grad_enabled: bool,
     ) -> torch.Tensor:
         policy = chunk_policy()
@@ -55,12 +68,13 @@ class _ClipSums(torch.autograd.Function):
         teacher, chunks = TeacherFrames(inputs, policy), plan_chunks(inputs, policy)
         keep = grad_enabled and any(ctx.needs_input_grad)
         record = Record(student, chunks if keep else [], student.compute_dtype, ctx.needs_input_grad)
+        rows_type = rows_type or operand_type(student.compute_dtype, student.accum_dtype, hidden_states.device)
         sums = hidden_states.new_zeros(inputs.batch, dtype=student.accum_dtype)
         for clip in range(inputs.batch):
             of_clip = [chunk for chunk in chunks if chunk.clip == clip]
             if not of_clip:
                 continue
-            rows = _ClipRows(inputs, student, of_clip)
+            rows = _ClipRows(inputs, student, of_clip, rows_type)
             for chunk in of_clip:
                 projected = student.project(chunk)
                 rows.add(chunk, projected, teacher)
@@ -68,9 +82,7 @@ class _ClipSums(torch.autograd.Function):
                     record.add(chunk.rows(record.tokens), projected)
             gradient = rows.room_for_gradient(record) if keep else rows.norm.new_empty(0)
             offsets = relation.offsets(len(rows.z))
-            sums[clip] = relate_frames_op(
-                rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient
-            )
+            sums[clip] = relate(rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient)
             if keep:
                 rows.keep(gradient, record)
         if keep:
@@ -80,7 +92,7 @@ class _ClipSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), None, None, None
+        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), *[None] * 5
 
 
 class _ClipRows:
@@ -92,13 +104,12 @@ class _ClipRows:
         own: of each chunk, p of the student's own tokens where that was resampled to more.
     """
 
-    def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk]) -> None:
+    def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk], dtype: torch.dtype) -> None:
         self.inputs, self.chunks, self.first, self.policy = inputs, chunks, chunks[0].start, student.policy
         frames = chunks[-1].stop - self.first
         self.has_holes = frames > sum(chunk.frames for chunk in chunks)
         self.accum_dtype = student.accum_dtype
         shape, like = (frames, inputs.plan.tokens, student.feature_size), inputs.hidden_states
-        dtype = operand_type(student.compute_dtype, student.accum_dtype, like.device)
         new = like.new_zeros if self.has_holes else like.new_empty
         self.z, self.d = new(shape, dtype=dtype), new(shape, dtype=dtype)
         self.norm = new(shape[:2], dtype=student.accum_dtype)

@@ -20,20 +20,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ...grid import plan_alignment, should_project_first, should_save_aligned
 from ...inputs import NO_PROJECTOR, LossInputs, ProjectorWeights
-from ...neighbours import Neighbours
+from ...neighbours import Neighbours, Relation
 from ...ops.compiling import constant_when_compiled
+from ...ops.relation import relate_frames_op
 from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
 from .availability import forget_devices, interpreting, why_not_triton_for
 from .call import Call
 from .operator import crepa_triton, operator_arguments
+from .relational import relate_tiles_op
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,16 @@ def prefers_triton(inputs: LossInputs) -> bool:
     return _trusted(h.device, h.dtype, width, features, way, sizes)
 
 
+def prefers_pair_tiles(inputs: LossInputs, relation: Relation) -> bool:
+    """``prefers_triton`` for the relational loss: its kernels are those of a margin, checked against ``torch``'s."""
+    h = inputs.hidden_states
+    if relation.margin is None or _ruled_out(h.device, h.dtype):
+        return False
+    weight = inputs.projector.weight
+    features = int(h.shape[-1]) if weight is None else weight.shape[0]
+    return _trusted_with_pairs(h.device, inputs.compute_dtype, features, inputs.plan.tokens)
+
+
 def forget() -> None:
     """Forgets what is known of devices and of every check: the next call of each kind tries again."""
     answers.clear()
@@ -169,9 +181,23 @@ def _trusted(
     way: Sequence[Any],
     sizes: Sequence[int],
 ) -> bool:
-    way = Way(*way)
     widths = (device, dtype, hidden_size, feature_size)
-    call = (*widths, way)
+    names = f"crepa_loss: {dtype} tokens of width {hidden_size} and features of width {feature_size} on {device}"
+    check = partial(self_check, *widths, Way(*way), Sizes(*sizes))
+    return _answer((*widths, Way(*way)), check, names)
+
+
+@constant_when_compiled
+def _trusted_with_pairs(device: torch.device, dtype: torch.dtype, feature_size: int, tokens: int) -> bool:
+    tokens = _congruent(tokens, FEWEST_ROWS)
+    widths = (device, dtype, "pairs", feature_size)
+    names = f"relational_loss: {dtype} rows of width {feature_size} on {device}"
+    return _answer((*widths, tokens), partial(self_check_of_pairs, device, dtype, feature_size, tokens), names)
+
+
+def _answer(call: Scope, check: Callable[[], str | None], names: str) -> bool:
+    """Whether ``call``, of a device and widths and a way, is trusted: as is known, or by ``check``'s reason if not."""
+    device, widths = call[0], call[:-1]
     if (answer := _known(call)) is not None:
         return answer
     # A look at the result would end a capture; a backward pass's threads would wait for the check as it for them.
@@ -181,12 +207,11 @@ def _trusted(
         if (answer := _known(call)) is not None:
             return answer
         start = time.perf_counter()
-        reason = self_check(*widths, way, Sizes(*sizes))
-        names = f"{dtype} tokens of width {hidden_size} and features of width {feature_size} on {device}"
+        reason = check()
         if reason is None:
             answers[call] = None
             seconds = time.perf_counter() - start
-            logger.info("crepa_loss(backend='auto') takes 'triton' for %s: checked in %.1f s", names, seconds)
+            logger.info("backend='auto' takes 'triton' for %s: checked in %.1f s", names, seconds)
             return True
         # What ends the smallest kernel too is the machine's: no other width need try again.
         scope: Scope = (device,) if _aside(_smallest_kernel, device) else widths
@@ -194,7 +219,7 @@ def _trusted(
             del answers[known]
         answers[scope] = reason
         logger.warning(
-            "crepa_loss(backend='auto') takes 'torch' from now on, not 'triton', for %s: %s. "
+            "backend='auto' takes 'torch' from now on, not 'triton', for %s: %s. "
             "`python -m crepa_kernels.info` tries again", names, reason,
         )  # fmt: skip
         return False
@@ -245,6 +270,11 @@ def self_check(
     return reason
 
 
+def self_check_of_pairs(device: torch.device, dtype: torch.dtype, feature_size: int, tokens: int) -> str | None:
+    """As ``self_check``, of the relational loss's kernels: rows of three frames of so many tokens."""
+    return _aside(_disagreement_of_pairs, device, dtype, feature_size, tokens)
+
+
 def _aside(attempt: Callable[..., str | None], device: torch.device, *arguments: Any) -> str | None:
     """``attempt(device, *arguments)`` in a thread of its own; its reason, or what it raised in words.
 
@@ -288,16 +318,36 @@ def _disagreement(
     inputs = small_call(device, dtype, hidden_size, feature_size, way, sizes)
     expected, found = results_of(crepa_torch, replace(inputs, recompute=False)), results_of(crepa_triton, inputs)
     rounding = max(torch.finfo(inputs.compute_dtype).eps, 2**-10)
-    names = list(expected)
-    errors = torch.stack([
-        _row_error(found[name], expected[name]) if name.startswith(_GRADIENT)
+    errors = {
+        name: _row_error(found[name], expected[name])
+        if name.startswith(_GRADIENT)
         else (found[name].float() - expected[name].float()).abs().max()
-        for name in names
-    ]).tolist()  # fmt: skip
-    for name, error in zip(names, errors, strict=True):
-        allowed = (ROW_ROUNDINGS if name.startswith(_GRADIENT) else MEAN_ROUNDINGS) * rounding
-        if not error <= allowed:  # NaN is no agreement
-            return f"its {name} differs from that of 'torch' by {error:.2g}, and rounding explains {allowed:.2g}"
+        for name in expected
+    }
+    return _beyond(errors, lambda name: (ROW_ROUNDINGS if name.startswith(_GRADIENT) else MEAN_ROUNDINGS) * rounding)
+
+
+def _disagreement_of_pairs(device: torch.device, dtype: torch.dtype, feature_size: int, tokens: int) -> str | None:
+    """Rows of small integers, whose products are exact in every type, and a margin that none of their sums is near."""
+    generator = torch.Generator(device).manual_seed(0)
+    z, y = torch.randint(-1, 2, (2, 3, tokens, feature_size), generator=generator, device=device, dtype=torch.float32)
+    how = ([0, 1], [1.0, 0.5], math.isqrt(feature_size) + 0.5)
+    gradients = [torch.empty_like(z) for _ in range(2)]
+    expected = relate_frames_op(z, z - y, *how, gradients[0])
+    rows = (z.to(dtype), (z - y).to(dtype))
+    found, without = (relate_tiles_op(*rows, *how, gradient) for gradient in (gradients[1], z.new_empty(0)))
+    errors = {
+        "loss": (found - expected).abs() / expected,
+        "loss without gradients": (without - expected).abs() / expected,
+        f"{_GRADIENT}rows": _row_error(gradients[1], gradients[0]),
+    }
+    return _beyond(errors, lambda name: 2**-10)  # of the weights of torch's slopes, where products are TF32
+
+
+def _beyond(errors: dict[str, torch.Tensor], allowed: Callable[[str], float]) -> str | None:
+    for name, error in zip(errors, torch.stack(list(errors.values())).tolist(), strict=True):
+        if not error <= allowed(name):  # NaN is no agreement
+            return f"its {name} differs from that of 'torch' by {error:.2g}, and rounding explains {allowed(name):.2g}"
     return None
 
 

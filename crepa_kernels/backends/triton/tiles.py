@@ -95,6 +95,19 @@ class Choice:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class PairTiles:
+    """Tiles of the relational loss; no card was tuned for them.
+
+    Attributes:
+        differences: square, of pairs of tokens; its operands are two of each side.
+        gradient: the slopes' product with the rows; its rows and k divide the side of ``differences``.
+    """
+
+    differences: ProductTile
+    gradient: ProductTile
+
+
 _INTERPRETED = Choice(
     "split", "one_pass", RowTile(32, 1, 3), RowTile(32, 1, 3), ProductTile(64, 64, 64, 1, 1),
     ProductTile(64, 32, 64, 1, 1, split=True),
@@ -128,6 +141,16 @@ def heuristic(
     tokens, rows = _rows_of(hidden_size, 16, lanes), _rows_of(feature_size, 24, lanes)
     vendor = not hip and capability >= (10, 0)
     return Choice("split", inference, tokens, rows, VENDOR if vendor else dx, one_pass)
+
+
+def pair_tiles(element_size: int, shared_memory: int, hip: bool = False) -> PairTiles:
+    """Tiles of the relational loss for rows of so many bytes a number, and shared memory a block in bytes."""
+    if element_size == 4:
+        # IEEE products are not the matrix units': what counts is registers.
+        return PairTiles(ProductTile(64, 64, 16, 8, 2), ProductTile(64, 64, 16, 4, 2))
+    k = 64 if shared_memory >= 200 * 1024 else 32
+    differences, gradient = ProductTile(128, 128, k, 8, 3), ProductTile(128, 128, k, 8, 2 if hip else 3)
+    return PairTiles(fit(differences, 2 * element_size, shared_memory), fit(gradient, element_size, shared_memory))
 
 
 def _rows_of(width: int, per_lane: int, lanes: int) -> RowTile:
@@ -220,6 +243,14 @@ def device_heuristic(properties: Any, hidden_size: int, feature_size: int, eleme
     shared, hip = device_shared_memory(properties), torch.version.hip is not None
     capability = (properties.major, properties.minor)
     return heuristic(hidden_size, feature_size, element_size, shared, hip, capability)
+
+
+def choose_pair_tiles(device: torch.device, dtype: torch.dtype) -> PairTiles:
+    """Tiles of the relational loss for rows of ``dtype`` on ``device``."""
+    if INTERPRETED or device.type != "cuda":
+        return PairTiles(ProductTile(32, 32, 64, 1, 1), ProductTile(32, 32, 32, 1, 1))
+    shared = device_shared_memory(torch.cuda.get_device_properties(device))
+    return pair_tiles(dtype.itemsize, shared, torch.version.hip is not None)
 
 
 @cache

@@ -249,9 +249,10 @@ def _memory(
     for each in buckets:
         plan = plan_alignment(config.spatial_align, each.grid, each.teacher_grid or each.grid)
         frames = min(settings.batch_size, each.clips) * each.frames
-        kept.append(
-            keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type, given=config.irepa_enabled)
-        )
+        sizes = (plan, frames, hidden, features, dtype, teacher_dtype, device_type)
+        # Relations keep the same of their own rows, whatever compares them.
+        relations = KEPT_BYTES["torch"](*sizes, given=config.irepa_enabled) if config.crepa_relational_weight > 0 else 0
+        kept.append(keeps(*sizes, given=config.irepa_enabled) + relations)
         if config.irepa_enabled:
             kept[-1] += frames * each.tokens_per_frame * features * dtype.itemsize  # p
     weights = 0

@@ -111,6 +111,8 @@ def _crepa_rows(plan: Plan) -> Rows:
     if memory is None:
         return [("CREPA", config.idle or "off")]
     weight = f"weight {config.crepa_lambda:g}, {config.crepa_scheduler}"
+    if config.crepa_relational_weight > 0:
+        weight += f", relations of {config.crepa_relational_pairs} x {config.crepa_relational_weight:g}"
     rows = [("CREPA", f"block {config.crepa_block_index} of 0 to {plan.family.blocks - 1}, {weight}")]
     if config.crepa_feature_source == "backbone":
         rows.append(("teacher", f"block {config.crepa_teacher_block_index} of the model itself"))
