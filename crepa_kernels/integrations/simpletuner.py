@@ -102,7 +102,7 @@ def _replacement(original: Callable[..., Result], spatial: Spatial) -> Callable[
             return theirs(reason)
         if spatial == "grid" and _rests(self.scheduler, step):
             return None, _logs(self.scheduler, 0.0)
-        h = _by_frames(self, hidden_states, latents if spatial == "grid" else None)
+        h, places = _by_frames(self, hidden_states, latents if spatial == "grid" else None)
         y = needed if inner else _encoded(self, needed, vae, h.shape[1])
         y = y[:, None] if y.dim() == 3 else y
         if (h.shape[0], self.projector[1].out_features) != (y.shape[0], y.shape[-1]):
@@ -113,7 +113,7 @@ def _replacement(original: Callable[..., Result], spatial: Spatial) -> Callable[
             h,
             y.to(h.device),
             self.projector,
-            **_alignment(self, h, y, latents if spatial == "grid" else None),
+            **_alignment(self, h, y, places),
             distance=int(self.distance) if near else 0,
             tau=float(self.tau) if near else 1.0,
             cumulative=bool(self.cumulative_neighbors),
@@ -157,17 +157,26 @@ def _logs(scheduler: Any, weight: float, loss: float = 0.0, *similarities: float
     return logs if ema is None else {**logs, "crepa_alignment_score_ema": ema}
 
 
-def _by_frames(crepa: Any, hidden_states: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, P, D). Of three axes an image's are (B, P, D), a video's (B, T, D), or a clip's tokens on their grid."""
+def _by_frames(
+    crepa: Any, hidden_states: torch.Tensor, latents: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, T, P, D), and the latents that tell the tokens' places: None where they were None or do not tell.
+
+    Of three axes an image's are (B, P, D), a video's (B, T, D) or, with latents, all tokens of the clip.
+    """
     if hidden_states.dim() == 4:
-        return hidden_states
+        return hidden_states, latents
     if crepa.mode.name == "IMAGE":
-        return hidden_states[:, None]
+        return hidden_states[:, None], latents
     if latents is not None and latents.dim() == 5:
         tokens, frames = hidden_states.shape[1], latents.shape[2]
         if tokens % frames == 0 and token_grid(tokens // frames, latents.shape) is not None:
-            return hidden_states.unflatten(1, (frames, -1))
-    return hidden_states[:, :, None]
+            return hidden_states.unflatten(1, (frames, -1)), latents
+        _say_once(
+            f"each token is taken for a frame, as SimpleTuner does: {tokens} tokens lie on no grid of latents of "
+            f"{tuple(latents.shape[-3:])}"
+        )
+    return hidden_states[:, :, None], None
 
 
 @torch.no_grad()

@@ -271,17 +271,18 @@ def test_a_line_compares_tokens_a_third_of_a_frame_apart(theirs: ModuleType, cal
     assert max(position_error({"antialias": True, **calls[0]}, (30, 52), (37, 37))) == pytest.approx(0.33, abs=0.01)
 
 
+@pytest.mark.parametrize(("shape", "said"), [((1, 3, 77), "unclear"), ((1, 3 * 77), "each token is taken for a frame")])
 def test_an_unclear_grid_is_compared_as_a_line_and_said_once(
-    theirs: ModuleType, calls: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    theirs: ModuleType, caplog: pytest.LogCaptureFixture, shape: tuple[int, ...], said: str
 ) -> None:
     crepa = regularizer(theirs, projector_of(8, 6), 8)
-    arguments = {**a_clip(), "hidden_states": torch.randn(1, 3, 77, 8), "frame_features": torch.randn(1, 3, 16, 6)}
+    arguments = {**a_clip(), "hidden_states": torch.randn(*shape, 8), "frame_features": torch.randn(1, 3, 1560, 6)}
     expected = called(crepa, arguments)[0]
     simpletuner.apply("grid")
     with caplog.at_level(logging.WARNING):
         losses = [called(crepa, arguments)[0] for _ in range(2)]
     torch.testing.assert_close(losses, [expected] * 2, rtol=5e-5, atol=5e-5)
-    assert ["unclear" in record.message for record in caplog.records] == [True]
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_nothing_is_decoded_while_the_weight_is_0(theirs: ModuleType, calls: list[dict[str, Any]]) -> None:
