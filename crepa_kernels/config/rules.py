@@ -19,6 +19,8 @@ DINOV2_HUB_IDS = {
     for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
     for suffix, registers in {"": "", "_reg": "with-registers-"}.items()
 }
+EFFICIENTNET_LITE0 = "efficientnet_lite0"
+ENCODER_PATCH_SIZES = {**dict.fromkeys(DINOV2_HUB_IDS, DINOV2_PATCH_SIZE), EFFICIENTNET_LITE0: 16}
 ENCODER_ALIASES = {
     "dino_v2_g": "dinov2_vitg14",
     "dinov2_g": "dinov2_vitg14",
@@ -222,9 +224,12 @@ def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterato
         yield keys | {"crepa_block_index"}, describe("crepa_teacher_block_index", teacher, rule)
 
     size, encoder = values["crepa_encoder_image_size"], values["crepa_encoder"]
-    if encoder in DINOV2_HUB_IDS and size % DINOV2_PATCH_SIZE:
-        rule = f"must be a multiple of the patch size of {encoder}, {DINOV2_PATCH_SIZE}, at least one patch"
-        yield {"crepa_encoder", "crepa_encoder_image_size"}, describe("crepa_encoder_image_size", size, rule)
+    patch = ENCODER_PATCH_SIZES.get(encoder, 1)
+    # By the grid the size is not used, and its default is no multiple of every patch.
+    if values["crepa_encoder_resize"] == "square" and size % patch:
+        rule = f"must be a multiple of the patch size of {encoder}, {patch}, at least one patch"
+        keys = {"crepa_encoder", "crepa_encoder_image_size", "crepa_encoder_resize"}
+        yield keys, describe("crepa_encoder_image_size", size, rule)
 
     threshold, metric = values["crepa_similarity_threshold"], values["crepa_similarity_metric"]
     ceiling = neighbours.most if metric == "alignment_score" else 1.0

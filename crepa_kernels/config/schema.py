@@ -13,8 +13,8 @@ from ..grid import SpatialAlign
 from ..neighbours import Neighbours
 from .base import Integer, Settings, flag, integer, number
 from .rules import (
-    DINOV2_HUB_IDS,
     ENCODER_ALIASES,
+    ENCODER_PATCH_SIZES,
     LEAST_INTEGER,
     PRESETS,
     ConfigError,
@@ -66,7 +66,7 @@ class CrepaConfig(Settings):
     crepa_encoder: str = Field(
         "dinov2_vitg14",
         min_length=1,
-        description=f"teacher; must be one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id",
+        description=f"teacher; must be one of {', '.join(ENCODER_PATCH_SIZES)}, a local folder or a hub id",
     )
     crepa_encoder_image_size: Integer = Field(
         518,

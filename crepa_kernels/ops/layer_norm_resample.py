@@ -11,7 +11,7 @@ statistics are 0, and so is the gradient. ``scale`` is one number, in the statis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +101,7 @@ def normalize_and_resample_into(*arguments: Any) -> None:
     if tokens.numel() == 0:
         return
     if out.shape != tokens.shape or not out.is_contiguous():  # parts are views of contiguous memory alone
-        out.copy_(normalize_and_resample_backward(*given))
+        out.copy_(in_new_memory(normalize_and_resample_into)(*given))
         return
     make = resampler(tokens, source, target, antialias, adjoint=True)
     statistics = (mean[..., None], inverse_std[..., None])
@@ -113,11 +113,15 @@ def normalize_and_resample_into(*arguments: Any) -> None:
         dh.copy_(part if scale is None else part.mul_(scale))
 
 
-def normalize_and_resample_backward(*arguments: Any) -> torch.Tensor:
-    """In PyTorch: the gradient of the above with respect to ``tokens``, in memory of its own."""
-    out = Backward(*arguments).empty()
-    normalize_and_resample_into(*arguments[:_OUT], out, *arguments[_OUT:])
-    return out
+def in_new_memory(write: Callable[..., None]) -> Callable[..., torch.Tensor]:
+    """The backward pass without ``out``, made of one that ``write`` is: the gradient is in memory of its own."""
+
+    def made(*arguments: Any) -> torch.Tensor:
+        out = Backward(*arguments).empty()
+        write(*arguments[:_OUT], out, *arguments[_OUT:])
+        return out
+
+    return made
 
 
 def _of_rows(in_loss: torch.Tensor | None) -> torch.Tensor | None:
@@ -166,9 +170,13 @@ layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
 layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm_resample": (normalize_and_resample, lambda *given: Forward(*given).empty()),
-    "layer_norm_resample_backward": (normalize_and_resample_backward, lambda *given: Backward(*given).empty()),
+    # Of this one alone the extension has no kernel: autograd needs a gradient that nothing else holds.
+    "layer_norm_resample_backward": (
+        in_new_memory(layer_norm_resample_backward_out_op),
+        lambda *given: Backward(*given).empty(),
+    ),
     "layer_norm_resample_backward_out": (normalize_and_resample_into, lambda *given: Backward.and_out(given) and None),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():

@@ -212,52 +212,35 @@ resample_tokens_op = torch.ops.crepa_kernels.resample_tokens.default
 resample_tokens_adjoint_op = torch.ops.crepa_kernels.resample_tokens_adjoint.default
 
 
-@torch.library.impl("crepa_kernels::resample_tokens", "CompositeExplicitAutograd")
-def _resample_tokens(
-    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+def _resample_checked(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool, adjoint: bool = False
 ) -> torch.Tensor:
     log_fallback(tokens.device.type)
-    check_tokens(tokens, source_grid, target_grid)
-    return resample(tokens, source_grid, target_grid, antialias) if tokens.numel() else on_grid(tokens, target_grid)
+    here, there = (target_grid, source_grid) if adjoint else (source_grid, target_grid)
+    check_tokens(tokens, here, there)
+    return resample(tokens, source_grid, target_grid, antialias, adjoint) if tokens.numel() else on_grid(tokens, there)
 
 
-@torch.library.impl("crepa_kernels::resample_tokens_adjoint", "CompositeExplicitAutograd")
-def _resample_tokens_adjoint(
-    grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
+def _resample_fake(
+    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool, adjoint: bool = False
 ) -> torch.Tensor:
-    log_fallback(grad.device.type)
-    check_tokens(grad, target_grid, source_grid)
-    empty = grad.numel() == 0
-    return on_grid(grad, source_grid) if empty else resample(grad, source_grid, target_grid, antialias, adjoint=True)
-
-
-@torch.library.register_fake("crepa_kernels::resample_tokens")
-def _resample_tokens_fake(
-    tokens: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
-) -> torch.Tensor:
-    check_tokens(tokens, source_grid, target_grid)
-    return on_grid(tokens, target_grid)
-
-
-@torch.library.register_fake("crepa_kernels::resample_tokens_adjoint")
-def _resample_tokens_adjoint_fake(
-    grad: torch.Tensor, source_grid: Sequence[int], target_grid: Sequence[int], antialias: bool
-) -> torch.Tensor:
-    check_tokens(grad, target_grid, source_grid)
-    return on_grid(grad, source_grid)
+    here, there = (target_grid, source_grid) if adjoint else (source_grid, target_grid)
+    check_tokens(tokens, here, there)
+    return on_grid(tokens, there)
 
 
 def _keep_geometry(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, ctx.source_grid, ctx.target_grid, ctx.antialias = inputs
 
 
-def _resample_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return resample_tokens_adjoint_op(grad, ctx.source_grid, ctx.target_grid, ctx.antialias), None, None, None
+def _backward_by(operator: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return operator(grad, ctx.source_grid, ctx.target_grid, ctx.antialias), None, None, None
 
 
-def _adjoint_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return resample_tokens_op(grad, ctx.source_grid, ctx.target_grid, ctx.antialias), None, None, None
-
-
-for _name, _backward in (("resample_tokens", _resample_backward), ("resample_tokens_adjoint", _adjoint_backward)):
-    torch.library.register_autograd(f"crepa_kernels::{_name}", _backward, setup_context=_keep_geometry)
+for _name, _adjoint, _other in (
+    ("crepa_kernels::resample_tokens", False, resample_tokens_adjoint_op),
+    ("crepa_kernels::resample_tokens_adjoint", True, resample_tokens_op),
+):
+    torch.library.impl(_name, "CompositeExplicitAutograd")(partial(_resample_checked, adjoint=_adjoint))
+    torch.library.register_fake(_name)(partial(_resample_fake, adjoint=_adjoint))
+    torch.library.register_autograd(_name, partial(_backward_by, _other), setup_context=_keep_geometry)

@@ -15,7 +15,7 @@ from torch import nn
 from ..config.base import Settings
 from ..models.families import Family
 from ..projector import CrepaProjector
-from ..teachers.dinov2 import EncoderSource
+from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from .attach import (
     Owner,
@@ -113,7 +113,8 @@ class Regularizer:
         self._threshold = settings.similarity_threshold
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
         hidden_size = family.hidden_size(model.config)
-        self.projector = CrepaProjector(hidden_size, source.feature_size(hidden_size, feature_size))
+        size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
+        self.projector = CrepaProjector(hidden_size, size)
         self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
         self._monitor = NonFiniteMonitor(self.OWNER)
         self._watch = TrainingWatch(self.projector, self.OWNER)

@@ -16,7 +16,7 @@ from ..projector import CrepaProjector
 from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
-from ..teachers.dinov2 import EncoderSource
+from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from .aligning import aligned
 from .attach import CREPA
@@ -41,9 +41,11 @@ class CrepaRegularizer(Regularizer):
         transformer: a supported diffusers transformer (``supported_families()``), not wrapped.
         vae: decodes latents: the family's VAE, a folder or hub id (loaded in bf16 on a GPU, fp32 on a CPU), or a
             callable without arguments that loads it. Frozen here.
-        encoder: the teacher instead of ``crepa_encoder``: a transformers DINOv2, its folder or hub id, or a callable.
+        encoder: the teacher instead of ``crepa_encoder``: a ``FrozenEncoder``, or the module or callable that it takes
+            (frames (n, 3, H, W) in [0, 1] to features (n, h, w, E)), frozen here; a transformers DINOv2; a name, folder
+            or hub id; or a callable without arguments that loads one. ``crepa_encoder`` then is its name alone.
         max_train_steps: optimizer steps of the run; needed where the weight decays over the rest of the run.
-        feature_size: E, where only the caller's features know it; else it is read from the encoder's config.json.
+        feature_size: E, where only the caller's features know it; else the encoder says it, or is asked once.
         vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
 
     Attributes:

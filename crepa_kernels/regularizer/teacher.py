@@ -11,7 +11,7 @@ from ..config.schema import CrepaConfig
 from ..models.families import Family
 from ..teachers import TeacherFeatures
 from ..teachers.clips import ClipLengths, check_pixel_frames, check_pixels, encode_clips, given_features
-from ..teachers.dinov2 import DinoV2Teacher, EncoderSource
+from ..teachers.encoding import EncoderSource, FrameEncoder
 from ..teachers.latents import LatentDecoder, VaeSource
 from ..transfer import moved
 from .capture import CapturedStates
@@ -45,7 +45,7 @@ class TeacherSource:
     ) -> None:
         settings = config.teacher
         self.backbone = settings.backbone
-        self.teacher = DinoV2Teacher.from_config(config, encoder)
+        self.teacher = FrameEncoder.from_config(config, encoder)
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(
             None if self.backbone else vae, family, drop_encoder=config.teacher.drop_vae_encoder
@@ -59,19 +59,22 @@ class TeacherSource:
         self.teacher.unload()
         self.decoder.unload()
 
-    def feature_size(self, hidden_size: int, given: int | None) -> int:
-        """E: the hidden size in backbone mode, ``given``, or the encoder's by its config.json.
+    def feature_size(self, hidden_size: int, given: int | None, device: torch.device) -> int:
+        """E: the hidden size in backbone mode, ``given``, or as the encoder says it or answers a frame on ``device``.
 
         Raises:
-            ValueError: when it is not known yet, or ``given`` contradicts backbone mode.
+            ValueError: when it is not known yet, ``given`` contradicts backbone mode, or the encoder's answer
+                is wrong.
         """
         if self.backbone:
             if given not in (None, hidden_size):
                 raise ValueError(f"feature_size = {given}: in backbone mode it is the transformer's, {hidden_size}")
             return hidden_size
-        size = given if given is not None else self.teacher.feature_size
+        size = given if given is not None else self.teacher.feature_size(device)
         if size is None:
-            raise ValueError("encoder is a callable, so its feature size is not known yet: pass feature_size=")
+            raise ValueError(
+                "encoder is a callable that loads one, so its feature size is not known yet: pass feature_size="
+            )
         return size
 
     def teach(

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 
 from ..grid import Grid
+from .encoders import FrozenEncoder, register_encoder
+
+__all__ = ["FrozenEncoder", "TeacherFeatures", "register_encoder"]
 
 
 class TeacherFeatures(NamedTuple):

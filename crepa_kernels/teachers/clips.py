@@ -13,7 +13,7 @@ from ..frames import clip_groups, frame_groups, select_frames, teacher_frame
 from ..models.layouts import TokenLayout
 from ..transfer import moved
 from . import TeacherFeatures
-from .dinov2 import DinoV2Teacher
+from .encoding import FrameEncoder
 
 # Rounding of pixels that were resized or stored in a 16-bit type.
 PIXEL_TOLERANCE = 1e-2
@@ -143,7 +143,7 @@ def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:
 
 
 def encode_clips(
-    teacher: DinoV2Teacher, pixels: torch.Tensor, lengths: ClipLengths, rule: str, device: torch.device
+    teacher: FrameEncoder, pixels: torch.Tensor, lengths: ClipLengths, rule: str, device: torch.device
 ) -> TeacherFeatures:
     """Teacher features (B, T, N, E) of clips' pixels (B, P, 3, H, W); encodes only the frames that ``rule`` needs."""
     layout = lengths.layout

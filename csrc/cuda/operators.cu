@@ -196,22 +196,12 @@ void layer_norm_resample_backward_out(const Tensor& grad, const Tensor& tokens, 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor layer_norm_resample_backward(const Tensor& grad, const Tensor& tokens, const Tensor& mean,
-                                    const Tensor& inverse_std, Grid source, Grid target, bool antialias,
-                                    std::optional<Tensor> in_loss, std::optional<Tensor> scale) {
-  check_backward(grad, tokens, mean, inverse_std, source, target);
-  Tensor out = torch::stable::new_empty(tokens, shape_on(tokens, source));
-  layer_norm_resample_backward_out(grad, tokens, mean, inverse_std, source, target, antialias, out, in_loss, scale);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(crepa_kernels, CUDA, library) {
   library.impl("resample_tokens", TORCH_BOX(&resample_tokens));
   library.impl("resample_tokens_adjoint", TORCH_BOX(&resample_tokens_adjoint));
   library.impl("layer_norm_resample", TORCH_BOX(&layer_norm_resample));
-  library.impl("layer_norm_resample_backward", TORCH_BOX(&layer_norm_resample_backward));
   library.impl("layer_norm_resample_backward_out", TORCH_BOX(&layer_norm_resample_backward_out));
 }
 

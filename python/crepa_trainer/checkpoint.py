@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from crepa_kernels.teachers.encoding import named_encoder
+
 from .data.dataset import listed
 from .data.files import model_identity
+from .data.names import teacher_is_encoder
 from .state import trained_parameters
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 
@@ -84,7 +87,14 @@ def run_identity(settings: RunSettings, config: CrepaConfig, processes: int) -> 
     given = settings.model_dump(mode="json") | config.to_dict() | {"processes": processes}
     kept = {key: value for key, value in given.items() if key not in free}
     # Wherever they lie and however that was written; a hub id stays one.
-    return kept | {key: _of_folder(kept[key]) for key in ("model", "crepa_encoder")}
+    return kept | {"model": _of_folder(kept["model"]), "crepa_encoder": _of_encoder(config)}
+
+
+def _of_encoder(config: CrepaConfig) -> str:
+    """The teacher of a name that is neither a folder nor on the hub with the key of its content, where it has one."""
+    name = config.crepa_encoder
+    key = named_encoder(name).content_key() if teacher_is_encoder(config) else None
+    return f"{name} {key}" if key else _of_folder(name)
 
 
 def _of_folder(model: str) -> str:

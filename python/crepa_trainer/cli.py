@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return stopped.status
         except ModuleNotFoundError as error:
             _complain(f"{error}: pip install crepa-kernels[trainer]")
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             # The traceback of a user's error helps nobody but a developer: crepa-train --debug ...
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             _complain(str(error))
@@ -174,7 +174,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=defaults.seed, help="of weights, noise and order of clips")
     add("--batch-size", type=_positive, metavar="N", default=defaults.batch_size, help="clips a step")
     add("--strict", action="store_true", help="stop at a video that cannot be used")
-    CrepaConfig.add_arguments(parser, {**DEMO_CREPA, "crepa_encoder": str(defaults.teacher_folder)})
+    CrepaConfig.add_arguments(parser, DEMO_CREPA)
 
 
 def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
@@ -185,9 +185,8 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
 
     from .demo.run import DEMO_CREPA, DemoOptions, run_demo
 
-    base = {**DEMO_CREPA, "crepa_encoder": str(DemoOptions(output=given.output).teacher_folder)}
     # Before the other words that nobody knows: it names the option that was meant.
-    config = CrepaConfig.from_args(given, base, rest=rest)
+    config = CrepaConfig.from_args(given, DEMO_CREPA, rest=rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     console = _console(given.debug)

@@ -7,8 +7,7 @@ import torch
 from crepa_kernels import resample_tokens
 from crepa_kernels.ops import extension, has_extension
 
-OPERATORS = {"resample_tokens", "resample_tokens_adjoint", "layer_norm_resample", "layer_norm_resample_backward",
-             "layer_norm_resample_backward_out"}  # fmt: skip
+OPERATORS = {"resample_tokens", "resample_tokens_adjoint", "layer_norm_resample", "layer_norm_resample_backward_out"}
 
 
 def registered() -> set[str]:

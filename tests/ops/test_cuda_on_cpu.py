@@ -11,6 +11,7 @@ import torch
 from resampling import ODD, TRAINED, assert_close, assert_exact_numbers, exact, exact_adjoint, exact_layer_norm, pair_id
 
 from crepa_kernels.grid import Grid
+from crepa_kernels.ops.layer_norm_resample import in_new_memory
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="there is no C++ compiler"),
@@ -100,7 +101,9 @@ def widen_until_refused(operators: Any) -> None:
     for width in range(11_500, 12_400, 20):
         one, statistic = torch.ones(1, 1, 4), torch.ones(1, 1)
         geometry = ((1, 1), (1, width), True)
-        operators.layer_norm_resample_backward(torch.ones(1, width, 4), one, statistic, statistic, *geometry)
+        in_new_memory(operators.layer_norm_resample_backward_out)(
+            torch.ones(1, width, 4), one, statistic, statistic, *geometry
+        )
 
 
 def test_weights_that_do_not_fit_are_an_error(operators: Any) -> None:
@@ -139,13 +142,13 @@ def test_strided_tokens_and_gradients(operators: Any, dtype: torch.dtype) -> Non
     for tokens, grad in zip(strided(dtype).values(), reversed(strided(dtype).values()), strict=True):
         rows, *statistics = operators.layer_norm_resample(tokens, *geometry, EPS)
         _, *expected_statistics = operators.layer_norm_resample(tokens.contiguous(), *geometry, EPS)
-        dh = operators.layer_norm_resample_backward(grad, tokens, *statistics, *geometry)
+        dh = in_new_memory(operators.layer_norm_resample_backward_out)(grad, tokens, *statistics, *geometry)
         copies = (each.contiguous() for each in (grad, tokens, *statistics))
         exactly = [
             (operators.resample_tokens(tokens, *geometry), exact(tokens, *geometry)),
             (operators.resample_tokens_adjoint(grad, *geometry), exact_adjoint(grad, *geometry)),
             (rows, exact(exact_layer_norm(tokens, EPS), *geometry)),
-            (dh, operators.layer_norm_resample_backward(*copies, *geometry).double()),
+            (dh, in_new_memory(operators.layer_norm_resample_backward_out)(*copies, *geometry).double()),
             (torch.stack(statistics), torch.stack(expected_statistics).double()),
         ]
         for actual, expected in exactly:
@@ -171,7 +174,9 @@ def test_the_gradient_of_large_tokens_keeps_both_of_its_parts(
     tokens, grad, gradients = (tokens * 1e15).to(dtype), grad.to(dtype), []
     for t, g in ((tokens, grad), (tokens.double(), grad.double())):
         _, *statistics = operators.layer_norm_resample(t, *geometry, EPS)
-        gradients.append(operators.layer_norm_resample_backward(g, t, *statistics, *geometry).double())
+        gradients.append(
+            in_new_memory(operators.layer_norm_resample_backward_out)(g, t, *statistics, *geometry).double()
+        )
     ours, exact = gradients
     assert (ours - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
@@ -189,7 +194,7 @@ def test_frames_outside_the_loss_are_not_read(
     in_loss = torch.tensor([[True, False], [False, True], [True, True]]).T  # not contiguous
     rows, mean, inverse_std = operators.layer_norm_resample(tokens, *geometry, EPS)
     scale = mean.new_full((), -1 / 3)
-    dh = operators.layer_norm_resample_backward(grad, tokens, mean, inverse_std, *geometry)
+    dh = in_new_memory(operators.layer_norm_resample_backward_out)(grad, tokens, mean, inverse_std, *geometry)
 
     tokens[~in_loss] = grad[~in_loss] = torch.nan
     masked = operators.layer_norm_resample(tokens, *geometry, EPS, in_loss)

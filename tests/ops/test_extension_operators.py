@@ -334,3 +334,11 @@ def test_more_than_two_billion_elements() -> None:
     assert back.shape == tokens.shape
     assert back[-1].all()
     assert not back[:-1].any()
+
+
+@needs_extension
+def test_the_extension_has_one_form_of_the_backward_pass() -> None:
+    """What returns the gradient is made of what writes it."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has("crepa_kernels::layer_norm_resample_backward_out", "CPU")
+    assert not has("crepa_kernels::layer_norm_resample_backward", "CPU")

@@ -10,18 +10,18 @@ import torch
 
 from crepa_kernels.ops import has_extension
 from crepa_kernels.ops.layer_norm_resample import (
+    in_new_memory,
     layer_norm_resample_backward_op,
     layer_norm_resample_backward_out_op,
     layer_norm_resample_op,
     normalize_and_resample,
-    normalize_and_resample_backward,
     normalize_and_resample_into,
 )
 
 SOURCE, TARGET, EPS = (5, 4), (3, 6), 1e-5
 IN_LOSS = [[True, False, True], [False, True, True]]
 FORWARD = {"operator": layer_norm_resample_op, "pytorch": normalize_and_resample}
-BACKWARD = {"operator": layer_norm_resample_backward_op, "pytorch": normalize_and_resample_backward}
+BACKWARD = {"operator": layer_norm_resample_backward_op, "pytorch": in_new_memory(normalize_and_resample_into)}
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_way = pytest.mark.parametrize("way", list(FORWARD))
@@ -93,7 +93,7 @@ def test_pytorch_writes_into_memory_of_any_layout(layout: str) -> None:
     arguments = (grad, tokens, mean, inverse_std, SOURCE, TARGET, True)
     out = torch.full((*tokens.shape, 2), torch.nan)[..., 0] if layout == "strided" else tokens * torch.nan
     normalize_and_resample_into(*arguments, out, in_loss)
-    assert torch.equal(out, normalize_and_resample_backward(*arguments, in_loss))
+    assert torch.equal(out, in_new_memory(normalize_and_resample_into)(*arguments, in_loss))
 
 
 def test_opcheck_and_autograd() -> None:

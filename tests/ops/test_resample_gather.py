@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crepa_kernels.grid import Grid
 from crepa_kernels.ops import resample as fallback
-from crepa_kernels.ops.layer_norm_resample import normalize_and_resample, normalize_and_resample_backward
+from crepa_kernels.ops.layer_norm_resample import in_new_memory, normalize_and_resample, normalize_and_resample_into
 from crepa_kernels.ops.resample import frame_taps, gather, resample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,14 +148,14 @@ def test_layer_norm_with_it_is_rounded_once(
         in_loss = torch.tensor([True, False], device=device)
         tokens[1] = grad[1] = torch.nan
     out, mean, inverse_std = normalize_and_resample(tokens, *pair, antialias, 1e-5, in_loss)
-    found = normalize_and_resample_backward(grad, tokens, mean, inverse_std, *pair, antialias, in_loss)
+    found = in_new_memory(normalize_and_resample_into)(grad, tokens, mean, inverse_std, *pair, antialias, in_loss)
     assert mean.dtype == inverse_std.dtype == torch.promote_types(dtype, torch.float32)
     for rows, right, size in ((out, expected.detach(), magnitude), (found, dh, 12 * scale)):
         assert rows.dtype == dtype
         inside = 1 if masked else 2
         assert_rounded(rows[:inside].cpu(), right[:inside], size[:inside] + 1, TERMS)
         assert (rows[inside:] == 0).all()
-    again = normalize_and_resample_backward(grad, tokens, mean, inverse_std, *pair, antialias, in_loss)
+    again = in_new_memory(normalize_and_resample_into)(grad, tokens, mean, inverse_std, *pair, antialias, in_loss)
     assert torch.equal(found, again)
 
 
@@ -166,7 +166,7 @@ def test_parts_of_a_few_frames_give_the_same_numbers(monkeypatch: pytest.MonkeyP
     def results() -> list[torch.Tensor]:
         out, mean, inverse_std = normalize_and_resample(tokens, source, target, True, 1e-5, in_loss)
         statistics = (mean, inverse_std)
-        dh = normalize_and_resample_backward(grad, tokens, *statistics, source, target, True, in_loss)
+        dh = in_new_memory(normalize_and_resample_into)(grad, tokens, *statistics, source, target, True, in_loss)
         return [out, *statistics, dh]
 
     whole = results()
@@ -187,7 +187,7 @@ def calls_on(device: str, dtype: torch.dtype, frames: int, channels: int) -> lis
         lambda: resample(tokens, *geometry),
         lambda: resample(grad, *geometry, adjoint=True),
         lambda: normalize_and_resample(tokens, *geometry, 1e-5, in_loss)[0],
-        lambda: normalize_and_resample_backward(grad, tokens, mean, mean, *geometry, in_loss, mean[0, 0]),
+        lambda: in_new_memory(normalize_and_resample_into)(grad, tokens, mean, mean, *geometry, in_loss, mean[0, 0]),
     ]
 
 

@@ -13,7 +13,7 @@ from crepa_kernels.frames import frame_indices
 from crepa_kernels.models.layouts import TokenLayout
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, check_pixels, encode_clips, given_features
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.encoding import FrameEncoder
 
 CPU = torch.device("cpu")
 GRID = (2, 3)
@@ -21,12 +21,12 @@ LAYOUT = TokenLayout(frames=3, grid=GRID, patch=1, latent_shape=(3, 4, 6))  # 9 
 
 
 @pytest.fixture(scope="module")
-def teacher() -> DinoV2Teacher:
-    return DinoV2Teacher(tiny_dinov2(), resize="grid")
+def teacher() -> FrameEncoder:
+    return FrameEncoder(tiny_dinov2(), resize="grid")
 
 
 @pytest.mark.parametrize("rule", ["last", "center", "mean"])
-def test_a_clips_features_are_those_of_the_frames_that_the_rule_names(teacher: DinoV2Teacher, rule: str) -> None:
+def test_a_clips_features_are_those_of_the_frames_that_the_rule_names(teacher: FrameEncoder, rule: str) -> None:
     pixels = clip_pixels(2)
     before = teacher.frames_encoded
     found = encode_clips(teacher, pixels, ClipLengths.of(None, 2, 9, LAYOUT), rule, CPU)
@@ -42,7 +42,7 @@ def test_a_clips_features_are_those_of_the_frames_that_the_rule_names(teacher: D
 
 
 @pytest.mark.parametrize("rule", ["last", "center", "mean"])
-def test_a_padded_clip_is_encoded_as_if_it_were_alone(teacher: DinoV2Teacher, rule: str) -> None:
+def test_a_padded_clip_is_encoded_as_if_it_were_alone(teacher: FrameEncoder, rule: str) -> None:
     pixels = clip_pixels(2)
     pixels[1, 5:] = 0  # padding
     before = teacher.frames_encoded
@@ -58,7 +58,7 @@ def test_a_padded_clip_is_encoded_as_if_it_were_alone(teacher: DinoV2Teacher, ru
     torch.testing.assert_close(found[1:, :2], expected, rtol=1e-4, atol=1e-5)  # other batch sizes
 
 
-def test_latents_that_pad_the_front_of_a_batch_count_to_its_first_token_frame(teacher: DinoV2Teacher) -> None:
+def test_latents_that_pad_the_front_of_a_batch_count_to_its_first_token_frame(teacher: FrameEncoder) -> None:
     # 17 pixel frames are 5 latents, which a temporal patch of 2 pads to 6: token frames of latent 0, 1-2 and 3-4.
     layout = TokenLayout(3, GRID, 2, (6, 4, 6), temporal_ratio=4)
     pixels = clip_pixels(2, 17)
@@ -73,7 +73,7 @@ def test_latents_that_pad_the_front_of_a_batch_count_to_its_first_token_frame(te
     assert torch.equal(given.features, expected)
 
 
-def test_one_number_of_frames_crops_the_pixels(teacher: DinoV2Teacher) -> None:
+def test_one_number_of_frames_crops_the_pixels(teacher: FrameEncoder) -> None:
     pixels = clip_pixels(1, 12)
     lengths = ClipLengths.of(9, 1, 12, LAYOUT)
     assert lengths.mask(CPU) is None
@@ -83,7 +83,7 @@ def test_one_number_of_frames_crops_the_pixels(teacher: DinoV2Teacher) -> None:
     assert torch.equal(found[0], expected)
 
 
-def test_frames_that_groups_share_are_encoded_once(teacher: DinoV2Teacher) -> None:
+def test_frames_that_groups_share_are_encoded_once(teacher: FrameEncoder) -> None:
     before = teacher.frames_encoded
     found = encode_clips(teacher, clip_pixels(1, 1), ClipLengths.of(None, 1, 1, LAYOUT), "last", CPU)
     assert teacher.frames_encoded - before == 1

@@ -28,7 +28,7 @@ from tiny import tiny_wan
 from videos import moving_square, write_video, write_with_empty_samples
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, frame_indices
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.dinov2 import DinoV2
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class Loads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count: Counter[str] = Counter()
         self.alive: list[weakref.ref[Any]] = []
-        for owner, name in ((WanFamily, "load_vae"), (WanFamily, "load_text"), (DinoV2Teacher, "load")):
+        for owner, name in ((WanFamily, "load_vae"), (WanFamily, "load_text"), (DinoV2, "load")):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name), name.removeprefix("load_")))
 
     def _counted(self, load: Any, name: str) -> Any:

@@ -30,7 +30,7 @@ from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
 from crepa_kernels import CrepaConfig
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.dinov2 import DinoV2
 
 
 def _counted(calls: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def fill_twice(given: dict[str, Any]) -> None:
     calls: Counter[str] = Counter()
     counted_calls = [(WanFamily, name) for name in ("load_vae", "load_text", "encode_latents")]
     counted_calls += [(HunyuanVideoFamily, name) for name in ("load_text", "encode_text", "encode_text_of_clip")]
-    for owner, name in (*counted_calls, (DinoV2Teacher, "load")):
+    for owner, name in (*counted_calls, (DinoV2, "load")):
         setattr(owner, name, _counted(calls, name, getattr(owner, name)))
     settings = RunSettings(**given["settings"])
     config = CrepaConfig(**given["config"])

@@ -29,7 +29,7 @@ from videos import moving_square, write_video
 from crepa_kernels import CrepaConfig, CrepaProjector
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.loss import KEPT_BYTES
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.dinov2 import DinoV2
 
 REQUIRED = {"resolutions": ((32, 48), (48, 32)), "frame_counts": (5, 9), "max_train_steps": 10}
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_run_is_one_line_before_any_weight_is_loaded(
 
     for name in ("load_vae", "load_text", "load_transformer"):
         monkeypatch.setattr(WanFamily, name, refuse)
-    monkeypatch.setattr(DinoV2Teacher, "load", refuse)
+    monkeypatch.setattr(DinoV2, "load", refuse)
     for words_of_run in (["run", "--config", str(file), "--plan"], ["run", "--config", str(file)]):
         assert main(words_of_run) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.encoding import FrameEncoder
 
 from .clips import read_clips
 from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, fit_again, listed, skip_video, tell_skipped
@@ -226,7 +226,7 @@ class _Encoders:
         config, family = self.names.config, self.names.family
         if self.names.settings.cache_teacher == "frames":
             return {"pixels": pixels[teacher_frames(config, family, bucket)]}
-        teacher = self._once("teacher", lambda: DinoV2Teacher.from_config(config))
+        teacher = self._once("teacher", lambda: FrameEncoder.from_config(config))
         lengths = ClipLengths.of(None, 1, len(pixels), family.layout(bucket))
         features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.names.device)
         return {"features": features[0], "feature_grid": torch.tensor(grid)}

@@ -103,7 +103,8 @@ class _Search:
 
     def _kind_of_folder(self, path: Path) -> str | None:
         whole = path.resolve()
-        if whole in self.ours or _is_of_a_run(path):
+        of_a_run = (path / METRICS_FILE).is_file() and any((path / name).is_dir() for name in _OF_A_RUN)
+        if whole in self.ours or of_a_run:
             return "output folders of this trainer"
         if path.suffix.lower() in VIDEO_SUFFIXES:
             return "folders with a video's name"
@@ -116,7 +117,3 @@ class _Search:
         alone = sum(caption.with_suffix("") not in stems for caption in self.captions)
         kinds = dict(sorted(self.kinds.items()))
         return {**kinds, "captions without a video": alone} if alone else kinds
-
-
-def _is_of_a_run(folder: Path) -> bool:
-    return (folder / METRICS_FILE).is_file() and any((folder / name).is_dir() for name in _OF_A_RUN)

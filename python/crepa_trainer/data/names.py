@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crepa_kernels import frame_indices
-from crepa_kernels.config.rules import DINOV2_HUB_IDS
+from crepa_kernels.teachers.encoding import named_encoder
 
 from .dataset import Bucket, ClipKey, FoundClips
 from .files import file_name, model_identity
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
+    from crepa_kernels.teachers.encoders import NamedEncoder
 
     from ..families import TrainingFamily
     from ..settings import RunSettings
@@ -120,8 +121,8 @@ class CacheNames:
 
     @cached_property
     def _encoder(self) -> list[Any]:
-        name = self.config.crepa_encoder
-        return [*model_identity(DINOV2_HUB_IDS.get(name, name)), str(encoder_type(self.device))]
+        encoder = named_encoder(self.config.crepa_encoder)
+        return [*encoder_identity(encoder), str(encoder.dtype(self.device))]
 
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
         if not teacher_is_encoder(self.config):
@@ -135,6 +136,19 @@ class CacheNames:
         return {"features": self._encoder, "resize": [config.crepa_encoder_resize, *size], "rule": rule}
 
 
+def encoder_identity(encoder: NamedEncoder) -> list[Any]:
+    """What tells a teacher's weights from others, as `model_identity`; ValueError where nobody can know them."""
+    if encoder.weights is not None:
+        return model_identity(encoder.weights)
+    key = encoder.content_key()
+    if key is None:
+        raise ValueError(
+            f'cache_teacher = "features", but the encoder {encoder.name} is a callable without a key, so what it made '
+            'cannot be told from another one\'s: give FrozenEncoder(key=...), or cache_teacher = "frames"'
+        )
+    return [encoder.name, key]
+
+
 def encoder_type(device: torch.device) -> torch.dtype:
-    """The type of the text encoder: as `DinoV2Teacher` chooses its own."""
+    """The type of the text encoder."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -178,18 +178,15 @@ def _guessed_rate(stream: Any) -> float:
 def _indexed_times(path: Path, stream: Any) -> list[int] | None:
     """When each frame that is shown is decoded, from an MP4's index; None where that is not all of it."""
     entries = list(stream.index_entries)
-    if not entries or len(entries) != stream.frames or _has_fragments(path):
+    if not entries or len(entries) != stream.frames:
         return None
+    with path.open("rb") as file:
+        if any(name == b"moof" for name, _, _ in boxes(file)):  # fragments: it goes on after its header
+            return None
     times = [entry.timestamp for entry in entries if not entry.is_discard]
     lasts = {after - before for before, after in itertools.pairwise(times)}
     # Frames are decoded in another order than they are shown: only of equal steps are the times those of showing.
     return times if lasts and max(lasts) - min(lasts) <= 1 else None
-
-
-def _has_fragments(path: Path) -> bool:
-    """Whether an MP4 goes on after its header, in `moof` boxes."""
-    with path.open("rb") as file:
-        return any(name == b"moof" for name, _, _ in boxes(file))
 
 
 def _intact_frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:

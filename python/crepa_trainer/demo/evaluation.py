@@ -16,7 +16,7 @@ from crepa_kernels.models.families import family_of
 from crepa_kernels.regularizer.capture import Capture
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
-from crepa_kernels.teachers.dinov2 import DinoV2Teacher
+from crepa_kernels.teachers.encoding import FrameEncoder
 
 from ..data.sampler import collate
 
@@ -121,7 +121,7 @@ class Evaluator:
 
     def _encoded(self, device: torch.device) -> TeacherFeatures:
         if self._teacher is None:
-            teacher, rule = DinoV2Teacher.from_config(self.config), self.config.crepa_frame_map
+            teacher, rule = FrameEncoder.from_config(self.config), self.config.crepa_frame_map
             encoded = []
             for pixels in (item["pixels"][None] for item in self._items()):
                 lengths = ClipLengths.of(None, 1, pixels.shape[1], self._layout)

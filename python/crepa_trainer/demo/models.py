@@ -1,4 +1,4 @@
-"""The demo's own small models with random weights, in the hub's layout, which the trainer loads as any other."""
+"""The demo's own small model with random weights, in the hub's layout, which the trainer loads as any other."""
 
 from __future__ import annotations
 
@@ -26,23 +26,16 @@ TRANSFORMER = {
 LATENT_CHANNELS = 16
 VAE = {"base_dim": 8, "z_dim": LATENT_CHANNELS, "num_res_blocks": 1}
 TEXT_ENCODER = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-TEACHER = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "patch_size": 14,
-    "image_size": 518,
-}
 
 
-def save_demo_models(wan: Path, teacher: Path, clips: Sequence[Tensor], seed: int) -> None:
-    """A small WanPipeline and a small DINOv2 with seeded random weights, in the folders that from_pretrained reads.
+def save_demo_model(folder: Path, clips: Sequence[Tensor], seed: int) -> None:
+    """A small WanPipeline with seeded random weights, in the folder that from_pretrained reads.
 
     clips: (P, 3, H, W) uint8, one of each video. The VAE's `latents_mean` and `latents_std` are measured on them, as
     those of a released VAE were on its training videos: the transformer must see latents of about unit variance.
     """
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import ByT5Tokenizer, Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
+    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
     tokenizer = ByT5Tokenizer()  # of bytes: it has no files of words
     unit = {"latents_mean": [0.0] * LATENT_CHANNELS, "latents_std": [1.0] * LATENT_CHANNELS}
@@ -52,7 +45,6 @@ def save_demo_models(wan: Path, teacher: Path, clips: Sequence[Tensor], seed: in
         vae = AutoencoderKLWan(**VAE, **unit).eval()
         _keep_the_signal(vae)
         transformer = WanTransformer3DModel(**TRANSFORMER)
-        dinov2 = Dinov2Model(Dinov2Config(**TEACHER))
         text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
     if clips:
         with torch.no_grad():
@@ -65,8 +57,7 @@ def save_demo_models(wan: Path, teacher: Path, clips: Sequence[Tensor], seed: in
         vae=vae,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(wan)
-    dinov2.save_pretrained(teacher)
+    ).save_pretrained(folder)
 
 
 def _keep_the_signal(vae: AutoencoderKLWan) -> None:

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from crepa_kernels import CrepaProjector
 from crepa_kernels.backends.triton.availability import why_not_triton_for
-from crepa_kernels.config.rules import DINOV2_HUB_IDS
 from crepa_kernels.grid import Grid, num_tokens, plan_alignment
 from crepa_kernels.loss import KEPT_BYTES, requested_backend
-from crepa_kernels.teachers.dinov2 import MODEL_TYPES, DinoV2Teacher
+from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..data.dataset import Bucket, FoundClips, caption_file
-from ..data.names import encoder_type, teacher_frames, teacher_is_encoder
+from ..data.names import teacher_frames, teacher_is_encoder
 from ..state import PRECISIONS, add_lora
 
 if TYPE_CHECKING:
@@ -35,7 +33,8 @@ COPIES_OF_TRAINED = 4
 class BucketPlan:
     """One bucket's clips, and of each clip its latent frames, and the frames and grid of its tokens.
 
-    `teacher_grid` and `encoded`, the frames that the teacher sees, are None where no encoder teaches.
+    `teacher_grid` and `encoded`, the frames that the teacher sees, are None where no encoder teaches, the grid
+    also where only the encoder's answer says it.
     """
 
     bucket: Bucket
@@ -174,34 +173,11 @@ def projector_bytes(hidden_size: int, feature_size: int) -> int:
     return FP32 * COPIES_OF_TRAINED * parameters
 
 
-def _teacher_grid(config: CrepaConfig, student: Grid) -> Grid:
-    if config.crepa_encoder_resize == "grid":
-        return student
-    _, patch = _encoder_sizes(config)
-    side = config.crepa_encoder_image_size // patch
-    return side, side
-
-
-def _encoder_sizes(config: CrepaConfig) -> tuple[int, int]:
-    """E and the patch size. ValueError for what is no DINOv2, or does not take images of this size."""
-    teacher = DinoV2Teacher.from_config(config)
-    # First the width: of a folder it reads the config, which has the patch size too.
-    width = teacher.feature_size
-    assert width is not None  # only a callable does not know it
-    return width, teacher.patch_size
-
-
-def _encoder_parameters(config: CrepaConfig) -> int:
-    import transformers
-
-    name = DINOV2_HUB_IDS.get(config.crepa_encoder, config.crepa_encoder)
-    try:
-        encoder = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"crepa_encoder = {config.crepa_encoder}: its config.json cannot be read ({error})") from error
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, MODEL_TYPES[encoder.model_type])(encoder)
-    return sum(each.numel() for each in model.parameters())
+def _feature_size(config: CrepaConfig) -> int:
+    """E. ValueError for an encoder that nobody knows, or that does not take images of this size."""
+    width = FrameEncoder.from_config(config).feature_size()
+    assert width is not None  # only a loader does not know it
+    return width
 
 
 def count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int, int]:
@@ -223,7 +199,8 @@ def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: Traini
     layout = family.layout(bucket)
     grid = encoded = None
     if teacher_is_encoder(config):
-        grid, encoded = _teacher_grid(config, layout.grid), len(teacher_frames(config, family, bucket))
+        grid = FrameEncoder.from_config(config).grid(layout.grid)
+        encoded = len(teacher_frames(config, family, bucket))
     return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded)
 
 
@@ -243,9 +220,9 @@ def _memory(
     device_type: str,
 ) -> CrepaMemory:
     hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
-    encoder = teacher_is_encoder(config)
-    features = _encoder_sizes(config)[0] if encoder else hidden
-    teacher_dtype = encoder_type(torch.device(device_type)) if encoder else dtype
+    encoder = named_encoder(config.crepa_encoder) if teacher_is_encoder(config) else None
+    features = _feature_size(config) if encoder else hidden
+    teacher_dtype = encoder.dtype(torch.device(device_type)) if encoder else dtype
     keeps = KEPT_BYTES["triton" if _takes_triton(config, device_type, dtype) else "torch"]
     kept = []
     for each in buckets:
@@ -254,5 +231,5 @@ def _memory(
         kept.append(keeps(plan, frames, hidden, features, dtype, teacher_dtype, device_type))
     weights = 0
     if encoder and settings.cache_teacher == "frames":
-        weights = _encoder_parameters(config) * encoder_type(torch.device(device_type)).itemsize
+        weights = encoder.parameters() * teacher_dtype.itemsize
     return CrepaMemory(projector_bytes(hidden, features), max(kept), weights)

@@ -67,7 +67,7 @@ def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
     cropped = [(name, share) for name, info, bucket in videos if (share := cropped_share(info, bucket)) > MUCH_CROPPED]
     larger = [(name, times) for name, info, bucket in videos if (times := enlargement(info, bucket)) > MUCH_ENLARGED]
     hdr = [f"{name} ({info.hdr})" for name, info, _ in videos if info.hdr]
-    skipped = [f"{_below(found.folder, path)} ({reason})" for path, reason in found.skipped.items()]
+    skipped = [f"{Path(path).relative_to(found.folder).as_posix()} ({why})" for path, why in found.skipped.items()]
     rows = {
         "passed over": counted(found.passed_over),
         "skipped": listed(skipped),
@@ -78,11 +78,6 @@ def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
         "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
     }
     return [(name, text) for name, text in rows.items() if text]
-
-
-def _below(folder: Path, path: str) -> str:
-    """A path as the plan names videos."""
-    return Path(path).relative_to(folder).as_posix()
 
 
 def _cut_rows(plan: Plan) -> Rows:
@@ -116,7 +111,8 @@ def _crepa_rows(plan: Plan) -> Rows:
     elif not teacher_is_encoder(config):
         rows.append(("teacher", "none: the weight is 0 throughout"))
     else:
-        rows.append(("teacher", f"{config.crepa_encoder}, {_grids(plan.buckets)} patches a frame"))
+        grids = _grids(plan.buckets)
+        rows.append(("teacher", config.crepa_encoder + (f", {grids} patches a frame" if grids else "")))
         rows.append(("frames encoded", _encoded(plan)))
     parts = [f"projector with gradients and optimiser {readable_bytes(memory.projector)}"]
     parts.append(f"kept by the loss {readable_bytes(memory.kept)}")

@@ -18,7 +18,6 @@ OPERATORS = [
     "resample_tokens",
     "resample_tokens_adjoint",
     "layer_norm_resample",
-    "layer_norm_resample_backward",
     "layer_norm_resample_backward_out",
 ]
 _libraries: list[torch.library.Library] = []
