@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends.triton.availability import why_not_triton_for
-from .clock import CaptureError, Clock, Step, Times, first_line
+from .backends.triton.clock import CaptureError, Clock, Step, Times, first_line
 from .loss import crepa_loss
 from .projector import CrepaProjector
 from .shapes import SHAPE_CLASSES, ShapeClass

@@ -28,7 +28,7 @@ from benches.gpu.predicted import prediction
 from benches.gpu.results import MEASURED, read_back, result_path, write
 from benches.gpu.workload import Workload
 from benches.shapes import ON_A_GPU, SAME_GRID, Shape
-from crepa_kernels.clock import CaptureError, Step, first_line
+from crepa_kernels.backends.triton.clock import CaptureError, Step, first_line
 
 AGAIN = 75  # exit status
 ENDED = "the process ended while it was measured"

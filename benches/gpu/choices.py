@@ -23,7 +23,7 @@ import torch
 from benches.gpu.__main__ import AGAIN, ENDED, device, parsed_with_common
 from benches.gpu.measure import Gpu, machine
 from benches.gpu.results import read_back, result_path, write
-from crepa_kernels.clock import Times, first_line
+from crepa_kernels.backends.triton.clock import Times, first_line
 from crepa_kernels.shapes import SHAPE_CLASSES, ShapeClass
 from crepa_kernels.tune import candidates, compare, steps_of
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benches.shapes import Shape
-from crepa_kernels.clock import Clock, Step, Times
+from crepa_kernels.backends.triton.clock import Clock, Step, Times
 from crepa_kernels.shapes import ShapeClass
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import torch
 from benches.gpu.measure import Gpu
 from benches.peers import eager_neighbours
 from benches.shapes import Shape
-from crepa_kernels.clock import Step
+from crepa_kernels.backends.triton.clock import Step
 from crepa_kernels.grid import plan_alignment
 
 

@@ -22,7 +22,7 @@ from benches.peers import eager_neighbours, eager_transposed
 from benches.shapes import ON_A_GPU, RESAMPLED, Shape
 from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.backends.triton import projector, tiles
-from crepa_kernels.clock import CaptureError, Clock, Step, Times
+from crepa_kernels.backends.triton.clock import CaptureError, Clock, Step, Times
 from crepa_kernels.shapes import ShapeClass
 from crepa_kernels.tune import candidates, compare, steps_of, tune
 

@@ -17,10 +17,14 @@ MOST_ROOMS = 20
 
 _LOSS = ("loss", "inputs", "output", "projector", "grid", "frames", "neighbours", "reduction", "backends", "ops")
 _STEP = tuple(f"crepa_kernels.{wing}" for wing in ("regularizer", "teachers", "models", "config"))
-# What lies behind the wall from each module or package: the loss needs torch alone, a model knows no trainer.
+_OTHERS = "crepa_kernels.integrations"
+# What lies behind the wall from each module or package: the loss needs torch alone, a model knows no trainer,
+# and what is known of other people's trainers uses what they could call.
 WALLS: Mapping[str, tuple[str, ...]] = {
-    **{f"crepa_kernels.{room}": (*_STEP, "crepa_trainer") for room in _LOSS},
-    "crepa_kernels.models": ("crepa_kernels.regularizer", "crepa_kernels.teachers", "crepa_kernels.config"),
+    **{f"crepa_kernels.{room}": (*_STEP, _OTHERS, "crepa_trainer") for room in _LOSS},
+    **dict.fromkeys((*_STEP, "crepa_kernels.info", "crepa_kernels.tune", "crepa_trainer"), (_OTHERS,)),
+    "crepa_kernels.models": ("crepa_kernels.regularizer", "crepa_kernels.teachers", "crepa_kernels.config", _OTHERS),
+    _OTHERS: ("crepa_kernels.backends", "crepa_kernels.ops", "crepa_kernels.inputs"),
     "crepa_kernels": ("crepa_trainer",),
     "crepa_trainer.families": (
         *(f"crepa_trainer.{room}" for room in ("settings", "run", "step", "state", "data", "reporting", "checkpoint")),

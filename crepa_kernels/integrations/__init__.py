@@ -1,0 +1,1 @@
+"""Other trainers, with this package's loss in theirs."""
