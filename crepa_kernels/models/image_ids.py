@@ -100,8 +100,8 @@ def image_grid(ids: Tensor, start: int = 0) -> Grid:
     tokens = int(ends.nonzero()[0]) + 1 if ends.any() else len(ids)
     in_row = (rows[:tokens] == rows[0]).long().cumprod(0)
     width = int(in_row.sum())
-    height, rest = divmod(tokens, width)
-    if not rest:
+    height, rest = divmod(tokens, max(width, 1))
+    if ids.isfinite().all() and not rest:
         rows, columns = (each[:tokens].view(height, width) for each in (rows, columns))
         if (rows == rows[:, :1]).all() and (columns == columns[:1]).all() and _rises(rows[:, 0]) and _rises(columns[0]):
             return height, width

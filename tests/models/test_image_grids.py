@@ -110,6 +110,14 @@ def test_ids_of_every_type_and_of_long_sides(grid: tuple[int, int], dtype: torch
     assert image_grid(ids.double()) == grid
 
 
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_ids_that_are_nan_lie_on_no_grid(column: int) -> None:
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3)).double()
+    ids[:, column] = float("nan")
+    with pytest.raises(ValueError, match="are not rows and columns of a grid"):
+        image_grid(ids)
+
+
 def test_a_batch_axis_of_ids_is_taken_as_the_model_takes_it() -> None:
     tiny = on_grid("flux", (2, 8))
     transformer = tiny.make()
