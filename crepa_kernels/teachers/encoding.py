@@ -46,7 +46,7 @@ def named_encoder(name: str, key: str = "crepa_encoder") -> NamedEncoder:
     return registered_encoder(name) or DinoV2(name, key)
 
 
-def encoder_of(source: EncoderSource, key: str) -> Encoder:
+def encoder_of(source: EncoderSource, key: str = "crepa_encoder") -> Encoder:
     """The encoder behind a name, a folder or hub id, a model, anything frozen, or a loader of one of the last two.
 
     A callable is a loader where it can be called without arguments, and else takes frames.

@@ -128,7 +128,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("--lora_rank" in text) == (words[0] == "run")
         assert ("--steps N" in text) == (words[0] == "demo")
         # The demo's own teacher, not the one of a run.
-        assert ('(default: "runs/demo/models/' in " ".join(text.split())) == (words == ["demo", "--help"])
+        assert ('(default: "efficientnet_lite0")' in " ".join(text.split())) == (words == ["demo", "--help"])
 
 
 @pytest.mark.parametrize("word", ["0", "-1", "ten", "1.5"])

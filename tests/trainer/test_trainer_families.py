@@ -145,8 +145,8 @@ def _with(folder: Path, target: Path, part: str, **changes: Any) -> str:
 
 
 def test_models_that_cannot_be_trained_say_why(folder: Path, tmp_path: Path) -> None:
-    other = _with(folder, tmp_path / "other", "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"])
-    with pytest.raises(ValueError, match="FluxTransformer2DModel is of no supported family"):
+    other = _with(folder, tmp_path / "other", "model_index.json", transformer=["diffusers", "MochiTransformer3DModel"])
+    with pytest.raises(ValueError, match="MochiTransformer3DModel is of no supported family"):
         TrainingFamily.of(other)
     two = _with(folder, tmp_path / "two", "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
     with pytest.raises(ValueError, match="two transformers"):
