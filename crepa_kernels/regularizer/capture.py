@@ -291,7 +291,7 @@ class Capture:
             )
         output = self._output(index)
         if output is None:
-            raise ValueError(self._why_nothing())
+            raise ValueError(self._why_nothing(index))
         layout = self._hooks.layout(self._transformer.config, output)
         tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
@@ -301,7 +301,7 @@ class Capture:
             )
         return CapturedStates(layout.by_frame(tokens), layout)
 
-    def _why_nothing(self) -> str:
+    def _why_nothing(self, index: int) -> str:
         model, title = self._owner.model, self._owner.title
         if not self._hooks.gradients:
             return f"the {model} ran without gradients (no_grad or inference mode): nothing was captured for {title}"
@@ -309,6 +309,9 @@ class Capture:
             return f"the {model} ran in eval mode: call {model}.train() before a training forward"
         if not self._enabled:
             return f"the {model} ran after {title}'s weight became 0 for good: nothing was captured"
+        if self._family.blocks(self._transformer)[index] is not self._blocks[index]:
+            block, owner = self._family.called(index), self._owner.regularizer
+            return f"{block} was replaced after {owner} was attached: attach after it"
         return (
             f"the {model} ran but its blocks' hooks did not: compile the blocks "
             f"(block.compile() or {model}.compile_repeated_blocks()) and not the model"

@@ -174,6 +174,15 @@ def _out_of_memory(*args: Any) -> None:
     raise torch.OutOfMemoryError("no memory is left")
 
 
+def test_a_block_that_was_replaced_is_named() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    transformer.blocks[1] = copy.deepcopy(transformer.blocks[0])
+    transformer(**wan_inputs())
+    with pytest.raises(ValueError, match="block 1 was replaced after CrepaRegularizer was attached: attach after it"):
+        crepa.loss(step=0, features=features())
+
+
 def test_what_is_off_or_removed_has_no_matrix() -> None:
     transformer = tiny_wan()
     with pytest.raises(ValueError, match="CREPA is off: nothing is captured"):
