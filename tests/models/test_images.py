@@ -153,6 +153,14 @@ def test_a_distance_is_taken_as_0_and_said_once(distance: dict[str, Any], caplog
         torch.testing.assert_close(logs[other], logs["crepa_similarity"])
 
 
+def test_relations_between_frames_that_an_image_has_not_are_an_error() -> None:
+    transformer = FAMILIES["flux"].make()
+    with pytest.raises(ValueError, match='crepa_relational_pairs = "cross": flux makes images, whose one frame has no'):
+        crepa_on(transformer, crepa_relational_weight=1.0, crepa_relational_pairs="cross")
+    assert not transformer._forward_hooks
+    crepa_on(transformer, crepa_relational_pairs="cross")
+
+
 def test_nothing_is_said_of_a_distance_of_0(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="crepa_kernels"):
         crepa_on(FAMILIES["sana"].make(), crepa_adjacent_distance=0)
