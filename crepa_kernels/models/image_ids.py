@@ -14,6 +14,8 @@ IMAGE_IDS = "img_ids"  # the forward's argument
 
 # The largest integers up to which a 16-bit type has every one.
 _EXACT = 256
+# Ids of one shape that are recognized, the latest: where every step has others (moved at random), they would pile up.
+_KEPT = 64
 
 
 class ReadIds:
@@ -70,6 +72,7 @@ class ImageIds:
             if 1.0 not in equal:
                 known.append(ReadIds(_of_one(ids).detach()))
             self._found = known[equal.index(1.0) if 1.0 in equal else -1]
+            del known[:-_KEPT]
         return self._found
 
 
