@@ -166,8 +166,9 @@ class Regularizer:
 
         Raises:
             ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; for
-                another block; or CREPA is off.
+                another block; or CREPA is off or was removed.
         """
+        self._check_not_removed()
         if self.projector is None:
             raise ValueError(f"{self.OWNER.title} is off: nothing is captured")
         return self._capture.states(self._block_index if block is None else block)
@@ -182,6 +183,10 @@ class Regularizer:
         """Pixel frames that the VAE has decoded so far."""
         return 0 if self.projector is None else self._source.decoder.frames_decoded
 
+    def _check_not_removed(self) -> None:
+        if self._removed:
+            raise ValueError(f"this {self.OWNER.regularizer} was removed from its {self.OWNER.model}")
+
     def _step(self, step: int, measure: Callable[[CapturedStates], Measured]) -> tuple[torch.Tensor, Logs]:
         """The weighted loss of the model's last forward and its logs, by the schedule's decision for ``step``.
 
@@ -190,8 +195,7 @@ class Regularizer:
         Raises:
             ValueError: as the ``loss`` of a subclass.
         """
-        if self._removed:
-            raise ValueError(f"this {self.OWNER.regularizer} was removed from its {self.OWNER.model}")
+        self._check_not_removed()
         if self.projector is None:
             return torch.zeros(()), {}
         prefix, threshold = self.OWNER.prefix, self._threshold
@@ -301,9 +305,9 @@ class Regularizer:
                 title, prefix = self.OWNER.title, self.OWNER.prefix
                 logger.warning("the checkpoint's %s state is not used: %senabled is false", title, prefix)
             return
-        if not {"projector", "schedule"} <= state.keys():
-            owner = self.OWNER
-            raise ValueError(f"not a {owner.regularizer}'s state: {sorted(state)}; was {owner.title} off in that run?")
+        if not isinstance(state, Mapping) or not {"projector", "schedule"} <= state.keys():
+            owner, found = self.OWNER, sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"not a {owner.regularizer}'s state: {found}; was {owner.title} off in that run?")
         load_weights(self.projector, state["projector"], "the checkpoint")
         self._schedule.load_state_dict(state["schedule"])
         self._capture.enabled = not self._schedule.ended

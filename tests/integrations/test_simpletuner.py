@@ -181,6 +181,26 @@ def test_another_interface_is_refused() -> None:
         simpletuner.apply("grid", Other)
     with pytest.raises(ValueError, match="spatial must be one of grid, line, got 'square'"):
         simpletuner.apply("square", Other)  # type: ignore[arg-type]
+    for wrong in (Other(), "CrepaRegularizer"):
+        with pytest.raises(RuntimeError, match=f"regularizer must be SimpleTuner's class, got {type(wrong).__name__}"):
+            simpletuner.apply("grid", wrong)  # type: ignore[arg-type]
+
+
+def test_a_class_that_inherits_the_method_inherits_it_again() -> None:
+    class Theirs:
+        def compute_loss(
+            self, hidden_states: Any, latents: Any, vae: Any = None, *, frame_features: Any, step: int
+        ) -> None:
+            pass
+
+    class Mine(Theirs): ...
+
+    own = Theirs.compute_loss
+    for cls in (Theirs, Mine):
+        simpletuner.apply(regularizer=cls)
+    simpletuner.restore()
+    assert Theirs.compute_loss is Mine.compute_loss is own
+    assert "compute_loss" not in vars(Mine)
 
 
 def test_what_cannot_be_taken_over_is_their_own_and_said_once(
