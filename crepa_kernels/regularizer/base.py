@@ -18,6 +18,8 @@ from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from .attach import (
+    CREPA,
+    UREPA,
     Owner,
     TrainingWatch,
     attach_projector,
@@ -80,6 +82,8 @@ class Regularizer:
         if isinstance(config, Settings) and not isinstance(config, self.CONFIG):
             raise ValueError(f"{self.OWNER.regularizer} takes a {self.CONFIG.__name__}, got {type(config).__name__}")
         self.config = config if isinstance(config, Settings) else self.CONFIG.from_dict(config)
+        if not isinstance(config, Settings):
+            self._check_switches(config)
         self.projector = None
         self._model = model
         self._removed = False
@@ -89,6 +93,16 @@ class Regularizer:
             return False
         check_attachable(model, self.OWNER)
         return True
+
+    def _check_switches(self, given: Mapping[str, Any]) -> None:
+        """ValueError for a mapping that switches another regularizer on and says nothing of this one."""
+        for other in (CREPA, UREPA):
+            switch = f"{other.prefix}enabled"
+            if other is not self.OWNER and given.get(switch) is True and f"{self.OWNER.prefix}enabled" not in given:
+                raise ValueError(
+                    f"{switch} = true is of {other.title}, for a {other.model}: {other.regularizer}; "
+                    f"{self.OWNER.regularizer} is for a {self.OWNER.model}, by {self.OWNER.prefix}enabled = true"
+                )
 
     def _attach(
         self,
