@@ -94,6 +94,27 @@ def test_a_penalty_on_the_sum_of_two_losses_does_not_lose_one(backend: str) -> N
             torch.autograd.grad(sum(one.square().sum() for one in first), leaf, retain_graph=True)
 
 
+@fast_backends
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_graph_of_the_gradients_is_made_through_a_checkpoint(backend: str, recompute: bool) -> None:
+    """As an optimizer that wants second derivatives of the rest of the model asks for one."""
+    case = simple()
+    tensors = case.tensors(torch.float32)
+    h, projector = tensors["h"].requires_grad_(), case.projector(tensors)
+
+    def loss(h: torch.Tensor) -> torch.Tensor:
+        options = {**case.options, "recompute": recompute}
+        return crepa_loss(h, tensors["y"], projector, backend=backend, **options).loss
+
+    leaves = [h, *projector.parameters()]
+    expected = torch.autograd.grad(loss(h), leaves)
+    made = checkpoint(loss, h, use_reentrant=False) if not recompute else loss(h)
+    for found, gradient in zip(torch.autograd.grad(made, leaves, create_graph=True), expected, strict=True):
+        assert torch.equal(found, gradient)
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            torch.autograd.grad(found.sum(), h, retain_graph=True)
+
+
 def tangents(loss: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor) -> Any:
     return torch.func.jvp(loss, (h,), (torch.ones_like(h),))
 

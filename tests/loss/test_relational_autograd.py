@@ -83,6 +83,19 @@ def test_the_fast_way_has_no_second_derivative() -> None:
             torch.autograd.grad(sum(one.square().sum() for one in first), leaf, retain_graph=True)
 
 
+def test_a_graph_of_the_gradients_is_made_through_a_checkpoint() -> None:
+    related = simply_related()
+    tensors = related.case.tensors(torch.float32)
+    h, projector = tensors["h"].requires_grad_(), related.case.projector(tensors)
+
+    def loss(h: torch.Tensor) -> torch.Tensor:
+        return relational_loss(h, tensors["y"], projector, **related.options)
+
+    (expected,) = torch.autograd.grad(loss(h), h)
+    (found,) = torch.autograd.grad(checkpoint(loss, h, use_reentrant=False), h, create_graph=True)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("derive", [tangents, dual_numbers])
 def test_no_forward_derivative_is_taken_for_zero(derive: Callable[..., Any]) -> None:
     related = simply_related(teacher_grid=(3, 4))

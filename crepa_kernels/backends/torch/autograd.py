@@ -224,23 +224,25 @@ def projector_gradients(ctx: Any, grad_frames: torch.Tensor) -> tuple[torch.Tens
         ctx: of the function whose first five arguments they are.
         grad_frames: (B, T), what each frame's mean over its tokens of <q, dp> / |p| is multiplied by.
     """
+    # Read once: a checkpoint gives what it made again no second time.
+    saved = ctx.saved_tensors
     with torch.no_grad():
-        gradients = _gradients(ctx, grad_frames)
+        gradients = _gradients(ctx, saved, grad_frames)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     # A graph of the gradients is made: a second derivative that stops here must not be taken for 0.
     made = _Once.apply(
-        *(tensor for tensor in (*ctx.saved_tensors[:5], grad_frames) if tensor is not None),
+        *(tensor for tensor in (*saved[:5], grad_frames) if tensor is not None),
         *(gradient for gradient in gradients if gradient is not None),
     )
     guarded = iter(made[-sum(gradient is not None for gradient in gradients) :])
     return tuple(None if gradient is None else next(guarded) for gradient in gradients)
 
 
-def _gradients(ctx: Any, grad_frames: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, saved: Sequence[torch.Tensor], grad_frames: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     # A backward pass inside autocast would cast the fp32 products below.
     with torch.autocast(grad_frames.device.type, enabled=False):
-        hidden_states, gamma, beta, weight, bias, offset, q, *rest = ctx.saved_tensors
+        hidden_states, gamma, beta, weight, bias, offset, q, *rest = saved
         kept, aligned = rest[: len(Kept._fields)], iter(rest[len(Kept._fields) :])
         need_h, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
         student = StudentRows(ctx.settings, hidden_states, gamma, beta, weight, bias, offset)
