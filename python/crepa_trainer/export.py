@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .checkpoint import WEIGHTS_FILE, Checkpoint, newest_checkpoint, read_checkpoint
 from .comfyui import DOWN, comfyui_lora
@@ -142,7 +142,7 @@ def _write_lora(family: TrainingFamily | None, lora: Mapping[str, Tensor], descr
         files[COMFYUI_FILE] = comfyui_lora(family, lora)
     described.folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in files.items():
-        save_file(tensors, described.folder / name, _metadata(lora, described))
+        _save(tensors, described.folder / name, _metadata(lora, described))
 
 
 def _write_for_peft(lora: Mapping[str, Tensor], described: Checkpoint) -> None:
@@ -152,7 +152,18 @@ def _write_for_peft(lora: Mapping[str, Tensor], described: Checkpoint) -> None:
     described.folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).save_pretrained(str(described.folder))
     named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-    save_file(named, described.folder / "adapter_model.safetensors", _metadata(lora, described))
+    _save(named, described.folder / "adapter_model.safetensors", _metadata(lora, described))
+
+
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of the same bytes each time: the library writes metadata in another order in each process."""
+    content = memoryview(save(tensors, metadata))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = {**json.loads(bytes(content[8:begin])), "__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with file.open("wb") as opened:
+        opened.writelines((len(text).to_bytes(8, "little"), text, content[begin:]))
 
 
 def _layers(lora: Mapping[str, Tensor]) -> list[str]:
