@@ -200,7 +200,7 @@ class CrepaConfig(IrepaKeys, Settings):
     def of_family(self, family: Family) -> CrepaConfig:
         """The configuration on a transformer of this family: a preset's block is the family's, an image has one frame.
 
-        ValueError where the block is the recommended one for another family.
+        ValueError where the block is the recommended one for another family, or an image would have pairs of frames.
         """
         changes: dict[str, Any] = {}
         if self.block_is_of == ATTACHED:
@@ -212,6 +212,11 @@ class CrepaConfig(IrepaKeys, Settings):
                 f"{self.block_is_of}, and the transformer is of {family.name}: "
                 f'give family="{family.name}" with the preset, or the block'
             )
+        if family.images and self.crepa_relational_weight > 0 and self.crepa_relational_pairs == "cross":
+            rule = (
+                f'{family.name} makes images, whose one frame has no other: use "frame", or crepa_relational_weight = 0'
+            )
+            raise ConfigError([describe("crepa_relational_pairs", "cross", rule)])
         if family.images and self.crepa_adjacent_distance > 0:
             changes["crepa_adjacent_distance"] = 0
             logger.info(

@@ -34,7 +34,8 @@ AT_START = Path(__file__).parent / "at_start"
 _TAKES = ("hidden_states", "latents", "vae", "frame_features", "step")
 
 logger = logging.getLogger(__name__)
-_replaced: dict[type, Callable[..., Result]] = {}
+# By class: what is called, and what stood in the class itself, None where it inherits.
+_replaced: dict[type, tuple[Callable[..., Result], Any]] = {}
 
 
 def apply(spatial: Spatial = "grid", regularizer: type | None = None) -> None:
@@ -49,25 +50,30 @@ def apply(spatial: Spatial = "grid", regularizer: type | None = None) -> None:
 
     Raises:
         ValueError: for another ``spatial``.
-        RuntimeError: if SimpleTuner is not installed, or the class has another interface.
+        RuntimeError: if SimpleTuner is not installed, or ``regularizer`` is no class or has another interface.
     """
     if spatial not in get_args(Spatial):
         raise ValueError(f"spatial must be one of {', '.join(get_args(Spatial))}, got {spatial!r}")
     cls = _simpletuner() if regularizer is None else regularizer
-    original = _replaced.get(cls) or getattr(cls, "compute_loss", None)
+    if not isinstance(cls, type):
+        raise RuntimeError(f"regularizer must be SimpleTuner's class, got {type(cls).__name__}")
+    original, own = _replaced.get(cls) or (getattr(cls, "compute_loss", None), vars(cls).get("compute_loss"))
     taken = list(inspect.signature(original).parameters) if callable(original) else []
     if missing := [name for name in _TAKES if name not in taken]:
         raise RuntimeError(f"{cls.__name__}.compute_loss must take {', '.join(_TAKES)}; {', '.join(missing)} missing")
     assert original is not None  # for the type checker: it takes the names
-    _replaced[cls] = original
+    _replaced[cls] = original, own
     cls.compute_loss = _replacement(original, spatial)  # type: ignore[attr-defined]
 
 
 def restore() -> None:
     """Gives every class that ``apply`` changed its own ``compute_loss`` back."""
     while _replaced:
-        cls, original = _replaced.popitem()
-        cls.compute_loss = original  # type: ignore[attr-defined]
+        cls, (_, own) = _replaced.popitem()
+        if own is None:
+            del cls.compute_loss  # type: ignore[attr-defined]
+        else:
+            cls.compute_loss = own  # type: ignore[attr-defined]
 
 
 def _simpletuner() -> type:

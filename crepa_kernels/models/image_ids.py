@@ -14,6 +14,8 @@ IMAGE_IDS = "img_ids"  # the forward's argument
 
 # The largest integers up to which a 16-bit type has every one.
 _EXACT = 256
+# Ids of one shape that are recognized, the latest: where every step has others (moved at random), they would pile up.
+_KEPT = 64
 
 
 class ReadIds:
@@ -70,6 +72,7 @@ class ImageIds:
             if 1.0 not in equal:
                 known.append(ReadIds(_of_one(ids).detach()))
             self._found = known[equal.index(1.0) if 1.0 in equal else -1]
+            del known[:-_KEPT]
         return self._found
 
 
@@ -100,8 +103,8 @@ def image_grid(ids: Tensor, start: int = 0) -> Grid:
     tokens = int(ends.nonzero()[0]) + 1 if ends.any() else len(ids)
     in_row = (rows[:tokens] == rows[0]).long().cumprod(0)
     width = int(in_row.sum())
-    height, rest = divmod(tokens, width)
-    if not rest:
+    height, rest = divmod(tokens, max(width, 1))
+    if ids.isfinite().all() and not rest:
         rows, columns = (each[:tokens].view(height, width) for each in (rows, columns))
         if (rows == rows[:, :1]).all() and (columns == columns[:1]).all() and _rises(rows[:, 0]) and _rises(columns[0]):
             return height, width

@@ -108,11 +108,13 @@ def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, o
     model.add_module(owner.projector, projector)
     model.save_pretrained = partial(_save_without, model, owner.projector)  # type: ignore[assignment]
 
-    def detach() -> None:
-        model._modules.pop(owner.projector, None)
-        model.__dict__.pop("save_pretrained", None)
+    # No closure: a copied regularizer detaches from its own copy of the model.
+    return partial(_detach, model, owner.projector)
 
-    return detach
+
+def _detach(model: nn.Module, projector: str) -> None:
+    model._modules.pop(projector, None)
+    model.__dict__.pop("save_pretrained", None)
 
 
 def _save_without(model: Any, projector: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,8 @@ from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from .attach import (
+    CREPA,
+    UREPA,
     Owner,
     TrainingWatch,
     attach_projector,
@@ -80,6 +82,8 @@ class Regularizer:
         if isinstance(config, Settings) and not isinstance(config, self.CONFIG):
             raise ValueError(f"{self.OWNER.regularizer} takes a {self.CONFIG.__name__}, got {type(config).__name__}")
         self.config = config if isinstance(config, Settings) else self.CONFIG.from_dict(config)
+        if not isinstance(config, Settings):
+            self._check_switches(config)
         self.projector = None
         self._model = model
         self._removed = False
@@ -89,6 +93,16 @@ class Regularizer:
             return False
         check_attachable(model, self.OWNER)
         return True
+
+    def _check_switches(self, given: Mapping[str, Any]) -> None:
+        """ValueError for a mapping that switches another regularizer on and says nothing of this one."""
+        for other in (CREPA, UREPA):
+            switch = f"{other.prefix}enabled"
+            if other is not self.OWNER and given.get(switch) is True and f"{self.OWNER.prefix}enabled" not in given:
+                raise ValueError(
+                    f"{switch} = true is of {other.title}, for a {other.model}: {other.regularizer}; "
+                    f"{self.OWNER.regularizer} is for a {self.OWNER.model}, by {self.OWNER.prefix}enabled = true"
+                )
 
     def _attach(
         self,
@@ -166,8 +180,9 @@ class Regularizer:
 
         Raises:
             ValueError: where nothing is held, as before a forward, after ``release`` or once CREPA has ended; for
-                another block; or CREPA is off.
+                another block; or CREPA is off or was removed.
         """
+        self._check_not_removed()
         if self.projector is None:
             raise ValueError(f"{self.OWNER.title} is off: nothing is captured")
         return self._capture.states(self._block_index if block is None else block)
@@ -182,6 +197,10 @@ class Regularizer:
         """Pixel frames that the VAE has decoded so far."""
         return 0 if self.projector is None else self._source.decoder.frames_decoded
 
+    def _check_not_removed(self) -> None:
+        if self._removed:
+            raise ValueError(f"this {self.OWNER.regularizer} was removed from its {self.OWNER.model}")
+
     def _step(self, step: int, measure: Callable[[CapturedStates], Measured]) -> tuple[torch.Tensor, Logs]:
         """The weighted loss of the model's last forward and its logs, by the schedule's decision for ``step``.
 
@@ -190,8 +209,7 @@ class Regularizer:
         Raises:
             ValueError: as the ``loss`` of a subclass.
         """
-        if self._removed:
-            raise ValueError(f"this {self.OWNER.regularizer} was removed from its {self.OWNER.model}")
+        self._check_not_removed()
         if self.projector is None:
             return torch.zeros(()), {}
         prefix, threshold = self.OWNER.prefix, self._threshold
@@ -301,9 +319,9 @@ class Regularizer:
                 title, prefix = self.OWNER.title, self.OWNER.prefix
                 logger.warning("the checkpoint's %s state is not used: %senabled is false", title, prefix)
             return
-        if not {"projector", "schedule"} <= state.keys():
-            owner = self.OWNER
-            raise ValueError(f"not a {owner.regularizer}'s state: {sorted(state)}; was {owner.title} off in that run?")
+        if not isinstance(state, Mapping) or not {"projector", "schedule"} <= state.keys():
+            owner, found = self.OWNER, sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"not a {owner.regularizer}'s state: {found}; was {owner.title} off in that run?")
         load_weights(self.projector, state["projector"], "the checkpoint")
         self._schedule.load_state_dict(state["schedule"])
         self._capture.enabled = not self._schedule.ended

@@ -54,6 +54,7 @@ class _Hooks:
     Attributes:
         arguments: of the last forward, what says how its tokens lie; a new mapping for each forward.
         training, gradients: whether that forward was in train mode, and with gradients.
+        finished: whether it came to its end.
     """
 
     def __init__(self, transformer: nn.Module, family: Family) -> None:
@@ -61,6 +62,7 @@ class _Hooks:
         self.arguments: dict[str, Any] | None = None
         self.training = False
         self.gradients = False
+        self.finished = False
         self._captures: list[Capture] = []
         self._family = family
         self._parameters = family.forward_parameters(transformer)
@@ -109,6 +111,7 @@ class _Hooks:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.training = module.training
         self.gradients = torch.is_grad_enabled()
+        self.finished = False
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         self.arguments = {
             name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
@@ -135,6 +138,7 @@ class _Hooks:
         return self._family.token_layout(config, arguments)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.finished = True
         for slot in self.slots.values():
             slot.armed = False
         if torch.is_grad_enabled():
@@ -264,8 +268,8 @@ class Capture:
 
         Raises:
             ValueError: for a block that is not captured, when the model has not run since attaching or ``release()``,
-                ran in a way that captures nothing, or without the arguments that say how its tokens lie; the message
-                says which and what to do.
+                raised, ran in a way that captures nothing, or without the arguments that say how its tokens lie; the
+                message says which and what to do.
         """
         if index not in self._blocks:
             raise ValueError(f"block {index!r} is not captured, only {', '.join(map(str, self._blocks))}")
@@ -280,9 +284,14 @@ class Capture:
                 f"the {model}'s forward was not called before loss(): call {model}(...) first, and train the "
                 f"very object that {self._owner.regularizer} was given (or its DDP/FSDP wrapper), not a copy of it"
             )
+        if not self._hooks.finished:
+            raise ValueError(
+                f"the {model}'s forward did not come to its end, so its hidden states are of no use: call it again "
+                "before loss()"
+            )
         output = self._output(index)
         if output is None:
-            raise ValueError(self._why_nothing())
+            raise ValueError(self._why_nothing(index))
         layout = self._hooks.layout(self._transformer.config, output)
         tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
@@ -292,7 +301,7 @@ class Capture:
             )
         return CapturedStates(layout.by_frame(tokens), layout)
 
-    def _why_nothing(self) -> str:
+    def _why_nothing(self, index: int) -> str:
         model, title = self._owner.model, self._owner.title
         if not self._hooks.gradients:
             return f"the {model} ran without gradients (no_grad or inference mode): nothing was captured for {title}"
@@ -300,6 +309,9 @@ class Capture:
             return f"the {model} ran in eval mode: call {model}.train() before a training forward"
         if not self._enabled:
             return f"the {model} ran after {title}'s weight became 0 for good: nothing was captured"
+        if self._family.blocks(self._transformer)[index] is not self._blocks[index]:
+            block, owner = self._family.called(index), self._owner.regularizer
+            return f"{block} was replaced after {owner} was attached: attach after it"
         return (
             f"the {model} ran but its blocks' hooks did not: compile the blocks "
             f"(block.compile() or {model}.compile_repeated_blocks()) and not the model"

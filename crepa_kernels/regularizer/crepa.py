@@ -192,10 +192,11 @@ class CrepaRegularizer(Regularizer):
     ) -> torch.Tensor:
         """``similarity_matrix`` (B, T, T) of the last forward, from what ``loss`` takes but ``step``.
 
-        Call it before ``release``. ValueError where nothing was captured, as in a step whose weight is 0.
+        Call it before ``release``. ValueError where nothing was captured, as in a step whose weight is 0, or CREPA is
+        off.
         """
         given["num_frames"] = as_counts(given.get("num_frames"))
-        student = self._capture.states(self._block_index)
+        student = self.captured()
         taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
         states, projector = projected(cast(Projector, self.projector), student)
         return aligned(similarity_matrix, self.config, projector, states, *taught)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -132,9 +132,11 @@ def load_regularizer(
 
 def check_weights(weights: dict[str, torch.Tensor], source: str, kind: type[Projector]) -> tuple[int, ...]:
     """The sizes of the ``kind`` of projector that ``weights`` are of; ValueError naming ``source`` for any other."""
-    sizes = kind.sizes_in(weights)
+    named = weights if isinstance(weights, Mapping) else {}
+    tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    sizes = kind.sizes_in(tensors) if len(tensors) == len(named) else None
     if sizes is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in named.items()}
         raise ValueError(f"{source} does not hold a projector's weights ({kind.KEYS}): {shapes}")
     return sizes
 

@@ -34,29 +34,32 @@ class ClipInputs:
         """The same of images, without the axis of frames, as clips of one frame; ``grid``: the student's.
 
         Raises:
-            ValueError: for pixels or latents of another number of axes, or of clips.
+            ValueError: for another number of axes, or of channels of pixels, or for clips.
         """
         latents, pixels, features = self.latents, self.pixels, self.features
         feature_grid = self.feature_grid
         if isinstance(latents, torch.Tensor):
             latents = _as_clip(latents, "latents", "(B, C, H, W)", axis=2)
         if isinstance(pixels, torch.Tensor):
-            pixels = _as_clip(pixels, "pixels", "(B, 3, H, W)", axis=1)
+            pixels = _as_clip(pixels, "pixels", "(B, 3, H, W)", axis=1, channels=3)
         if isinstance(features, TeacherFeatures):
             features, feature_grid = features
         if isinstance(features, torch.Tensor):
-            # (B, N, E) or (B, height, width, E), and with an axis of one frame whatever says so.
-            framed = features.dim() == 4 and (feature_grid is not None or (features.shape[1] == 1 and grid[0] != 1))
-            features = features if features.dim() == 5 or framed else features[:, None]
+            if not 3 <= features.dim() <= 5:
+                shape = tuple(features.shape)
+                raise ValueError(f"features of images must be (B, N, E) or (B, height, width, E), got {shape}")
+            # Also with an axis of one frame, whatever says so.
+            one = features.dim() == 4 and features.shape[1] == 1
+            framed = features.dim() == 5 or (one and (feature_grid is not None or grid[0] != 1))
+            features = features if framed else features[:, None]
         return ClipInputs(latents, pixels, features, feature_grid, self.num_frames)
 
 
-def _as_clip(images: torch.Tensor, name: str, shape: str, axis: int) -> torch.Tensor:
+def _as_clip(images: torch.Tensor, name: str, shape: str, axis: int, channels: int | None = None) -> torch.Tensor:
     """Images with an axis of one frame."""
-    if images.dim() == 4:
-        return images.unsqueeze(axis)
-    if images.dim() == 5 and images.shape[axis] == 1:
-        return images
+    clip = images.unsqueeze(axis) if images.dim() == 4 else images
+    if clip.dim() == 5 and clip.shape[axis] == 1 and channels in (None, clip.shape[3 - axis]):
+        return clip
     raise ValueError(f"{name} of images must be {shape}, got {tuple(images.shape)}")
 
 
@@ -165,7 +168,7 @@ class TeacherSource:
             return inputs.pixels
         if inputs.latents is None:
             raise ValueError("loss() needs one of latents=, pixels= and features= to teach from")
-        if len(inputs.latents) != batch:
+        if isinstance(inputs.latents, torch.Tensor) and inputs.latents.dim() and len(inputs.latents) != batch:
             raise ValueError(
                 f"latents have {len(inputs.latents)} clips, the {self._family.model}'s last forward had {batch}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..frames import clip_groups, frame_groups, select_frames, teacher_frame
+from ..grid import Grid, as_grid
 from ..models.layouts import TokenLayout
 from ..transfer import moved
 from . import TeacherFeatures
@@ -23,18 +24,21 @@ def as_counts(num_frames: Any) -> int | list[int] | None:
     """``num_frames`` in Python's integers, whatever library's integers or arrays of them it comes in.
 
     Raises:
-        ValueError: if it is neither an integer nor integers.
+        ValueError: if it is neither an integer nor integers, or one is below 1.
     """
     if num_frames is None:
         return None
+    counts: int | list[int]
     try:
-        return operator.index(num_frames)
+        counts = operator.index(num_frames)
     except TypeError:
-        pass
-    try:
-        return [operator.index(count) for count in num_frames]
-    except TypeError as error:
-        raise ValueError(f"num_frames must be an integer, or one for each clip, got {num_frames!r}") from error
+        try:
+            counts = [operator.index(count) for count in num_frames]
+        except TypeError as error:
+            raise ValueError(f"num_frames must be an integer, or one for each clip, got {num_frames!r}") from error
+    if any(count < 1 for count in ([counts] if isinstance(counts, int) else counts)):
+        raise ValueError(f"num_frames must be at least 1, got {num_frames!r}")
+    return counts
 
 
 @dataclass(frozen=True)
@@ -188,16 +192,20 @@ def given_features(
     features of every pixel frame.
 
     Raises:
-        ValueError: for another shape, or frames that are neither.
+        ValueError: for another shape or grid, or frames that are neither.
     """
     if isinstance(features, TeacherFeatures):
         features, grid = features
     if not (isinstance(features, torch.Tensor) and features.is_floating_point()):
         what = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(f"features must be a floating-point tensor (B, S, N, E), got {what}")
+    if grid is not None:
+        grid = _feature_grid(grid)
     if features.dim() == 5:
-        grid = (features.shape[2], features.shape[3])
-        features = features.flatten(2, 3)
+        own = (features.shape[2], features.shape[3])
+        if grid not in (None, own):
+            raise ValueError(f"feature_grid = {grid}, but features {tuple(features.shape)} lie on {own[0]} x {own[1]}")
+        grid, features = own, features.flatten(2, 3)
     if features.dim() != 4 or features.shape[0] != batch:
         raise ValueError(
             f"features must be (B, S, N, E) or (B, S, height, width, E) with B = {batch}, got {tuple(features.shape)}"
@@ -209,7 +217,7 @@ def given_features(
                 f"features of shape {tuple(features.shape)} have {features.shape[2]} tokens a frame, the student's "
                 f"grid is {grid[0]} x {grid[1]}: give feature_grid=(height, width), or (B, S, height, width, E)"
             )
-    found = TeacherFeatures(features, (int(grid[0]), int(grid[1])))
+    found = TeacherFeatures(features, (grid[0], grid[1]))
     stored = features.shape[1]
     if stored == layout.frames:
         if num_frames is None or isinstance(num_frames, int):
@@ -230,3 +238,11 @@ def given_features(
         patch=layout.patch,
     )
     return TeacherFeatures(selected, found.grid), lengths
+
+
+def _feature_grid(grid: Any) -> Grid:
+    """``feature_grid`` in Python's integers, whatever library's they come in."""
+    try:
+        return as_grid([operator.index(side) for side in grid], "feature_grid")
+    except TypeError:
+        raise ValueError(f"feature_grid must be (height, width), two positive integers, got {grid!r}") from None

@@ -38,7 +38,8 @@ class FrozenEncoder:
             W / patch features. None: frames are squares of the image size, and it may answer any grid.
 
     Raises:
-        ValueError: for an ``encode`` that takes no frames, or sizes that are no positive integers.
+        ValueError: for an ``encode`` that takes no frames or whose weights are not loaded, or sizes that are no
+            positive integers.
     """
 
     encode: nn.Module | FramesCall
@@ -58,6 +59,10 @@ class FrozenEncoder:
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"FrozenEncoder({name}=...) must be an integer of at least 1, got {size!r}")
         if isinstance(self.encode, nn.Module):
+            weights = list(self.encode.parameters())
+            if weights and all(each.is_meta for each in weights):
+                name = described(self.encode)
+                raise ValueError(f"the encoder {name} has no weights yet (meta device): load them first")
             self.encode.requires_grad_(False).eval()
         if not self.name:
             object.__setattr__(self, "name", getattr(self.encode, "__name__", type(self.encode).__name__))
@@ -135,8 +140,11 @@ def register_encoder(encoder: FrozenEncoder) -> None:
     with it as with any other. A second one of the name takes the place of the first.
 
     Raises:
-        ValueError: for a name that is another encoder's, or an encoder that does not say its ``feature_size``.
+        ValueError: for what is no ``FrozenEncoder``, a name that is another encoder's, or an encoder that does not say
+            its ``feature_size``.
     """
+    if not isinstance(encoder, FrozenEncoder):
+        raise ValueError(f"register_encoder takes a FrozenEncoder, got {described(encoder)}")
     if encoder.name in ENCODER_PATCH_SIZES or encoder.name in ENCODER_ALIASES:
         raise ValueError(f"an encoder cannot be called {encoder.name!r}: that is the name of another one")
     if encoder.feature_size is None:

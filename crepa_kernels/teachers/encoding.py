@@ -211,7 +211,12 @@ class FrameEncoder:
                 logging.INFO, f"{encoder.name} says no patch size: frames are {size[0]} x {size[1]}, not by the grid"
             )
         at_a_time = self._frames_batch_size if self._frames_batch_size > 0 else len(frames)
-        features = torch.cat([self._features(encoder, batch, size, device) for batch in frames.split(at_a_time)])
+        answers = [self._features(encoder, batch, size, device) for batch in frames.split(at_a_time)]
+        if len(shapes := {tuple(each.shape[1:]) for each in answers}) > 1:
+            raise ValueError(
+                f"the encoder {encoder.name} must answer one (h, w, E) for frames of one size, got {shapes}"
+            )
+        features = torch.cat(answers)
         self.frames_encoded += len(frames)
         return TeacherFeatures(moved(features.flatten(1, 2), device), (features.shape[1], features.shape[2]))
 
@@ -278,6 +283,9 @@ def check_answer(encoder: FrozenEncoder, features: Any, images: torch.Tensor, as
     if not isinstance(features, torch.Tensor):
         raise ValueError(f"{given} must answer a tensor (n, h, w, E), got {type(features).__name__}: wrap it in {RULE}")
     shape = tuple(features.shape)
+    if features.is_meta or features.layout != torch.strided:
+        what = "on the meta device" if features.is_meta else f"of layout {features.layout}"
+        raise ValueError(f"{given} must answer a dense tensor with values, got one {what}")
     if features.dim() != 4 or shape[0] != len(images) or 0 in shape:
         raise ValueError(f"{given} must answer features (n, h, w, E) with n = {len(images)}, got {shape}")
     if not features.is_floating_point():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig
+from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
 from crepa_kernels.config.base import Integer, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import (
@@ -57,6 +57,10 @@ _OTHERS = {
     "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
     "caption_dropout": "unknown key; captions are not dropped",
     "config": "the file of settings is given on the command line, as --config FILE",
+    **dict.fromkeys(
+        (key for key in UrepaConfig.model_fields if key.startswith("urepa_")),
+        "U-REPA is for UNets, and crepa-train trains transformers: CREPA is for those, with the keys crepa_*",
+    ),
 }
 
 

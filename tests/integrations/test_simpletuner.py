@@ -29,9 +29,16 @@ LOGS = [
 
 
 @pytest.fixture(scope="session")
-def theirs(request: pytest.FixtureRequest) -> ModuleType:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the wheel is kept for the next run, where pytest keeps anything."""
+    cache = getattr(request.config, "cache", None)
+    return tmp_path_factory.mktemp("simpletuner") if cache is None else Path(cache.mkdir("simpletuner"))
+
+
+@pytest.fixture(scope="session")
+def theirs(folder: Path) -> ModuleType:
     try:
-        return module(wheel(Path(request.config.cache.mkdir("simpletuner"))))
+        return module(wheel(folder))
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         pytest.skip(str(error))
 
@@ -181,6 +188,26 @@ def test_another_interface_is_refused() -> None:
         simpletuner.apply("grid", Other)
     with pytest.raises(ValueError, match="spatial must be one of grid, line, got 'square'"):
         simpletuner.apply("square", Other)  # type: ignore[arg-type]
+    for wrong in (Other(), "CrepaRegularizer"):
+        with pytest.raises(RuntimeError, match=f"regularizer must be SimpleTuner's class, got {type(wrong).__name__}"):
+            simpletuner.apply("grid", wrong)  # type: ignore[arg-type]
+
+
+def test_a_class_that_inherits_the_method_inherits_it_again() -> None:
+    class Theirs:
+        def compute_loss(
+            self, hidden_states: Any, latents: Any, vae: Any = None, *, frame_features: Any, step: int
+        ) -> None:
+            pass
+
+    class Mine(Theirs): ...
+
+    own = Theirs.compute_loss
+    for cls in (Theirs, Mine):
+        simpletuner.apply(regularizer=cls)
+    simpletuner.restore()
+    assert Theirs.compute_loss is Mine.compute_loss is own
+    assert "compute_loss" not in vars(Mine)
 
 
 def test_what_cannot_be_taken_over_is_their_own_and_said_once(
@@ -203,8 +230,7 @@ def test_what_cannot_be_taken_over_is_their_own_and_said_once(
     assert calls == []
 
 
-def test_a_third_of_the_bytes_is_kept_for_the_backward_pass(theirs: ModuleType, request: pytest.FixtureRequest) -> None:
-    folder = Path(request.config.cache.mkdir("simpletuner"))
+def test_a_third_of_the_bytes_is_kept_for_the_backward_pass(theirs: ModuleType, folder: Path) -> None:
     own, line, grid = (kept_bytes(*simpletuner_step(spatial, folder, 2)[1:]) for spatial in (None, "line", "grid"))
     assert max(line, grid) <= 0.35 * own
 

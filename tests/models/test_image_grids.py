@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from tiny_families import FAMILIES, TinyFamily, crepa_on, on_grid
 
-from crepa_kernels.models.image_ids import image_grid
+from crepa_kernels.models.image_ids import ImageIds, image_grid
 
 
 def with_references(name: str, tiny: TinyFamily) -> dict[str, Any]:
@@ -108,6 +110,24 @@ def test_ids_are_read_once_a_grid_and_recognized_from_then_on(name: str, monkeyp
 def test_ids_of_every_type_and_of_long_sides(grid: tuple[int, int], dtype: torch.dtype) -> None:
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(grid[0]), torch.arange(grid[1])).to(dtype)
     assert image_grid(ids.double()) == grid
+
+
+def test_ids_that_are_others_in_every_step_do_not_pile_up() -> None:
+    ids, kept = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3)).double(), ImageIds()
+    read = [weakref.ref(kept.read(ids + step)) for step in range(100)]
+    gc.collect()
+    alive = [each() for each in read]
+    assert alive[:36] == [None] * 36
+    assert all(each is not None and each.grid(0) == (2, 3) for each in alive[36:])
+    assert kept.read(ids + 50) is alive[50]
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_ids_that_are_nan_lie_on_no_grid(column: int) -> None:
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3)).double()
+    ids[:, column] = float("nan")
+    with pytest.raises(ValueError, match="are not rows and columns of a grid"):
+        image_grid(ids)
 
 
 def test_a_batch_axis_of_ids_is_taken_as_the_model_takes_it() -> None:

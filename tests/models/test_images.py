@@ -125,6 +125,7 @@ def test_what_is_given_without_frames_is_what_is_given_with_one(name: str) -> No
         ({"features": features}, {"features": features[:, None]}),
         ({"features": features, "feature_grid": tiny.grid}, {"features": features.unflatten(1, tiny.grid)}),
         ({"features": on_own_grid}, {"features": on_own_grid[:, None]}),
+        ({"features": on_own_grid, "feature_grid": (5, 7)}, {"features": on_own_grid}),
         ({"features": on_own_grid}, {"features": TeacherFeatures(on_own_grid.flatten(1, 2), (5, 7))}),
         ({"pixels": pixels}, {"pixels": pixels, "frame_mask": torch.ones(2, 1, dtype=torch.bool)}),
     ]
@@ -150,6 +151,14 @@ def test_a_distance_is_taken_as_0_and_said_once(distance: dict[str, Any], caplog
     assert crepa.config.crepa_adjacent_distance == 0
     for other in ("crepa_alignment_score", "crepa_similarity_self"):
         torch.testing.assert_close(logs[other], logs["crepa_similarity"])
+
+
+def test_relations_between_frames_that_an_image_has_not_are_an_error() -> None:
+    transformer = FAMILIES["flux"].make()
+    with pytest.raises(ValueError, match='crepa_relational_pairs = "cross": flux makes images, whose one frame has no'):
+        crepa_on(transformer, crepa_relational_weight=1.0, crepa_relational_pairs="cross")
+    assert not transformer._forward_hooks
+    crepa_on(transformer, crepa_relational_pairs="cross")
 
 
 def test_nothing_is_said_of_a_distance_of_0(caplog: pytest.LogCaptureFixture) -> None:
@@ -193,6 +202,10 @@ def test_a_preset_takes_the_block_of_the_transformer_that_it_meets(
         ),
         ({"latents": torch.rand(1, 5, 4, 6)}, "latents have 5 channels, the VAE decodes 4"),
         ({"features": torch.rand(1, 7, 32)}, "7 tokens a frame, the student's grid is 2 x 3"),
+        ({"features": torch.tensor(1.0)}, r"features of images must be \(B, N, E\) or .*, got \(\)"),
+        ({"features": torch.rand(1, 32)}, r"features of images must be \(B, N, E\) or .*, got \(1, 32\)"),
+        ({"features": torch.rand(1, 5, 7, 32), "feature_grid": (7, 5)}, r"feature_grid = \(7, 5\), but .* on 5 x 7"),
+        ({"pixels": torch.rand(1, 4, 32, 48)}, r"pixels of images must be \(B, 3, H, W\), got \(1, 4, 32, 48\)"),
     ],
 )
 def test_shapes_of_other_things_than_images_are_named(given: dict[str, Any], message: str) -> None:

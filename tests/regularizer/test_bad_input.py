@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 
-from crepa_kernels import CrepaRegularizer
+from crepa_kernels import CrepaRegularizer, LayerSync
 
 CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
+BLOCKS = {"layersync_enabled": True, "layersync_student_block": 0, "layersync_teacher_block": 1}
 
 
 def regularizer(transformer: Any) -> CrepaRegularizer:
@@ -87,6 +90,18 @@ def test_what_is_no_model_is_named(wrong: Any, message: str) -> None:
         ({"features": torch.zeros(1, 4, 6, 8)}, "4 frames, the student 3"),
         ({"features": torch.zeros(1, 3, 5, 8)}, "5 tokens a frame"),
         ({"features": torch.zeros(1, 3, 5, 8), "feature_grid": (2, 3)}, r"teacher_grid \(2, 3\)"),
+        (
+            {"features": torch.zeros(1, 3, 6, 8), "feature_grid": (6,)},
+            r"feature_grid must be \(height, width\), .*\[6\]",
+        ),
+        ({"features": torch.zeros(1, 3, 6, 8), "feature_grid": 6}, "feature_grid must be .* got 6"),
+        ({"features": torch.zeros(1, 3, 6, 8), "feature_grid": "23"}, "feature_grid must be .* got '23'"),
+        ({"features": torch.zeros(1, 3, 6, 8), "feature_grid": (2.0, 3.0)}, "feature_grid must be .* two positive"),
+        ({"features": torch.zeros(1, 3, 2, 3, 8), "feature_grid": (3, 2)}, r"feature_grid = \(3, 2\), but .* on 2 x 3"),
+        ({"features": features(), "num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"features": features(), "num_frames": [-3]}, r"num_frames must be at least 1, got \[-3\]"),
+        ({"latents": 3}, "latents must be .* got int"),
+        ({"latents": [0.0] * 2}, "latents must be .* got list"),
         ({"features": torch.zeros(2, 3, 6, 8)}, "B = 1"),
         ({"features": torch.zeros(1, 3, 6, 8, dtype=torch.int64)}, "floating-point .* got torch.int64"),
         ({"features": [0.0]}, "features must be .* got list"),
@@ -138,6 +153,73 @@ def test_loss_before_forward_and_steps_that_go_back_are_errors() -> None:
         crepa.loss(step=5, features=features())
     with pytest.raises(ValueError, match="step 4 comes after step 5"):
         crepa.loss(step=4, features=features())
+
+
+def test_states_of_a_forward_that_raised_are_not_learned_from() -> None:
+    transformer = tiny_wan()
+    crepa, layersync = regularizer(transformer), LayerSync(BLOCKS, transformer)
+    for _ in range(2):  # nothing before it, and after one that came to its end
+        handle = transformer.blocks[2].register_forward_hook(_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            transformer(**wan_inputs())
+        handle.remove()
+        for loss in (partial(crepa.loss, step=0, features=features()), layersync.loss):
+            with pytest.raises(ValueError, match=r"forward did not come to its end, .*: call it again"):
+                loss()
+        transformer(**wan_inputs())
+        (crepa.loss(step=0, features=features())[0] + layersync.loss()[0]).backward()
+
+
+def _out_of_memory(*args: Any) -> None:
+    raise torch.OutOfMemoryError("no memory is left")
+
+
+def test_a_block_that_was_replaced_is_named() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    transformer.blocks[1] = copy.deepcopy(transformer.blocks[0])
+    transformer(**wan_inputs())
+    with pytest.raises(ValueError, match="block 1 was replaced after CrepaRegularizer was attached: attach after it"):
+        crepa.loss(step=0, features=features())
+
+
+def test_what_is_off_or_removed_has_no_matrix() -> None:
+    transformer = tiny_wan()
+    with pytest.raises(ValueError, match="CREPA is off: nothing is captured"):
+        CrepaRegularizer({}, transformer).similarity_matrix(features=features())
+    crepa = regularizer(transformer)
+    transformer(**wan_inputs())
+    crepa.remove()
+    for ask in (crepa.captured, partial(crepa.similarity_matrix, features=features())):
+        with pytest.raises(ValueError, match="this CrepaRegularizer was removed from its transformer"):
+            ask()
+
+
+def test_a_copy_of_the_regularizer_detaches_from_its_own_model() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    for copied in (copy.deepcopy(crepa), pickle.loads(pickle.dumps(crepa))):
+        copied.transformer(**wan_inputs())
+        copied.loss(step=0, features=features())
+        copied.remove()
+        assert "crepa_projector" not in dict(copied.transformer.named_children())
+    transformer(**wan_inputs())
+    crepa.loss(step=0, features=features())[0].backward()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "not a CrepaRegularizer's state: NoneType"),
+        ([], "not a CrepaRegularizer's state: list"),
+        ({"projector": {}}, r"not a CrepaRegularizer's state: \['projector'\]"),
+        ({"projector": None, "schedule": {}}, "does not hold a projector's weights"),
+        ({"projector": {"0.weight": 1}, "schedule": {}}, "does not hold a projector's weights"),
+    ],
+)
+def test_what_is_no_state_is_one_clear_error(state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        regularizer(tiny_wan()).load_state_dict(state)
 
 
 def test_training_a_copy_is_an_error() -> None:

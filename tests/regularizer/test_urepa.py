@@ -410,6 +410,11 @@ def test_unets_and_transformers_are_told_where_they_belong() -> None:
         UrepaRegularizer(ON, tiny_unet("sd15", mid_block_type=None), feature_size=E)
     with pytest.raises(ValueError, match="UrepaRegularizer takes a UrepaConfig"):
         UrepaRegularizer(CrepaRegularizer.CONFIG(**crepa), tiny_unet("sd15"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"crepa_enabled = true is of CREPA, for a transformer.* by urepa_enabled"):
+        UrepaRegularizer(crepa, tiny_unet("sd15"))
+    with pytest.raises(ValueError, match=r"urepa_enabled = true is of U-REPA, for a unet.* by crepa_enabled"):
+        CrepaRegularizer({"urepa_enabled": True}, tiny_wan())
+    assert UrepaRegularizer({**crepa, "urepa_enabled": False}, tiny_unet("sd15")).projector is None
 
 
 def test_what_is_wrong_in_a_step_is_said_in_the_name_of_u_repa() -> None:

@@ -169,6 +169,7 @@ def test_what_is_no_encoder_is_named(source: Any, message: str) -> None:
         ({"encode": 3}, "encode=.* must be a module or callable .* got int"),
         ({"encode": both}, r"encode=.* got both\(first"),
         ({"encode": Patches}, r"encode=.* got Patches\("),
+        ({"encode": nn.Conv2d(3, 5, 8, device="meta")}, r"encoder Conv2d.* has no weights yet \(meta device\): load"),
         ({"encode": len, "name": 3}, r"name=\.\.\.\) must be text, got 3"),
         ({"encode": len, "key": 3}, r"key=\.\.\.\) must be text, got 3"),
         ({"encode": len, "feature_size": 0}, r"feature_size=\.\.\.\) must be an integer of at least 1, got 0"),
@@ -188,6 +189,8 @@ def test_a_record_that_cannot_be_is_one_clear_error(given: dict[str, Any], messa
         (answering(lambda images: blank()[0]), r"must answer features \(n, h, w, E\) with n = 2, got \(4, 4, 5\)"),
         (answering(lambda images: blank(3)), r"with n = 2, got \(3, 4, 4, 5\)"),
         (answering(lambda images: blank(height=0)), r"with n = 2, got \(2, 0, 4, 5\)"),
+        (answering(lambda images: blank().to("meta")), "a dense tensor with values, got one on the meta device"),
+        (answering(lambda images: blank().to_sparse()), "a dense tensor with values, got one of layout torch.sparse"),
         (answering(lambda images: blank().long()), r"floating-point features, got torch.int64"),
         (answering(lambda images: blank(), feature_size=6), "must answer E = 6 by its feature_size, got 5"),
         (answering(lambda images: blank(), patch_size=16), r"a grid of 2 x 2 by its patch_size = 16, got 4 x 4"),
@@ -200,6 +203,14 @@ def test_a_wrong_answer_names_the_encoder_and_the_rule(encoder: FrozenEncoder, m
     with pytest.raises(ValueError, match=message) as error:
         FrameEncoder(encoder, image_size=32).encode(frames(), GRID, CPU)
     assert "mine" in str(error.value) or "patch size" in str(error.value)
+
+
+@pytest.mark.parametrize("odd", [{"size": 6}, {"height": 5}], ids=str)
+def test_answers_that_differ_between_batches_of_frames_are_an_error(odd: dict[str, int]) -> None:
+    shapes = iter(({}, odd))
+    teacher = FrameEncoder(lambda images: blank(len(images), **next(shapes)), image_size=32, frames_batch_size=1)
+    with pytest.raises(ValueError, match=r"the encoder <lambda> must answer one \(h, w, E\) for frames of one size"):
+        teacher.encode(frames(), GRID, CPU)
 
 
 def test_an_encoder_that_says_another_width_than_before_is_an_error() -> None:
@@ -241,3 +252,5 @@ def test_a_name_is_registered_for_the_settings() -> None:
             register_encoder(FrozenEncoder(Patches(), name, feature_size=5))
     with pytest.raises(ValueError, match="the encoder mine must say its feature_size"):
         register_encoder(FrozenEncoder(Patches(), "mine"))
+    with pytest.raises(ValueError, match="register_encoder takes a FrozenEncoder, got Patches"):
+        register_encoder(Patches())  # type: ignore[arg-type]

@@ -123,6 +123,12 @@ def test_a_family_of_images(row: Family, refused: Callable[..., str], folder: Pa
     assert f"{row.name} ({row.transformer}) makes images, and crepa-train trains on videos: attach" in line
 
 
+def test_a_pipeline_with_a_unet(refused: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    model = copied(folder, "wan", tmp_path / "model")
+    change(model / "model_index.json", transformer=None, unet=["diffusers", "UNet2DConditionModel"])
+    assert "its UNet makes images, and crepa-train trains transformers on videos: attach Urepa" in refused("wan", model)
+
+
 @every_row
 def test_a_part_of_another_model(name: str, refused: Callable[..., str], folder: Path, tmp_path: Path) -> None:
     # As where folders were mixed up: diffusers would fill such a model with random weights.

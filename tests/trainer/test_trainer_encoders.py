@@ -86,6 +86,18 @@ def test_its_features_are_kept_until_its_weights_change(models: Path, data: Path
             module.convolution.bias += 1
 
 
+def test_features_of_frames_of_another_size_are_others_by_the_grid_too(models: Path, data: Path) -> None:
+    module, given = Colors(), settings(models, data)
+    # The encoder's patches for each token of 2 x 3, or where it says none squares of the image size.
+    for patch, side, grid in ((None, 24, [3, 3]), (None, 32, [4, 4]), (8, 32, [2, 3]), (8, 24, [2, 3])):
+        register_encoder(FrozenEncoder(module, "colors", feature_size=5, patch_size=patch))
+        changed = {"crepa_encoder_image_size": side, "crepa_encoder_resize": "grid"}
+        item = cached(given, CrepaConfig.from_dict({**CREPA, **changed}))[0]
+        assert item["feature_grid"].tolist() == grid
+    # By whole patches the image size decides nothing.
+    assert len(list((given.cache_folder / "teacher").iterdir())) == 3
+
+
 def test_what_a_callable_made_is_kept_under_its_key_or_not_at_all(models: Path, data: Path) -> None:
     given, config = settings(models, data), CrepaConfig.from_dict(CREPA)
 

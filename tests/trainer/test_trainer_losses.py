@@ -173,6 +173,15 @@ def test_a_file_and_the_command_line_give_them(tmp_path: Path) -> None:
     assert RunSettings(**json.loads(settings.model_dump_json())) == settings
 
 
+@pytest.mark.parametrize("key", ["urepa_enabled", "urepa_lambda"])
+def test_u_repas_keys_are_told_where_they_belong(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({**REQUIRED, key: 1}))
+    for given in ((), (f"--{key}", "1")):
+        with pytest.raises(ValueError, match=rf"{key}.*: U-REPA is for UNets, and crepa-train .* with the keys crepa_"):
+            from_words(*given, config=None if given else file)
+
+
 def test_the_help_has_each_option_once_and_layersyncs_in_a_group_of_their_own() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)

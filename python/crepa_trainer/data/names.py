@@ -120,9 +120,9 @@ class CacheNames:
         return [*model_identity(self.family.model, *parts), dtype]
 
     @cached_property
-    def _encoder(self) -> list[Any]:
+    def _encoder(self) -> tuple[list[Any], int | None]:
         encoder = named_encoder(self.config.crepa_encoder)
-        return [*encoder_identity(encoder), str(encoder.dtype(self.device))]
+        return [*encoder_identity(encoder), str(encoder.dtype(self.device))], encoder.patch_size
 
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
         if not teacher_is_encoder(self.config):
@@ -130,10 +130,12 @@ class CacheNames:
         config, layout = self.config, self.family.layout(bucket)
         if self.settings.cache_teacher == "frames":
             return {"frames": teacher_frames(config, self.family, bucket)}
-        square = config.crepa_encoder_resize == "square"
+        encoder, patch = self._encoder
+        # By the grid frames have the encoder's patches, if it has any.
+        square = config.crepa_encoder_resize == "square" or patch is None
         size = [config.crepa_encoder_image_size] * 2 if square else list(layout.grid)
         rule = [config.crepa_frame_map, layout.latent_shape[0], layout.patch]
-        return {"features": self._encoder, "resize": [config.crepa_encoder_resize, *size], "rule": rule}
+        return {"features": encoder, "resize": [config.crepa_encoder_resize, *size], "rule": rule}
 
 
 def encoder_identity(encoder: NamedEncoder) -> list[Any]:
@@ -146,7 +148,7 @@ def encoder_identity(encoder: NamedEncoder) -> list[Any]:
             f'cache_teacher = "features", but the encoder {encoder.name} is a callable without a key, so what it made '
             'cannot be told from another one\'s: give FrozenEncoder(key=...), or cache_teacher = "frames"'
         )
-    return [encoder.name, key]
+    return [encoder.name, key, encoder.patch_size]
 
 
 def encoder_type(device: torch.device) -> torch.dtype:

@@ -95,6 +95,11 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
                     f"{model}: {image} ({transformer[1]}) makes images, and crepa-train trains on videos: attach "
                     "CrepaRegularizer in a loop of your own, as examples/train_flux_repa.py does"
                 )
+            if index.get("unet") and transformer[1] is None:
+                raise ValueError(
+                    f"{model}: its UNet makes images, and crepa-train trains transformers on videos: attach "
+                    "UrepaRegularizer in a loop of your own, as examples/train_sdxl_urepa.py does"
+                )
             known = ", ".join(f"{each.name} ({each.transformer_class})" for each in cls.known.values())
             raise ValueError(f"{model}: transformer {transformer[1]} is of no supported family; supported: {known}")
         if family not in (None, found.name):
