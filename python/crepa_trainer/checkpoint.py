@@ -61,6 +61,7 @@ _FREE = {
     "strict",
     "workers",
     "crepa_backend",
+    "lora_format",
 }
 
 
@@ -243,7 +244,7 @@ class Checkpoints:
     Args:
         state: what the run trains.
         ema: of its weights, or None.
-        save_lora: writes the LoRA into a folder; None where all weights are trained.
+        save_lora: writes the LoRA into a checkpoint's folder; None where all weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
         identity: of the run, kept in each checkpoint.
@@ -255,7 +256,7 @@ class Checkpoints:
         state: TrainState,
         ema: EMAModel | None,
         *,
-        save_lora: Callable[[Path], object] | None,
+        save_lora: Callable[[Checkpoint], object] | None,
         output: Path,
         kept: int,
         identity: Mapping[str, Any],
@@ -267,6 +268,10 @@ class Checkpoints:
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
         self._random_file = f"random_state_{state.accelerator.process_index}.safetensors"
 
+    def described(self, folder: Path, step: int) -> Checkpoint:
+        """What is known of the run after `step` optimiser steps, of weights that are written into `folder`."""
+        return Checkpoint(folder, step, self._identity, self._model)
+
     def save(self, step: int) -> Path:
         """The state after `step` optimiser steps; returns its folder.
 
@@ -277,7 +282,7 @@ class Checkpoints:
         # All ranks add CREPA's state up together: before writing, where one of them may fail.
         states = {name: part.state_dict() for name, part in self._parts().items()}
         self._together(target, lambda: self._clear(temporary))
-        self._together(target, lambda: self._write(temporary, states))
+        self._together(target, lambda: self._write(temporary, step, states))
         self._together(target, lambda: self._finish(temporary, target, step))
         return target
 
@@ -331,7 +336,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
-    def _write(self, temporary: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
+    def _write(self, temporary: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> None:
         # Of one rank on another machine the folder may not be visible yet.
         temporary.mkdir(parents=True, exist_ok=True)
         write_state(temporary / self._random_file, random_state(self._state.accelerator.device))
@@ -341,7 +346,7 @@ class Checkpoints:
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
         save_file(tensors, temporary / WEIGHTS_FILE)
         if self._save_lora is not None:
-            self._save_lora(temporary)
+            self._save_lora(self.described(temporary, step))
         for name, state in states.items():
             write_state(temporary / f"{name}.safetensors", state)
 

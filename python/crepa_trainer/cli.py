@@ -144,7 +144,7 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="its folder, or a run's output folder for the newest")
     add("--output", type=Path, metavar="FOLDER", help="where to write, exported/step-... in the run's folder when none")
-    add("--format", choices=("diffusers", "peft"), default="diffusers", help="of a LoRA")
+    add("--format", choices=("diffusers", "comfyui", "both", "peft"), default="diffusers", help="of a LoRA")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .checkpoint import WEIGHTS_FILE, Checkpoint, newest_checkpoint, read_checkpoint
+from .comfyui import DOWN, comfyui_lora
 from .state import trained_parameters
+from .state_files import json_digest
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 FOLDER = "trained"
 EMA_FOLDER = "ema"
 EXPORTED = "exported"
-FORMS = ("diffusers", "peft")
+COMFYUI_FILE = "comfyui_lora.safetensors"
 
 
 def export(
@@ -32,22 +38,22 @@ def export(
     transformer: nn.Module,
     crepa: CrepaRegularizer | None,
     ema: EMAModel | None,
-    *,
-    full: bool,
-    folder: Path,
+    described: Checkpoint,
+    form: str,
 ) -> None:
-    """Writes the weights into `folder` and those of their exponential moving average into `folder/ema`; in one process.
+    """Writes the weights into the folder of `described` and those of their exponential moving average into `ema` there;
+    in one process.
 
-    A LoRA is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, a whole transformer is for
-    `from_pretrained(folder, subfolder="transformer")`, or "transformer_2" where that was trained. Beside them CREPA's
-    projector and settings.
+    A LoRA of the form "diffusers" is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, of "comfyui"
+    `comfyui_lora.safetensors`, of "both" the two; a whole transformer is for `from_pretrained(folder,
+    subfolder="transformer")`, or "transformer_2" where that was trained. Beside them CREPA's projector and settings.
     """
-    _write(family, transformer, full, folder)
+    _write(family, transformer, described, form)
     if crepa is not None:
-        crepa.save_pretrained(folder)
+        crepa.save_pretrained(described.folder)
     if ema is not None:
         with ema_weights(transformer, ema):
-            _write(family, transformer, full, folder / EMA_FOLDER)
+            _write(family, transformer, replace(described, folder=described.folder / EMA_FOLDER), form)
 
 
 @contextmanager
@@ -74,12 +80,13 @@ def where(folder: Path, *, full: bool, expert: str | None) -> str:
 def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.dtype) -> str:
     """Writes a checkpoint's trained weights in `dtype` into `folder`, None: `exported/step-...` beside the checkpoints.
 
-    place: a checkpoint, or a run's output folder, whose newest is taken. form: of `FORMS`; "peft" is an adapter's
+    place: a checkpoint, or a run's output folder, whose newest is taken. form: as of `export`, or "peft", an adapter's
     folder for PeftModel.from_pretrained. Returns a line that says where they are.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, "peft" of one without a LoRA; where all weights were trained also as
-            `TrainingFamily.of`, whose model is loaded.
+        ValueError: no checkpoint, a damaged one, another form than "diffusers" of one without a LoRA, or ComfyUI's
+            where no original names are known; for ComfyUI, and where all weights were trained, also as
+            `TrainingFamily.of`: of the first the model's configs are read, of the second its weights.
     """
     place = newest_checkpoint(place) or place
     checkpoint = read_checkpoint(place)
@@ -89,48 +96,94 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
     full = identity["training"] == "full"
     if full and form != "diffusers":
         raise ValueError(f"--format {form}: {place} has no LoRA, all weights were trained")
-    folder.mkdir(parents=True, exist_ok=True)
+    described = replace(checkpoint, folder=folder)
     if full:
-        _write_transformer(checkpoint, weights, folder)
+        family = _family(checkpoint)
+        transformer: Any = family.load_transformer(dtype)
+        transformer.load_state_dict({**transformer.state_dict(), **weights})
+        transformer.save_pretrained(folder / family.transformer_part)
+    elif form == "peft":
+        _write_for_peft(_lora(weights), described)
     else:
-        lora = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
-        _LORA_WRITERS[form](lora, folder)
+        _write_lora(None if form == "diffusers" else _family(checkpoint), _lora(weights), described, form)
     return where(folder, full=full, expert=identity["expert"])
 
 
-def _write_transformer(checkpoint: Checkpoint, weights: Mapping[str, Tensor], folder: Path) -> None:
+def save_lora(family: TrainingFamily, transformer: nn.Module, described: Checkpoint, form: str = "diffusers") -> None:
+    """Writes the LoRA of an unwrapped transformer into the folder of `described`; form: as of `export`."""
+    _write_lora(family, _lora(trained_parameters(transformer)), described, form)
+
+
+def _write(family: TrainingFamily, transformer: Any, described: Checkpoint, form: str) -> None:
+    if described.identity["training"] == "full":
+        transformer.save_pretrained(described.folder / family.transformer_part)
+    else:
+        save_lora(family, transformer, described, form)
+
+
+def _lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights of an adapter by the names of its layers alone."""
+    return {name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _family(checkpoint: Checkpoint) -> TrainingFamily:
     from .families import TrainingFamily
 
-    family = TrainingFamily.of(checkpoint.model, checkpoint.identity["task"], None, checkpoint.identity["expert"])
-    dtype = next(iter(weights.values())).dtype
-    transformer: Any = family.load_transformer(dtype)
-    transformer.load_state_dict({**transformer.state_dict(), **weights})
-    transformer.save_pretrained(folder / family.transformer_part)
+    return TrainingFamily.of(checkpoint.model, checkpoint.identity["task"], None, checkpoint.identity["expert"])
 
 
-def _write_for_diffusers(lora: Mapping[str, Tensor], folder: Path) -> None:
+def _write_lora(family: TrainingFamily | None, lora: Mapping[str, Tensor], described: Checkpoint, form: str) -> None:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-    named = {f"transformer.{name}": tensor for name, tensor in lora.items()}
-    save_file(named, folder / LORA_WEIGHT_NAME_SAFE, {"format": "pt"})
+    files: dict[str, dict[str, Tensor]] = {}
+    if form in ("diffusers", "both"):
+        files[LORA_WEIGHT_NAME_SAFE] = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+    if family is not None and form in ("comfyui", "both"):
+        files[COMFYUI_FILE] = comfyui_lora(family, lora)
+    described.folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in files.items():
+        _save(tensors, described.folder / name, _metadata(lora, described))
 
 
-def _write_for_peft(lora: Mapping[str, Tensor], folder: Path) -> None:
+def _write_for_peft(lora: Mapping[str, Tensor], described: Checkpoint) -> None:
     from peft import LoraConfig
 
-    ranks = {name.split(".lora_A.")[0]: len(tensor) for name, tensor in lora.items() if ".lora_A." in name}
-    (rank,) = set(ranks.values())
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks)).save_pretrained(str(folder))
+    layers, rank = _layers(lora), described.identity["lora_rank"]
+    described.folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).save_pretrained(str(described.folder))
     named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    _save(named, described.folder / "adapter_model.safetensors", _metadata(lora, described))
 
 
-_LORA_WRITERS = dict(zip(FORMS, (_write_for_diffusers, _write_for_peft), strict=True))
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of the same bytes each time: the library writes metadata in another order in each process."""
+    content = memoryview(save(tensors, metadata))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = {**json.loads(bytes(content[8:begin])), "__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with file.open("wb") as opened:
+        opened.writelines((len(text).to_bytes(8, "little"), text, content[begin:]))
 
 
-def _write(family: TrainingFamily, transformer: Any, full: bool, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if full:
-        transformer.save_pretrained(folder / family.transformer_part)
-    else:
-        family.save_lora(transformer, folder)
+def _layers(lora: Mapping[str, Tensor]) -> list[str]:
+    return sorted(name.removesuffix(DOWN) for name in lora if name.endswith(DOWN))
+
+
+def _metadata(lora: Mapping[str, Tensor], described: Checkpoint) -> dict[str, str]:
+    """What a LoRA's file says of itself, in its header."""
+    identity, model = described.identity, Path(described.model)
+    rank = str(identity["lora_rank"])
+    packages = ("crepa-kernels", "diffusers", "peft", "torch")
+    return {
+        "format": "pt",
+        # A folder's name: where it lies is nobody's business.
+        "base_model": model.name if model.is_absolute() else described.model,
+        **({} if identity["expert"] is None else {"expert": identity["expert"]}),
+        "rank": rank,
+        "alpha": rank,
+        "targets": json.dumps(sorted({re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in _layers(lora)})),
+        "steps": str(described.step),
+        "settings_sha256": json_digest(dict(identity)),
+        "versions": json.dumps({package: version(package) for package in packages}),
+    }

@@ -149,7 +149,7 @@ def train_on(
     checkpoints = Checkpoints(
         state,
         ema,
-        save_lora=None if full else lambda folder: family.save_lora(transformer, folder),
+        save_lora=None if full else lambda described: export.save_lora(family, transformer, described),
         output=settings.output,
         kept=settings.checkpoints_kept,
         identity=identity,
@@ -168,7 +168,8 @@ def train_on(
     stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
-        export.export(family, transformer, state.crepa, ema, full=full, folder=folder)
+        described = checkpoints.described(folder, settings.max_train_steps)
+        export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
         say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.

@@ -96,6 +96,11 @@ class RunSettings(LayerSyncKeys):
         description="layers that get a LoRA, the attention's projections when null; "
         'must be a list of names such as ["to_q", "to_v"]',
     )
+    lora_format: Literal["diffusers", "comfyui", "both"] = Field(
+        "diffusers",
+        description="the file of the trained LoRA, for stock diffusers or by the original names for ComfyUI; must be "
+        '"diffusers", "comfyui" or "both"',
+    )
     resolutions: Sizes = Field(
         ((480, 832),),
         min_length=1,
@@ -212,6 +217,9 @@ class RunSettings(LayerSyncKeys):
 def _contradictions(settings: RunSettings) -> list[str]:
     """A line for each pair of settings that contradict each other, or of which one would do nothing."""
     found = [problem for _, problem in settings.layersync_problems()]
+    if settings.training == "full" and settings.lora_format != "diffusers":
+        rule = 'training = "full" trains all weights and has no LoRA'
+        found.append(describe("lora_format", settings.lora_format, rule))
     if settings.lr_warmup_steps and settings.lr_scheduler == "constant":
         rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
         found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))

@@ -13,6 +13,8 @@ from torch import nn
 from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
+from .comfyui import original_layers
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
@@ -97,7 +99,7 @@ def parameter_groups(
 def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) -> None:
     """A LoRA in fp32 on the layers of `lora_targets`, or on those that the family names.
 
-    ValueError for one that the model lacks.
+    ValueError for one that the model lacks, or that has no name in the file that `lora_format` asks for.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -115,6 +117,11 @@ def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) ->
         LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets, init_lora_weights=True)
     )
     cast_training_params(transformer, dtype=torch.float32)
+    if settings.lora_format != "diffusers":
+        original_layers(
+            family,
+            (name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")),
+        )
 
 
 def compile_blocks(transformer: Any, **options: Any) -> None:

@@ -166,6 +166,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"training": "Lora"}, ['training = "Lora": ', '"lora" or "full"']),
     ({"lora_rank": 0}, ["lora_rank = 0: ", ">= 1"]),
     ({"lora_targets": []}, ["lora_targets = []: "]),
+    ({"lora_format": "kohya"}, ['lora_format = "kohya": ', '"diffusers", "comfyui" or "both"']),
+    ({"lora_format": "both", "training": "full"}, ['lora_format = "both": training = "full" trains all weights']),
     ({"lora_targets": "to_q"}, ['lora_targets = "to_q": ', '["to_q", "to_v"]']),
     ({"resolutions": [480, 832]}, ["resolutions = [480, 832]: ", "[[480, 832]]"]),
     ({"resolutions": [[480]]}, ["resolutions = [[480]]: "]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -43,6 +42,9 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
         lora_targets: attention projections that get a LoRA when the settings name none.
+        original_names: layers by the names of the checkpoints that diffusers' were converted from, which ComfyUI has;
+            a * is a block's number and what is the same after it. Layers with one original name are parts of one
+            there, in this order. None where they are not known.
         known: every family by its name.
 
     Attributes:
@@ -57,6 +59,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
     encodes_first_frame: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    original_names: ClassVar[Mapping[str, str] | None] = None
     known: ClassVar[dict[str, type[TrainingFamily]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -360,15 +363,9 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """An image (3, H, W) in [0, 1] as the pipeline's call takes it."""
         return image[None]
 
-    def save_lora(self, transformer: torch.nn.Module, folder: Path) -> Path:
-        """Writes the adapter's weights for the pipeline's `load_lora_weights`; returns the file."""
-        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-        from peft.utils import get_peft_model_state_dict
-
-        _diffusers(self.pipelines[self.task]).save_lora_weights(
-            folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
-        )
-        return folder / LORA_WEIGHT_NAME_SAFE
+    def original_rows(self, layer: str) -> int:
+        """Outputs of a layer that shares its original name with others."""
+        raise NotImplementedError
 
 
 def picture(pixels: Tensor) -> Image:

@@ -25,6 +25,45 @@ KEPT_IMAGE_TOKENS = {"latent_concat": 2, "token_replace": 4}
 IMAGE_MARK = "<image>"  # for which LLaVA reads an image, once in the image-to-video pipeline's instruction
 
 
+_DOUBLE, _SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
+_REFINER = "context_embedder.token_refiner.refiner_blocks.*."
+# As in diffusers' own conversion of HunyuanVideo's checkpoints. The last layer's modulation is not here: there its
+# halves are the other way round.
+ORIGINAL_NAMES = {
+    **{f"{_DOUBLE}attn.to_{part}": "double_blocks.*.img_attn_qkv" for part in "qkv"},
+    **{f"{_DOUBLE}attn.add_{part}_proj": "double_blocks.*.txt_attn_qkv" for part in "qkv"},
+    f"{_DOUBLE}attn.to_out.0": "double_blocks.*.img_attn_proj",
+    f"{_DOUBLE}attn.to_add_out": "double_blocks.*.txt_attn_proj",
+    f"{_DOUBLE}ff.net.0.proj": "double_blocks.*.img_mlp.fc1",
+    f"{_DOUBLE}ff.net.2": "double_blocks.*.img_mlp.fc2",
+    f"{_DOUBLE}ff_context.net.0.proj": "double_blocks.*.txt_mlp.fc1",
+    f"{_DOUBLE}ff_context.net.2": "double_blocks.*.txt_mlp.fc2",
+    f"{_DOUBLE}norm1.linear": "double_blocks.*.img_mod.linear",
+    f"{_DOUBLE}norm1_context.linear": "double_blocks.*.txt_mod.linear",
+    **{f"{_SINGLE}attn.to_{part}": "single_blocks.*.linear1" for part in "qkv"},
+    f"{_SINGLE}proj_mlp": "single_blocks.*.linear1",
+    f"{_SINGLE}proj_out": "single_blocks.*.linear2",
+    f"{_SINGLE}norm.linear": "single_blocks.*.modulation.linear",
+    **{f"{_REFINER}attn.to_{part}": "txt_in.individual_token_refiner.blocks.*.self_attn_qkv" for part in "qkv"},
+    f"{_REFINER}attn.to_out.0": "txt_in.individual_token_refiner.blocks.*.self_attn_proj",
+    f"{_REFINER}ff.net.0.proj": "txt_in.individual_token_refiner.blocks.*.mlp.fc1",
+    f"{_REFINER}ff.net.2": "txt_in.individual_token_refiner.blocks.*.mlp.fc2",
+    f"{_REFINER}norm_out.linear": "txt_in.individual_token_refiner.blocks.*.adaLN_modulation.1",
+    "context_embedder.proj_in": "txt_in.input_embedder",
+    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
+    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
+    "context_embedder.time_text_embed.text_embedder.*": "txt_in.c_embedder.*",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.mlp.2",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.mlp.0",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "x_embedder.proj": "img_in.proj",
+    "proj_out": "final_layer.linear",
+}
+
+
 class HunyuanVideoFamily(TrainingFamily):
     """Text to video; image to video by channels ("latent_concat") or a clean first frame ("token_replace").
 
@@ -34,6 +73,7 @@ class HunyuanVideoFamily(TrainingFamily):
     name = "hunyuan_video"
     transformer_class = "HunyuanVideoTransformer3DModel"
     text_parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    original_names: ClassVar = ORIGINAL_NAMES
     text_limits: ClassVar = {"tokenizer": 256, "tokenizer_2": CLIP_TOKENS}  # 256: the pipelines' default
     text_keys: ClassVar = {
         "text": "prompt_embeds",
@@ -167,3 +207,8 @@ class HunyuanVideoFamily(TrainingFamily):
 
     def image_argument(self, image: Tensor) -> Any:
         return picture((image * 255).round().byte())
+
+    def original_rows(self, layer: str) -> int:
+        config = self.configs["transformer"]
+        width = int(config["num_attention_heads"] * config["attention_head_dim"])
+        return int(width * config["mlp_ratio"]) if layer.endswith("proj_mlp") else width

@@ -32,6 +32,7 @@ class Kandinsky5Family(TrainingFamily):
     encodes_first_frame = True
     depth: ClassVar = ("num_visual_blocks",)
     pixel_multiple = 16
+    original_names: ClassVar = {"*": "*"}  # diffusers has kept them
     # The whole names, as feed-forwards and the model itself have an out_layer too.
     lora_targets: ClassVar = (
         "to_query",

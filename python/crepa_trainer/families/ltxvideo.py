@@ -21,6 +21,13 @@ class LtxVideoFamily(TrainingFamily):
     name = "ltxvideo"
     transformer_class = "LTXVideoTransformer3DModel"
     pixel_multiple = 32
+    original_names: ClassVar = {
+        "transformer_blocks.*": "transformer_blocks.*",
+        "caption_projection.*": "caption_projection.*",
+        "proj_in": "patchify_proj",
+        "proj_out": "proj_out",
+        "time_embed.*": "adaln_single.*",
+    }
     text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
     text_limits: ClassVar = {"tokenizer": 128}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "LTXPipeline", "image2video": "LTXImageToVideoPipeline"}

@@ -18,6 +18,27 @@ from .text_limits import tokens
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+# As in diffusers' own conversion of Wan's checkpoints.
+ORIGINAL_NAMES = {
+    **{
+        f"blocks.*.{ours}.{layer}": f"blocks.*.{theirs}.{name}"
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for layer, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    },
+    "blocks.*.attn2.add_k_proj": "blocks.*.cross_attn.k_img",
+    "blocks.*.attn2.add_v_proj": "blocks.*.cross_attn.v_img",
+    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
+    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+}
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
 
 
@@ -30,6 +51,7 @@ class WanFamily(TrainingFamily):
     name = "wan"
     transformer_class = "WanTransformer3DModel"
     pixel_multiple = 16
+    original_names: ClassVar = ORIGINAL_NAMES
     text_limits: ClassVar = {"tokenizer": 512}  # WanPipeline's default max_sequence_length
     pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 
