@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..config.base import Settings
+from ..config.shared import TaughtSettings
 from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
@@ -66,7 +67,7 @@ class Regularizer:
     """
 
     OWNER: ClassVar[Owner]
-    CONFIG: ClassVar[type[Settings]]
+    CONFIG: ClassVar[type[TaughtSettings]]
 
     config: Any
     projector: Projector | None

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from ..config.base import Settings
-from ..config.irepa import IrepaKeys
+from ..config.shared import TaughtSettings
 from ..projector import ConvolutionProjector, CrepaProjector, Projector
 from ..teachers import TeacherFeatures, spatially_normalized
 from .capture import CapturedStates
 
 
-def _irepa(config: Settings) -> IrepaKeys | None:
-    return config if isinstance(config, IrepaKeys) and config.irepa_enabled else None
-
-
-def projector_class(config: Settings) -> type[Projector]:
+def projector_class(config: TaughtSettings) -> type[Projector]:
     """The kind of projector that settings train."""
-    return ConvolutionProjector if _irepa(config) else CrepaProjector
+    return ConvolutionProjector if config.irepa_enabled else CrepaProjector
 
 
-def make_projector(config: Settings, hidden_size: int, feature_size: int) -> Projector:
+def make_projector(config: TaughtSettings, hidden_size: int, feature_size: int) -> Projector:
     """A new one, from width D to width E."""
-    if irepa := _irepa(config):
-        return ConvolutionProjector(hidden_size, feature_size, irepa.irepa_projector_kernel_size)
+    if config.irepa_enabled:
+        return ConvolutionProjector(hidden_size, feature_size, config.irepa_projector_kernel_size)
     return CrepaProjector(hidden_size, feature_size)
 
 
@@ -33,8 +28,8 @@ def projected(projector: Projector, student: CapturedStates) -> tuple[CapturedSt
     return student, projector
 
 
-def as_aligned(config: Settings, teacher: TeacherFeatures) -> TeacherFeatures:
+def as_aligned(config: TaughtSettings, teacher: TeacherFeatures) -> TeacherFeatures:
     """The teacher's features as they are aligned with: raw, or with iREPA normalized over the patches of each frame."""
-    if irepa := _irepa(config):
-        return teacher._replace(features=spatially_normalized(teacher.features, irepa.irepa_spatial_norm_alpha))
+    if config.irepa_enabled:
+        return teacher._replace(features=spatially_normalized(teacher.features, config.irepa_spatial_norm_alpha))
     return teacher

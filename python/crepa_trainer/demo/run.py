@@ -82,21 +82,23 @@ class DemoOptions:
 
     def settings(self) -> RunSettings:
         """What `crepa-train run` is told."""
-        return RunSettings(
-            model=str(self.model_folder),
-            data=self.output / "clips",
-            output=self.output,
-            resolutions=((self.size.height, self.size.width),),
-            frame_counts=(self.size.frames,),
-            clips_per_video=self.clips_per_video,
-            max_train_steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            projector_learning_rate=3e-3,
-            mixed_precision="no",
-            gradient_checkpointing=False,
-            seed=self.seed,
-            strict=self.strict,
+        return RunSettings.from_dict(
+            {
+                "model": str(self.model_folder),
+                "data": self.output / "clips",
+                "output": self.output,
+                "resolutions": ((self.size.height, self.size.width),),
+                "frame_counts": (self.size.frames,),
+                "clips_per_video": self.clips_per_video,
+                "max_train_steps": self.steps,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "projector_learning_rate": 3e-3,
+                "mixed_precision": "no",
+                "gradient_checkpointing": False,
+                "seed": self.seed,
+                "strict": self.strict,
+            }
         )
 
 
