@@ -18,6 +18,7 @@ from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from .aligning import make_projector, projector_class
 from .attach import (
     Owner,
     TrainingWatch,
@@ -29,7 +30,6 @@ from .attach import (
 )
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
-from .projecting import make_projector, projector_class
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from ..config.shared import TaughtSettings
 from ..optional import require
 from ..projector import Projector
+from .aligning import projector_class
 from .attach import Owner
-from .projecting import projector_class
 
 AnySettings = TypeVar("AnySettings", bound=TaughtSettings)
 

@@ -38,12 +38,13 @@ from ..settings import RunSettings
 from ..state import TrainState, make_state
 from ..step import training_step
 from ..terminal import say
-from .evaluation import Alignment, Evaluator, Features
+from .evaluation import Alignment, Evaluator
 from .models import save_demo_model
 from .summary import ENDS, Summary, ends, print_summary
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
+    from crepa_kernels.regularizer.aligning import Sides
 
 # Over what CrepaConfig says by itself. The published models' block 8 does not exist in a model of six, and the first
 # blocks of random weights make little of where a patch is: a deeper one, with more weight, learns it in few steps.
@@ -252,7 +253,7 @@ def _summary(
     )
 
 
-def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, features: Features) -> None:
+def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, features: Sides) -> None:
     """Similarity matrix and patches of one clip from each of the first two videos."""
     keys = trained.clips.keys
     shown = list({key.video: number for number, key in enumerate(keys)}.values())[:2]
