@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..checkpoint import newest_checkpoint, read_checkpoint
-from ..data.clips import read_clips, read_frames, sample_videos
+from ..data.clips import read_clips, sample_videos
 from ..data.dataset import Bucket
 from ..data.listing import list_videos
 from ..data.sampler import MicroBatch, MicroBatches, Position
@@ -169,11 +169,11 @@ def _link_with_captions(videos: dict[str, Path], folder: Path) -> None:
 
 def _first_clips(videos: Sequence[Path], size: Bucket) -> list[Tensor]:
     """The beginning of each video that has one, (P, 3, H, W); of the others the run says what is wrong with them."""
-    clips = []
+    clips: list[Tensor] = []
     for path in videos:
         with suppress(VideoError):
-            clips.append(read_frames(path, size.height, size.width, size.frames))
-    return [clip for clip in clips if len(clip) == size.frames]
+            clips += [pixels for _, pixels in read_clips(path, size.height, size.width, [0], size.frames)]
+    return clips
 
 
 def _fresh_state(trained: TrainingRun, config: CrepaConfig) -> TrainState:
