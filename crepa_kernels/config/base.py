@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .rules import MOST_INTEGER, ConfigError, canonical, describe, refused_keys, whole_rule
-from .sources import add_options, merge, read_json, unknown_options
+from .rules import MOST_INTEGER, UNSUPPORTED, ConfigError, describe, is_off, refused_keys, unknown_key, whole_rule
+from .sources import add_json_options, read_json, unknown_options
 
 Self = TypeVar("Self", bound="Settings")
 
@@ -40,6 +41,11 @@ def flag(default: bool, text: str) -> Any:
     return Field(default, description=f"{text}; must be true or false")
 
 
+def _is_text(kind: Any) -> bool:
+    """Whether values of a field of this type are text in every case: a folder may be named 2024."""
+    return kind in (str, Path) or (get_origin(kind) is not tuple and any(map(_is_text, get_args(kind))))
+
+
 class Settings(BaseModel):
     """Immutable settings, each under a key that begins with one of ``PREFIXES``.
 
@@ -54,23 +60,26 @@ class Settings(BaseModel):
     ALIASES: other names of keys.
     WORDS: by key, other names of its values.
     UNSUPPORTED: keys of other programs that do nothing here, with the one value that is accepted.
+    UNKNOWN: of keys of other programs that are unknown here, what to say; NEAR: other keys that one may have meant.
     SAME: sets of keys that say the same thing, of which a later source's replace an earlier one's.
     PRESETS: values by the name of a preset.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     TITLE: ClassVar[str]
     PREFIXES: ClassVar[tuple[str, ...]]
     ALIASES: ClassVar[Mapping[str, str]] = {}
     WORDS: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     UNSUPPORTED: ClassVar[Mapping[str, Any]] = {}
+    UNKNOWN: ClassVar[Mapping[str, str]] = {}
+    NEAR: ClassVar[tuple[str, ...]] = ()
     SAME: ClassVar[tuple[frozenset[str], ...]] = ()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields
-        values, written, problems = canonical(data, fields, self.ALIASES, self.UNSUPPORTED, self.WORDS)
+        values, written, problems = self._canonical(data)
         problems += self._settle(values, written)
         refused: list[str] = []
         try:
@@ -78,12 +87,40 @@ class Settings(BaseModel):
         except ValidationError as error:
             refused = refused_keys(error, fields)
             for key in refused:
-                rule = whole_rule(fields[key].description or "", values[key])
-                problems.append(describe(written.get(key, key), values[key], rule))
+                rule = whole_rule(fields[key].description or "", values.get(key))
+                name = written.get(key, key)
+                problems.append(describe(name, values[key], rule) if key in values else f"{name}: {rule}")
+            if any(fields[key].is_required() for key in refused):
+                raise ConfigError(problems) from None
             super().__init__(**{key: value for key, value in values.items() if key not in refused})
         problems += [problem for keys, problem in self._joint_problems() if not keys.intersection(refused)]
         if problems:
             raise ConfigError(problems)
+
+    @classmethod
+    def _canonical(cls, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+        """Canonical keys and values; the key each was written under; what is wrong whatever the fields say."""
+        values: dict[str, Any] = {}
+        written: dict[str, str] = {}
+        problems: list[str] = []
+        known = [*cls.model_fields, *cls.ALIASES]
+        for key, value in data.items():
+            if key in cls.UNSUPPORTED:
+                if value is not None and not is_off(value, cls.UNSUPPORTED[key]):
+                    off = json.dumps(cls.UNSUPPORTED[key])
+                    problems.append(describe(key, value, f"{UNSUPPORTED}; only {off} or null is accepted"))
+            elif key not in known:
+                problems.append(describe(key, value, cls.UNKNOWN.get(key) or unknown_key(key, [*known, *cls.NEAR])))
+            elif value is not None:
+                name = cls.ALIASES.get(key, key)
+                if isinstance(value, str):
+                    value = cls.WORDS.get(name, {}).get(value, value)
+                if name in values and values[name] != value:
+                    rule = f"is another name of {written[name]}, which says {values[name]!r}; give one of them"
+                    problems.append(describe(key, value, rule))
+                    continue
+                values[name], written[name] = value, key
+        return values, written, problems
 
     @classmethod
     def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
@@ -130,11 +167,20 @@ class Settings(BaseModel):
         that are not given leave nothing in the namespace. Give the namespace to `from_args`. `base`: values that the
         help shows as defaults.
         """
-        group = parser.add_argument_group(cls.TITLE)
-        by_prefix = {
-            key: field for each in cls.PREFIXES for key, field in cls.model_fields.items() if key.startswith(each)
-        }
-        add_options(group, by_prefix, base or {}, cls.ALIASES, cls.UNSUPPORTED)
+        keys = [key for each in cls.PREFIXES for key in cls.model_fields if key.startswith(each)]
+        cls.add_options(parser.add_argument_group(cls.TITLE), keys, base or {})
+
+    @classmethod
+    def add_options(cls, group: argparse._ArgumentGroup, keys: Iterable[str], base: Mapping[str, Any]) -> None:
+        """One option for each of the keys, and for each alias and unsupported key, as `add_arguments`."""
+        fields = {key: cls.model_fields[key] for key in keys}
+        texts = {key: field.description or "" for key, field in fields.items()}
+        for key in [key for key, field in fields.items() if not field.is_required()]:
+            texts[key] += f" (default: {json.dumps(base.get(key, fields[key].default))})"
+        texts |= {alias: f"the same as --{key}" for alias, key in cls.ALIASES.items()}
+        texts |= {key: f"{UNSUPPORTED} (accepted: {json.dumps(off)})" for key, off in cls.UNSUPPORTED.items()}
+        words = {key for key, field in fields.items() if _is_text(field.annotation)}
+        add_json_options(group, texts, words | {alias for alias, key in cls.ALIASES.items() if key in words})
 
     @classmethod
     def from_args(
@@ -179,8 +225,9 @@ class Settings(BaseModel):
     @classmethod
     def merged(cls, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
         """`overrides` over `base`; what `base` says of the same thing under another key gives way too."""
-        same = [frozenset(pair) for pair in cls.ALIASES.items()]
-        return merge(base, overrides, (*same, *cls.SAME))
+        same = (*map(frozenset, cls.ALIASES.items()), *cls.SAME)
+        superseded = {key for keys in same for key in keys if overrides.keys() & keys}
+        return {**{key: value for key, value in base.items() if key not in superseded}, **overrides}
 
     def replace(self: Self, **overrides: Any) -> Self:
         """A validated copy with other values; `None` puts a key back to its default."""

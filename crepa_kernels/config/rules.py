@@ -141,42 +141,9 @@ def recommended_block_index(family: str) -> int:
         raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
 
 
-def _is_off(value: Any, off: Any) -> bool:
+def is_off(value: Any, off: Any) -> bool:
+    """Whether a value is the one at which a key does nothing; true is no 1."""
     return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(off, bool) and value == off
-
-
-def canonical(
-    data: Mapping[str, Any],
-    fields: Iterable[str],
-    aliases: Mapping[str, str],
-    unsupported: Mapping[str, Any],
-    words: Mapping[str, Mapping[str, str]],
-) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Canonical keys and values; the key each was written under; what is wrong whatever the fields say.
-
-    aliases, unsupported, words: as `Settings` has them.
-    """
-    values: dict[str, Any] = {}
-    written: dict[str, str] = {}
-    problems: list[str] = []
-    known = [*fields, *aliases]
-    for key, value in data.items():
-        if key in unsupported:
-            if value is not None and not _is_off(value, unsupported[key]):
-                off = json.dumps(unsupported[key])
-                problems.append(describe(key, value, f"{UNSUPPORTED}; only {off} or null is accepted"))
-        elif key not in known:
-            problems.append(describe(key, value, unknown_key(key, known)))
-        elif value is not None:
-            name = aliases.get(key, key)
-            if isinstance(value, str):
-                value = words.get(name, {}).get(value, value)
-            if name in values and values[name] != value:
-                rule = f"is another name of {written[name]}, which says {values[name]!r}; give one of them"
-                problems.append(describe(key, value, rule))
-                continue
-            values[name], written[name] = value, key
-    return values, written, problems
 
 
 def refuse_qwen(key: str, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:

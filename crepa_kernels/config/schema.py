@@ -14,8 +14,7 @@ from pydantic import Field
 from ..grid import SpatialAlign
 from ..models.families import Family
 from ..neighbours import Neighbours, Pairs
-from .base import Integer, Settings, flag, integer, number
-from .irepa import IrepaKeys
+from .base import Integer, flag, integer, number
 from .rules import (
     ENCODER_ALIASES,
     LEAST_INTEGER,
@@ -24,12 +23,11 @@ from .rules import (
     describe,
     joint_problems,
     recommended_block_index,
-    refuse_qwen,
     settle_source,
     unknown_key,
     unknown_preset,
 )
-from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, encoder_problems, shared_field
+from .shared import Scheduler, TaughtSettings, ThresholdMode, shared_field
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +35,11 @@ logger = logging.getLogger(__name__)
 ATTACHED = "the attached transformer"
 
 
-class CrepaConfig(IrepaKeys, Settings):
+class CrepaConfig(TaughtSettings):
     """Settings of CREPA under the keys that users of SimpleTuner know, and of iREPA; see `Settings`."""
 
     TITLE = "CREPA"
+    ENCODER = "crepa_encoder"
     PREFIXES = ("crepa_", "irepa_")
     ALIASES = MappingProxyType({"crepa_model": "crepa_encoder"})
     WORDS = MappingProxyType({"crepa_encoder": ENCODER_ALIASES})
@@ -128,11 +127,10 @@ class CrepaConfig(IrepaKeys, Settings):
 
     @classmethod
     def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
-        return [*settle_source(values), *refuse_qwen("crepa_encoder", values, written)]
+        return [*settle_source(values), *super()._settle(values, written)]
 
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        own = joint_problems(self.to_dict(), self.neighbours)
-        return chain(encoder_problems(self.teacher), own, self.irepa_problems("crepa_enabled"))
+        return chain(super()._joint_problems(), joint_problems(self.to_dict(), self.neighbours))
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], *, family: str | None = None) -> CrepaConfig:
@@ -254,26 +252,6 @@ class CrepaConfig(IrepaKeys, Settings):
             self.crepa_adjacent_tau,
             self.crepa_cumulative_neighbors,
             self.crepa_normalize_neighbour_sum,
-        )
-
-    @property
-    def schedule(self) -> ScheduleSettings:
-        """The weight over training, and its cutoff."""
-        return ScheduleSettings.of(self, self.threshold_on_other_scale())
-
-    @property
-    def teacher(self) -> TeacherSettings:
-        """The teacher, and how frames come to it."""
-        return TeacherSettings(
-            backbone=self.crepa_feature_source == "backbone",
-            encoder=self.crepa_encoder,
-            image_size=self.crepa_encoder_image_size,
-            resize=self.crepa_encoder_resize,
-            frames_batch_size=self.crepa_encoder_frames_batch_size,
-            frame_map=self.crepa_frame_map,
-            drop_vae_encoder=self.crepa_drop_vae_encoder,
-            encoder_key="crepa_encoder",
-            size_key="crepa_encoder_image_size",
         )
 
     def loss_options(self) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from .base import Settings, integer, number
-from .rules import ENCODER_PATCH_SIZES, describe
+from .base import Integer, Settings, flag, integer, number
+from .rules import ENCODER_PATCH_SIZES, describe, refuse_qwen
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ThresholdMode = Literal["permanent", "recoverable"]
@@ -82,7 +82,7 @@ class ScheduleSettings:
     elsewhere: tuple[str, float] | None
 
     @classmethod
-    def of(cls, settings: Settings, elsewhere: tuple[str, float] | None = None) -> ScheduleSettings:
+    def of(cls, settings: Settings, elsewhere: tuple[str, float] | None) -> ScheduleSettings:
         """Of settings that have the schedule's keys; those without metric or probe interval have the defaults."""
         prefix, values = settings.PREFIXES[0], settings.to_dict()
         names = [name for name in cls.__dataclass_fields__ if f"{prefix}{name}" in values]
@@ -111,12 +111,67 @@ class TeacherSettings:
     drop_vae_encoder: bool = False
     backbone: bool = False
 
+    @classmethod
+    def of(cls, settings: Settings, encoder_key: str) -> TeacherSettings:
+        """Of settings that name the teacher under ``encoder_key``; what has no key there has the default."""
+        prefix, values = settings.PREFIXES[0], settings.to_dict()
+        tried = [(name, f"{prefix}{part}{name}") for name in cls.__dataclass_fields__ for part in ("", "encoder_")]
+        keys = {name: key for name, key in tried if key in values} | {"encoder": encoder_key}
+        read = {name: values[key] for name, key in keys.items()}
+        backbone = values.get(f"{prefix}feature_source") == "backbone"
+        return cls(encoder_key=encoder_key, size_key=keys["image_size"], backbone=backbone, **read)
 
-def encoder_problems(teacher: TeacherSettings) -> Iterator[tuple[set[str], str]]:
-    """What is wrong of an encoder together with its image size, as `joint_problems` says it."""
-    size, patch = teacher.image_size, ENCODER_PATCH_SIZES.get(teacher.encoder, 1)
-    # By the grid the size is not used, and its default is no multiple of every patch.
-    if teacher.resize == "square" and size % patch:
-        rule = f"must be a multiple of the patch size of {teacher.encoder}, {patch}, at least one patch"
-        keys = {teacher.encoder_key, teacher.size_key, teacher.size_key.replace("image_size", "resize")}
-        yield keys, describe(teacher.size_key, size, rule)
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+class TaughtSettings(Settings):
+    """Settings of a loss with a teacher and a schedule, which iREPA modifies: beside its own keys it has iREPA's.
+
+    ENCODER: the key of its teacher.
+    """
+
+    ENCODER: ClassVar[str]
+
+    irepa_enabled: bool = flag(
+        False, "whether the projector is a convolution and the teacher is normalized over the patches of each frame"
+    )
+    irepa_spatial_norm_alpha: float = number(
+        0.6, "share of their mean over a frame that the teacher's patches are without", ge=0
+    )
+    irepa_projector_kernel_size: Annotated[Integer, AfterValidator(_odd)] = Field(
+        3, ge=1, description="side of the projector's convolution in tokens; must be an integer >= 1 and odd"
+    )
+
+    @classmethod
+    def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
+        return refuse_qwen(cls.ENCODER, values, written)
+
+    def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
+        teacher, switch = self.teacher, f"{self.PREFIXES[0]}enabled"
+        size, patch = teacher.image_size, ENCODER_PATCH_SIZES.get(teacher.encoder, 1)
+        # By the grid the size is not used, and its default is no multiple of every patch.
+        if teacher.resize == "square" and size % patch:
+            rule = f"must be a multiple of the patch size of {teacher.encoder}, {patch}, at least one patch"
+            keys = {teacher.encoder_key, teacher.size_key, teacher.size_key.replace("image_size", "resize")}
+            yield keys, describe(teacher.size_key, size, rule)
+        if self.irepa_enabled and not self.enabled:
+            rule = f"it modifies CREPA or U-REPA, so it needs {switch} = true"
+            yield {"irepa_enabled", switch}, describe("irepa_enabled", True, rule)
+
+    @property
+    def schedule(self) -> ScheduleSettings:
+        """The weight over training, and its cutoff."""
+        return ScheduleSettings.of(self, self.threshold_on_other_scale())
+
+    def threshold_on_other_scale(self) -> tuple[str, float] | None:
+        """Another metric's name and what the threshold is on it; None without one."""
+        return None
+
+    @property
+    def teacher(self) -> TeacherSettings:
+        """The teacher, and how frames or images come to it."""
+        return TeacherSettings.of(self, self.ENCODER)

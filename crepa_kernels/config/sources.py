@@ -1,16 +1,16 @@
-"""Where settings read their keys from: a JSON file, a command line, one set of values over another."""
+"""Where settings read their keys from: a JSON file, a command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .rules import UNSUPPORTED, ConfigError, nearest
+from .rules import ConfigError, nearest
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -53,26 +53,6 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         repeated = ", ".join(key for key in found if keys.count(key) > 1)
         raise ValueError(f"each key may appear once; repeated: {repeated}")
     return found
-
-
-def add_options(
-    group: argparse._ArgumentGroup,
-    fields: Mapping[str, Any],
-    base: Mapping[str, Any],
-    aliases: Mapping[str, str],
-    unsupported: Mapping[str, Any],
-) -> None:
-    """One option for each field, alias and unsupported key; what is not given is not in the namespace.
-
-    base: values that the help shows in the place of the fields' defaults.
-    """
-    defaults = {**{key: field.default for key, field in fields.items()}, **base}
-    texts = {key: f"{field.description} (default: {json.dumps(defaults[key])})" for key, field in fields.items()}
-    texts |= {alias: f"the same as --{key}" for alias, key in aliases.items()}
-    texts |= {key: f"{UNSUPPORTED} (accepted: {json.dumps(off)})" for key, off in unsupported.items()}
-    words = {key for key in fields if fields[key].annotation is str}
-    words |= {alias for alias, key in aliases.items() if key in words}
-    add_json_options(group, texts, words)
 
 
 def add_json_options(group: argparse._ArgumentGroup, texts: Mapping[str, str], words: Container[str] = ()) -> None:
@@ -122,11 +102,3 @@ def unknown_options(
             match = nearest(option[2:], choices)
             problems.append(f"{option}: unknown option" + (f"; did you mean --{match}?" if match else ""))
     return problems
-
-
-def merge(
-    base: Mapping[str, Any], overrides: Mapping[str, Any], same: Iterable[Collection[str]] = ()
-) -> dict[str, Any]:
-    """`overrides` over `base`; of keys that say the `same` thing, `base`'s give way to any of `overrides`."""
-    superseded = {key for keys in same for key in keys if overrides.keys() & set(keys)}
-    return {**{key: value for key, value in base.items() if key not in superseded}, **overrides}

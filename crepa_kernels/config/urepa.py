@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from .base import Integer, Settings, flag, number
-from .irepa import IrepaKeys
-from .rules import ENCODER_ALIASES, refuse_qwen
-from .shared import Scheduler, ScheduleSettings, TeacherSettings, ThresholdMode, encoder_problems, shared_field
+from .base import Integer, flag, number
+from .rules import ENCODER_ALIASES
+from .shared import Scheduler, TaughtSettings, ThresholdMode, shared_field
 
 
-class UrepaConfig(IrepaKeys, Settings):
+class UrepaConfig(TaughtSettings):
     """Settings of U-REPA, on UNets, under the keys that users of SimpleTuner know, and of iREPA; see `Settings`."""
 
     TITLE = "U-REPA"
+    ENCODER = "urepa_model"
     PREFIXES = ("urepa_", "irepa_")
     WORDS = MappingProxyType({"urepa_model": ENCODER_ALIASES})
 
@@ -48,25 +46,3 @@ class UrepaConfig(IrepaKeys, Settings):
     )
     urepa_similarity_ema_decay: float = shared_field("similarity_ema_decay")
     urepa_threshold_mode: ThresholdMode = shared_field("threshold_mode")
-
-    @classmethod
-    def _settle(cls, values: dict[str, Any], written: Mapping[str, str]) -> list[str]:
-        return refuse_qwen("urepa_model", values, written)
-
-    def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
-        return chain(encoder_problems(self.teacher), self.irepa_problems("urepa_enabled"))
-
-    @property
-    def schedule(self) -> ScheduleSettings:
-        """The weight over training, and its cutoff."""
-        return ScheduleSettings.of(self)
-
-    @property
-    def teacher(self) -> TeacherSettings:
-        """The teacher, and how images come to it."""
-        return TeacherSettings(
-            encoder=self.urepa_model,
-            encoder_key="urepa_model",
-            image_size=self.urepa_encoder_image_size,
-            size_key="urepa_encoder_image_size",
-        )

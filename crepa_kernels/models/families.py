@@ -36,7 +36,6 @@ class Family:
         transformer: the diffusers class.
         vaes: the diffusers classes of its VAE that can be decoded, the usual one first.
         block_lists: attributes that hold the blocks, in the order in which they run.
-        block_classes: classes of these blocks in diffusers.
         after_blocks: top-level attributes whose weights come into play after the last block.
         block_index: the recommended block to align.
         hidden_size: D, from the transformer's config.
@@ -56,7 +55,6 @@ class Family:
     transformer: str
     vaes: tuple[str, ...]
     block_lists: tuple[str, ...]
-    block_classes: tuple[str, ...]
     first_frame_is_clean: Callable[[Any], bool] = _never
     after_blocks: tuple[str, ...] = _AFTER_BLOCKS
     block_index: int = 8
@@ -134,7 +132,6 @@ FAMILIES = (
         transformer="WanTransformer3DModel",
         vaes=("AutoencoderKLWan",),
         block_lists=("blocks",),
-        block_classes=("WanTransformerBlock",),
         first_frame_is_clean=_no_extra_channels,
     ),
     Family(
@@ -142,7 +139,6 @@ FAMILIES = (
         transformer="LTXVideoTransformer3DModel",
         vaes=("AutoencoderKLLTXVideo",),
         block_lists=("transformer_blocks",),
-        block_classes=("LTXVideoTransformerBlock",),
         arguments=("num_frames", "height", "width"),
         token_layout=layouts.packed,
         temporal_factors=(8,),
@@ -153,7 +149,6 @@ FAMILIES = (
         transformer="SanaVideoTransformer3DModel",
         vaes=("AutoencoderKLWan", "AutoencoderKLLTX2Video"),
         block_lists=("transformer_blocks",),
-        block_classes=("SanaVideoTransformerBlock",),
         block_index=10,
         temporal_factors=(4, 8),
         first_frame_is_clean=_always,
@@ -163,7 +158,6 @@ FAMILIES = (
         transformer="Kandinsky5Transformer3DModel",
         vaes=("AutoencoderKLHunyuanVideo",),
         block_lists=("visual_transformer_blocks",),
-        block_classes=("Kandinsky5TransformerDecoderBlock",),
         after_blocks=("out_layer",),
         hidden_size=attrgetter("model_dim"),
         arguments=("hidden_states", "sparse_params"),
@@ -176,7 +170,6 @@ FAMILIES = (
         transformer="CogVideoXTransformer3DModel",
         vaes=("AutoencoderKLCogVideoX",),
         block_lists=("transformer_blocks",),
-        block_classes=("CogVideoXBlock",),
         after_blocks=("norm_final", "norm_out", "proj_out"),
         token_layout=layouts.channels_third,
         video_tokens=layouts.first_of_pair,
@@ -188,12 +181,6 @@ FAMILIES = (
         transformer="HunyuanVideoTransformer3DModel",
         vaes=("AutoencoderKLHunyuanVideo",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        block_classes=(
-            "HunyuanVideoTransformerBlock",
-            "HunyuanVideoSingleTransformerBlock",
-            "HunyuanVideoTokenReplaceTransformerBlock",
-            "HunyuanVideoTokenReplaceSingleTransformerBlock",
-        ),
         after_blocks=("norm_out", "proj_out"),
         block_index=10,
         video_tokens=layouts.first_of_pair,
@@ -204,7 +191,6 @@ FAMILIES = (
         transformer="FluxTransformer2DModel",
         vaes=("AutoencoderKL",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         arguments=_BY_IDS,
         token_layout=layouts.image_by_ids,
     ),
@@ -213,7 +199,6 @@ FAMILIES = (
         transformer="Flux2Transformer2DModel",
         vaes=("AutoencoderKLFlux2",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        block_classes=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
         arguments=(*_BY_IDS, "kv_cache_mode", "num_ref_tokens"),
         token_layout=layouts.patches_by_ids,
     ),
@@ -221,13 +206,11 @@ FAMILIES = (
         name="sd3",
         transformer="SD3Transformer2DModel",
         vaes=("AutoencoderKL",),
-        block_classes=("JointTransformerBlock",),
     ),
     _image(
         name="qwen_image",
         transformer="QwenImageTransformer2DModel",
         vaes=("AutoencoderKLQwenImage",),
-        block_classes=("QwenImageTransformerBlock",),
         arguments=("hidden_states", "img_shapes"),
         token_layout=layouts.image_by_shapes,
         temporal_factors=(4,),
@@ -237,7 +220,6 @@ FAMILIES = (
         transformer="ChromaTransformer2DModel",
         vaes=("AutoencoderKL",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        block_classes=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
         arguments=_BY_IDS,
         token_layout=layouts.image_by_ids,
     ),
@@ -245,7 +227,6 @@ FAMILIES = (
         name="sana",
         transformer="SanaTransformer2DModel",
         vaes=("AutoencoderDC",),
-        block_classes=("SanaTransformerBlock",),
         after_blocks=_AFTER_BLOCKS,
         block_index=10,
     ),
@@ -253,7 +234,6 @@ FAMILIES = (
         name="pixart",
         transformer="PixArtTransformer2DModel",
         vaes=("AutoencoderKL",),
-        block_classes=("BasicTransformerBlock",),
         after_blocks=_AFTER_BLOCKS,
         block_index=10,
     ),
@@ -265,7 +245,6 @@ UNET = Family(
     transformer="UNet2DConditionModel",
     vaes=("AutoencoderKL",),
     block_lists=("mid_block",),
-    block_classes=("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D"),
     after_blocks=("up_blocks", "conv_norm_out", "conv_out"),
     block_index=0,
     hidden_size=_last_width,

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from ..config.base import Settings
+from ..config.shared import TaughtSettings
 from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from .aligning import make_projector, projector_class
 from .attach import (
     CREPA,
     UREPA,
@@ -30,7 +32,6 @@ from .attach import (
 )
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
-from .projecting import make_projector, projector_class
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource
@@ -68,7 +69,7 @@ class Regularizer:
     """
 
     OWNER: ClassVar[Owner]
-    CONFIG: ClassVar[type[Settings]]
+    CONFIG: ClassVar[type[TaughtSettings]]
 
     config: Any
     projector: Projector | None

@@ -18,11 +18,10 @@ from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
-from .aligning import aligned
+from .aligning import Sides
 from .attach import CREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
-from .projecting import as_aligned, projected
 from .teacher import ClipInputs, TeacherSource
 
 
@@ -149,18 +148,16 @@ class CrepaRegularizer(Regularizer):
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
     ) -> Measured:
-        taught = self._teacher(student, inputs, frame_mask, teacher_mask)
-        states, projector = projected(cast(Projector, self.projector), student)
-        output = aligned(crepa_loss, self.config, projector, states, *taught)
+        sides, masks = self._sides(student, inputs, frame_mask, teacher_mask)
+        output = sides.given_to(crepa_loss, **masks, **self.config.loss_options())
         losses, weight = {"crepa_loss": output.loss}, self.config.crepa_relational_weight
         if weight > 0:
             # A Linear projects again: three products of a training step's thousands.
-            relations = aligned(relational_loss, self.config, projector, states, *taught)
+            relations = sides.given_to(relational_loss, **masks, **self.config.relational_options())
             losses["crepa_relational_loss"] = weight * relations
-        teacher, *masks = taught
 
         def metric() -> tuple[torch.Tensor, torch.Tensor]:
-            count = counted_frames(output.frame_similarity, *masks)
+            count = counted_frames(output.frame_similarity, *masks.values())
             return getattr(output, self.config.crepa_similarity_metric) * count, count
 
         logs: Logs = {
@@ -168,23 +165,23 @@ class CrepaRegularizer(Regularizer):
             "crepa_similarity_self": output.self_similarity,
             "crepa_alignment_score": output.alignment_score,
         }
-        return Measured(losses, logs, teacher.features, metric)
+        return Measured(losses, logs, sides.teacher_features, metric)
 
-    def _teacher(
+    def _sides(
         self,
         student: CapturedStates,
         inputs: ClipInputs,
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
-    ) -> tuple[TeacherFeatures, torch.Tensor | None, torch.Tensor | None]:
-        """The teacher's features, and both masks on the device without the frames that are not in their clip."""
+    ) -> tuple[Sides, dict[str, torch.Tensor | None]]:
+        """What losses take, and both masks on the device without the frames that are not in their clip."""
         device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
-        frame_mask = check_mask(frame_mask, "frame_mask", shape, device)
-        teacher_mask = check_mask(teacher_mask, "teacher_mask", shape, device)
+        given = {"frame_mask": frame_mask, "teacher_mask": teacher_mask}
+        masks = {name: check_mask(mask, name, shape, device) for name, mask in given.items()}
         teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
         if lengths is not None:
-            frame_mask, teacher_mask = (lengths.within(mask, device) for mask in (frame_mask, teacher_mask))
-        return as_aligned(self.config, teacher), frame_mask, teacher_mask
+            masks = {name: lengths.within(mask, device) for name, mask in masks.items()}
+        return Sides.of(self.config, cast(Projector, self.projector), student, teacher), masks
 
     @torch.no_grad()
     def similarity_matrix(
@@ -197,6 +194,5 @@ class CrepaRegularizer(Regularizer):
         """
         given["num_frames"] = as_counts(given.get("num_frames"))
         student = self.captured()
-        taught = self._teacher(student, ClipInputs(**given), frame_mask, teacher_mask)
-        states, projector = projected(cast(Projector, self.projector), student)
-        return aligned(similarity_matrix, self.config, projector, states, *taught)
+        sides, masks = self._sides(student, ClipInputs(**given), frame_mask, teacher_mask)
+        return sides.given_to(similarity_matrix, **masks, **self.config.loss_options())

@@ -13,13 +13,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from ..config.base import Settings
+from ..config.shared import TaughtSettings
 from ..optional import require
 from ..projector import Projector
+from .aligning import projector_class
 from .attach import Owner
-from .projecting import projector_class
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+AnySettings = TypeVar("AnySettings", bound=TaughtSettings)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def projector_file(owner: Owner) -> str:
 
 
 def save_regularizer(
-    folder: str | os.PathLike[str], config: Settings, projector: Projector | None, owner: Owner
+    folder: str | os.PathLike[str], config: TaughtSettings, projector: Projector | None, owner: Owner
 ) -> None:
     """Writes the owner's ``*_config.json`` and, when there is a projector, ``*_projector.safetensors`` into ``folder``.
 

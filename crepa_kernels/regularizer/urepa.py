@@ -16,11 +16,10 @@ from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
-from .aligning import check_width
+from .aligning import Sides
 from .attach import UREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
-from .projecting import as_aligned, projected
 from .teacher import ClipInputs, TeacherSource
 
 
@@ -118,22 +117,13 @@ class UrepaRegularizer(Regularizer):
     def _measure(self, student: CapturedStates, inputs: ClipInputs) -> Measured:
         # No other block teaches.
         teacher, _ = self._source.teach(inputs, student, lambda: student)
-        check_width(teacher, cast(Projector, self.projector).feature_size, self.OWNER)
-        teacher = as_aligned(self.config, teacher)
-        states, projector = projected(cast(Projector, self.projector), student)
-        both: dict[str, Any] = {
-            "hidden_states": states.hidden_states,
-            "teacher_features": teacher.features,
-            "projector": projector,
-            "student_grid": student.layout.grid,
-            "teacher_grid": teacher.grid,
-            "spatial_align": self.config.urepa_spatial_align,
-        }
-        aligned = crepa_loss(**both, distance=0)
+        sides = Sides.of(self.config, cast(Projector, self.projector), student, teacher, self.OWNER)
+        align = self.config.urepa_spatial_align
+        aligned = sides.given_to(crepa_loss, distance=0, spatial_align=align)
         logs: Logs = {"urepa_alignment_loss": aligned.loss.detach(), "urepa_similarity": aligned.similarity}
         loss = aligned.loss
         if self.config.urepa_manifold_weight > 0:
-            manifold = relational_loss(**both, pairs="frame")
+            manifold = sides.given_to(relational_loss, pairs="frame", spatial_align=align)
             logs["urepa_manifold_loss"] = manifold.detach()
             loss = loss + self.config.urepa_manifold_weight * manifold
 
@@ -141,4 +131,4 @@ class UrepaRegularizer(Regularizer):
             count = counted_frames(aligned.frame_similarity, None, None)
             return aligned.similarity * count, count
 
-        return Measured({"urepa_loss": loss}, logs, teacher.features, metric)
+        return Measured({"urepa_loss": loss}, logs, sides.teacher_features, metric)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
-from crepa_kernels.config.base import Integer, flag, integer, number
+from crepa_kernels.config.base import Integer, Settings, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
-from crepa_kernels.config.rules import (
-    PRESETS,
-    describe,
-    recommended_block_index,
-    refused_keys,
-    unknown_key,
-    unknown_preset,
-    whole_rule,
-)
+from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
 
 logger = logging.getLogger(__name__)
@@ -52,27 +44,23 @@ Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tu
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
 
 
-# What other trainers have under these names, and this one in another way or not at all.
-_OTHERS = {
-    "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
-    "caption_dropout": "unknown key; captions are not dropped",
-    "config": "the file of settings is given on the command line, as --config FILE",
-    **dict.fromkeys(
-        (key for key in UrepaConfig.model_fields if key.startswith("urepa_")),
-        "U-REPA is for UNets, and crepa-train trains transformers: CREPA is for those, with the keys crepa_*",
-    ),
-}
+class RunSettings(LayerSyncKeys, Settings):
+    """Settings of a training run, LayerSync's among them; see `Settings`."""
 
-
-class RunSettings(LayerSyncKeys):
-    """Settings of a training run, LayerSync's among them, immutable.
-
-    Every field's description is its rule, in errors and in `--help`. A wrong value, an unknown key or a contradiction
-    raises one `ConfigError` (a ValueError) that lists every wrong key with its value and rule. `None` means the
-    default. Integers have at most 64 bits.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    TITLE = "training"
+    PREFIXES = ("",)  # none
+    UNKNOWN = MappingProxyType(
+        {
+            "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
+            "caption_dropout": "unknown key; captions are not dropped",
+            "config": "the file of settings is given on the command line, as --config FILE",
+            **dict.fromkeys(
+                (key for key in UrepaConfig.model_fields if key.startswith("urepa_")),
+                "U-REPA is for UNets, and crepa-train trains transformers: CREPA is for those, with the keys crepa_*",
+            ),
+        }
+    )
+    NEAR = (PRESET, *CrepaConfig.model_fields)
 
     model: Place = Field(min_length=1, description="pipeline folder in the hub's layout, or hub id; required")
     data: Folder = Field(description="folder of videos with captions beside them (name.mp4, name.txt); required")
@@ -176,30 +164,34 @@ class RunSettings(LayerSyncKeys):
         ge=0,
     )
 
-    def __init__(self, **data: Any) -> None:
-        fields = type(self).model_fields
-        given = {key: value for key, value in data.items() if value is not None}
-        problems = [
-            describe(key, value, _OTHERS.get(key) or unknown_key(key, [*fields, PRESET, *CrepaConfig.model_fields]))
-            for key, value in given.items()
-            if key not in fields
-        ]
-        given = {key: value for key, value in given.items() if key in fields}
-        try:
-            super().__init__(**given)
-        except ValidationError as error:
-            for key in refused_keys(error, fields):
-                rule = whole_rule(fields[key].description or "", given.get(key))
-                problems.append(describe(key, given[key], rule) if key in given else f"{key}: {rule}")
-        else:
-            problems += _contradictions(self)
-        if problems:
-            raise ConfigError(problems)
+    def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Settings that contradict each other, or of which one would do nothing."""
+        yield from self.layersync_problems()
+        if self.training == "full" and self.lora_format != "diffusers":
+            rule = 'training = "full" trains all weights and has no LoRA'
+            yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
+        if warm_up and self.lr_scheduler == "constant":
+            rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
+            yield {"lr_warmup_steps", "lr_scheduler"}, describe("lr_warmup_steps", warm_up, rule)
+        if warm_up > most:
+            yield {"lr_warmup_steps"}, describe("lr_warmup_steps", warm_up, f"must be at most max_train_steps = {most}")
+        keys = {"validation_every", "validation_prompts"}
+        if self.validation_every and not prompts:
+            rule = "validation_prompts is empty: give what to sample, or 0"
+            yield keys, describe("validation_every", self.validation_every, rule)
+        # A 0 that is given means never.
+        if prompts and "validation_every" not in self.model_fields_set:
+            rule = "validation_every is not given: give the steps between validations, or 0 for never"
+            yield keys, describe("validation_prompts", prompts, rule)
+        if self.output.resolve() == self.data.resolve():
+            rule = "must be another folder than data, whose videos are trained on"
+            yield {"output", "data"}, describe("output", str(self.output), rule)
 
     @property
     def layersync(self) -> LayerSyncConfig:
         """LayerSync's settings."""
-        return LayerSyncConfig(**LayerSyncConfig.ours({key: getattr(self, key) for key in self.model_fields_set}))
+        return LayerSyncConfig.from_dict(self.model_dump(exclude_unset=True))
 
     @property
     def cache_folder(self) -> Path:
@@ -214,48 +206,14 @@ class RunSettings(LayerSyncKeys):
         return 0 if device_type == "cpu" else WORKERS_WITH_GPU
 
 
-def _contradictions(settings: RunSettings) -> list[str]:
-    """A line for each pair of settings that contradict each other, or of which one would do nothing."""
-    found = [problem for _, problem in settings.layersync_problems()]
-    if settings.training == "full" and settings.lora_format != "diffusers":
-        rule = 'training = "full" trains all weights and has no LoRA'
-        found.append(describe("lora_format", settings.lora_format, rule))
-    if settings.lr_warmup_steps and settings.lr_scheduler == "constant":
-        rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
-        found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))
-    if settings.lr_warmup_steps > settings.max_train_steps:
-        rule = f"must be at most max_train_steps = {settings.max_train_steps}"
-        found.append(describe("lr_warmup_steps", settings.lr_warmup_steps, rule))
-    if settings.validation_every and not settings.validation_prompts:
-        rule = "validation_prompts is empty: give what to sample, or 0"
-        found.append(describe("validation_every", settings.validation_every, rule))
-    # A 0 that is given means never.
-    if settings.validation_prompts and "validation_every" not in settings.model_fields_set:
-        rule = "validation_every is not given: give the steps between validations, or 0 for never"
-        found.append(describe("validation_prompts", list(settings.validation_prompts), rule))
-    if settings.output.resolve() == settings.data.resolve():
-        rule = "must be another folder than data, whose videos are trained on"
-        found.append(describe("output", str(settings.output), rule))
-    return found
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each key, `--preset`, and CREPA's and LayerSync's; what is not given is not in the namespace."""
-    fields = {key: field for key, field in RunSettings.model_fields.items() if key not in LayerSyncConfig.model_fields}
-    texts = {key: f"{field.description}{_default(field)}" for key, field in fields.items()}
-    texts[PRESET] = f"crepa_* values under those that are given; must be one of {', '.join(PRESETS)}"
-    # Their values are text in every case: a folder may be named 2024.
-    words = {key for key, field in fields.items() if {field.annotation, *get_args(field.annotation)} & _TEXT}
-    add_json_options(parser.add_argument_group("training"), texts, words)
+    group = parser.add_argument_group(RunSettings.TITLE)
+    own = [key for key in RunSettings.model_fields if key not in LayerSyncKeys.model_fields]
+    RunSettings.add_options(group, own, {})
+    add_json_options(group, {PRESET: f"crepa_* values under those that are given; must be one of {', '.join(PRESETS)}"})
     CrepaConfig.add_arguments(parser)
     LayerSyncConfig.add_arguments(parser)
-
-
-_TEXT = {str, Path, Place, Folder}
-
-
-def _default(field: Any) -> str:
-    return "" if field.is_required() or field.default is None else f" (default: {json.dumps(field.default)})"
 
 
 def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -318,8 +276,8 @@ def _split(
 
 
 def _unknown_words(rest: Sequence[str]) -> list[str]:
-    known = [*RunSettings.model_fields, PRESET, *CrepaConfig.model_fields, *CrepaConfig.ALIASES]
-    options = unknown_options(rest, known, ("-",), _OTHERS)
+    known = [*RunSettings.model_fields, *RunSettings.NEAR, *CrepaConfig.ALIASES]
+    options = unknown_options(rest, known, ("-",), RunSettings.UNKNOWN)
     # A word after an unknown option was its value.
     return options or [f"{word}: not an option" for word in rest]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from corner_videos import set_matrix
 from crepa_trainer.data.clips import sample_videos
+from crepa_trainer.data.video import Upright, frames_of, opened
 
 # The display matrix of an MP4 that has a player turn the stored picture counterclockwise by as many degrees.
 TURNS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}
@@ -93,3 +96,11 @@ def captioned_films(folder: Path) -> Path:
         (folder / video.name).symlink_to(video)
         (folder / video.name).with_suffix(".txt").write_text(f"a video of {video.stem}")
     return folder
+
+
+def read_frames(path: Path, height: int, width: int, limit: int) -> torch.Tensor:
+    """The first `limit` frames (or all, if fewer) as (F, 3, height, width) uint8, as clips are read."""
+    with opened(path) as (container, stream):
+        frames = list(islice(frames_of(container, stream), limit))
+        upright = Upright(frames[0], stream, height, width)
+        return torch.from_numpy(np.stack([upright(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()

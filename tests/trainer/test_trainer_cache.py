@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.data.cache import Bucket, CachedClips, prepare_cache
-from crepa_trainer.data.clips import read_clips, read_frames
+from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.names import teacher_frames
 from crepa_trainer.data.video import DataError, VideoError, probe_video
@@ -25,7 +25,7 @@ from crepa_trainer.families.wan import WanFamily
 from crepa_trainer.settings import RunSettings
 from rich.console import Console
 from tiny import tiny_wan
-from videos import moving_square, write_video, write_with_empty_samples
+from videos import moving_square, read_frames, write_video, write_with_empty_samples
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer, frame_indices
 from crepa_kernels.teachers.dinov2 import DinoV2

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crepa_trainer.data.clips import read_clips, read_frames, sample_videos
+from crepa_trainer.data.clips import read_clips, sample_videos
 from crepa_trainer.data.listing import list_videos
 from crepa_trainer.data.video import DataError, VideoError
-from videos import moving_square, write_video
+from videos import moving_square, read_frames, write_video
 
 
 def grey(value: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepa_trainer.data.clips import read_clips, read_frames
+from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import Bucket, choose_bucket, clip_starts, find_clips, read_captions
 from crepa_trainer.data.video import DataError, Upright, VideoError, VideoInfo, probe_video
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.settings import RunSettings
 from tiny_pipelines import save_tiny_wan_pipeline
-from videos import moving_square, write_video
+from videos import moving_square, read_frames, write_video
 
 from crepa_kernels.config import ConfigError
 

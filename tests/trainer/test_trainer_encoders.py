@@ -12,14 +12,13 @@ import pytest
 import torch
 from crepa_trainer.cli import main
 from crepa_trainer.data.cache import CachedClips, prepare_cache
-from crepa_trainer.data.clips import read_frames
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import RunSettings
 from rich.console import Console
 from torch import nn
-from videos import moving_square, write_video
+from videos import moving_square, read_frames, write_video
 
 from crepa_kernels import CrepaConfig
 from crepa_kernels.teachers import FrozenEncoder, register_encoder

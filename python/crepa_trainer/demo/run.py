@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..checkpoint import newest_checkpoint, read_checkpoint
-from ..data.clips import read_clips, read_frames, sample_videos
+from ..data.clips import read_clips, sample_videos
 from ..data.dataset import Bucket
 from ..data.listing import list_videos
 from ..data.sampler import MicroBatch, MicroBatches, Position
@@ -38,12 +38,13 @@ from ..settings import RunSettings
 from ..state import TrainState, make_state
 from ..step import training_step
 from ..terminal import say
-from .evaluation import Alignment, Evaluator, Features
+from .evaluation import Alignment, Evaluator
 from .models import save_demo_model
 from .summary import ENDS, Summary, ends, print_summary
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
+    from crepa_kernels.regularizer.aligning import Sides
 
 # Over what CrepaConfig says by itself. The published models' block 8 does not exist in a model of six, and the first
 # blocks of random weights make little of where a patch is: a deeper one, with more weight, learns it in few steps.
@@ -82,21 +83,23 @@ class DemoOptions:
 
     def settings(self) -> RunSettings:
         """What `crepa-train run` is told."""
-        return RunSettings(
-            model=str(self.model_folder),
-            data=self.output / "clips",
-            output=self.output,
-            resolutions=((self.size.height, self.size.width),),
-            frame_counts=(self.size.frames,),
-            clips_per_video=self.clips_per_video,
-            max_train_steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            projector_learning_rate=3e-3,
-            mixed_precision="no",
-            gradient_checkpointing=False,
-            seed=self.seed,
-            strict=self.strict,
+        return RunSettings.from_dict(
+            {
+                "model": str(self.model_folder),
+                "data": self.output / "clips",
+                "output": self.output,
+                "resolutions": ((self.size.height, self.size.width),),
+                "frame_counts": (self.size.frames,),
+                "clips_per_video": self.clips_per_video,
+                "max_train_steps": self.steps,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "projector_learning_rate": 3e-3,
+                "mixed_precision": "no",
+                "gradient_checkpointing": False,
+                "seed": self.seed,
+                "strict": self.strict,
+            }
         )
 
 
@@ -166,11 +169,11 @@ def _link_with_captions(videos: dict[str, Path], folder: Path) -> None:
 
 def _first_clips(videos: Sequence[Path], size: Bucket) -> list[Tensor]:
     """The beginning of each video that has one, (P, 3, H, W); of the others the run says what is wrong with them."""
-    clips = []
+    clips: list[Tensor] = []
     for path in videos:
         with suppress(VideoError):
-            clips.append(read_frames(path, size.height, size.width, size.frames))
-    return [clip for clip in clips if len(clip) == size.frames]
+            clips += [pixels for _, pixels in read_clips(path, size.height, size.width, [0], size.frames)]
+    return clips
 
 
 def _fresh_state(trained: TrainingRun, config: CrepaConfig) -> TrainState:
@@ -250,7 +253,7 @@ def _summary(
     )
 
 
-def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, features: Features) -> None:
+def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, features: Sides) -> None:
     """Similarity matrix and patches of one clip from each of the first two videos."""
     keys = trained.clips.keys
     shown = list({key.video: number for number, key in enumerate(keys)}.values())[:2]

@@ -12,7 +12,7 @@ from crepa_kernels import CrepaConfig
 from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.grid import Grid, num_tokens, plan_alignment
 from crepa_kernels.loss import KEPT_BYTES, requested_backend
-from crepa_kernels.regularizer.projecting import make_projector
+from crepa_kernels.regularizer.aligning import make_projector
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..data.dataset import Bucket, FoundClips, caption_file
