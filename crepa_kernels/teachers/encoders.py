@@ -59,10 +59,7 @@ class FrozenEncoder:
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"FrozenEncoder({name}=...) must be an integer of at least 1, got {size!r}")
         if isinstance(self.encode, nn.Module):
-            weights = list(self.encode.parameters())
-            if weights and all(each.is_meta for each in weights):
-                name = described(self.encode)
-                raise ValueError(f"the encoder {name} has no weights yet (meta device): load them first")
+            check_loaded(self.encode)
             self.encode.requires_grad_(False).eval()
         if not self.name:
             object.__setattr__(self, "name", getattr(self.encode, "__name__", type(self.encode).__name__))
@@ -94,6 +91,13 @@ class FrozenEncoder:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*self.encode.parameters(), *self.encode.buffers()] if isinstance(self.encode, nn.Module) else []
+
+
+def check_loaded(module: nn.Module) -> None:
+    """ValueError for a module whose weights are all on the meta device."""
+    weights = list(module.parameters())
+    if weights and all(each.is_meta for each in weights):
+        raise ValueError(f"the encoder {described(module)} has no weights yet (meta device): load them first")
 
 
 class Encoder(Protocol):

@@ -283,7 +283,7 @@ def check_answer(encoder: FrozenEncoder, features: Any, images: torch.Tensor, as
     if not isinstance(features, torch.Tensor):
         raise ValueError(f"{given} must answer a tensor (n, h, w, E), got {type(features).__name__}: wrap it in {RULE}")
     shape = tuple(features.shape)
-    if features.is_meta or features.layout != torch.strided:
+    if (features.is_meta and not images.is_meta) or features.layout != torch.strided:
         what = "on the meta device" if features.is_meta else f"of layout {features.layout}"
         raise ValueError(f"{given} must answer a dense tensor with values, got one {what}")
     if features.dim() != 4 or shape[0] != len(images) or 0 in shape:

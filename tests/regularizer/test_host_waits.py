@@ -105,8 +105,12 @@ class _Arrived(HostCopy):
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
-    for check in ("check_attachable", "check_attached"):
-        monkeypatch.setattr(f"crepa_kernels.regularizer.base.{check}", lambda *args: None)
+    for check in (
+        "regularizer.base.check_attachable",
+        "regularizer.base.check_attached",
+        "teachers.encoders.check_loaded",
+    ):
+        monkeypatch.setattr(f"crepa_kernels.{check}", lambda *args: None)
     for name in ("__init__", "arrived", "read"):
         monkeypatch.setattr(HostCopy, name, vars(_Arrived)[name])
 
