@@ -1,4 +1,4 @@
-"""What a frozen encoder is: a record as users give one, and the interface of all that teach, loaded or not yet."""
+"""What a frozen encoder is: a record as users give one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,45 +98,6 @@ def check_loaded(module: nn.Module) -> None:
     weights = list(module.parameters())
     if weights and all(each.is_meta for each in weights):
         raise ValueError(f"the encoder {described(module)} has no weights yet (meta device): load them first")
-
-
-class Encoder(Protocol):
-    """What a teacher needs to know of an encoder whose weights may not be there yet.
-
-    Attributes:
-        name: for messages.
-        feature_size, patch_size: as of ``FrozenEncoder``; None also while only a loader knows them.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def feature_size(self) -> int | None: ...
-    @property
-    def patch_size(self) -> int | None: ...
-
-    def load(self, device: torch.device) -> FrozenEncoder:
-        """The encoder with its weights, on ``device`` where it has no place of its own."""
-
-
-class NamedEncoder(Encoder, Protocol):
-    """What can be known of an encoder without loading it.
-
-    Attributes:
-        weights: the folder or hub id of its weights, where they are known by that; else ``content_key`` says them.
-    """
-
-    @property
-    def weights(self) -> str | None: ...
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The type of its weights and features on ``device``."""
-
-    def parameters(self) -> int:
-        """How many it has, without loading them."""
-
-    def content_key(self) -> str | None:
-        """Another one for other weights; None where nobody said one."""
 
 
 def register_encoder(encoder: FrozenEncoder) -> None:

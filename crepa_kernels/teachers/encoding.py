@@ -20,10 +20,8 @@ from .dinov2 import DinoV2, dinov2_patches, is_dinov2
 from .efficientnet import EfficientNetLite0
 from .encoders import (
     RULE,
-    Encoder,
     FramesCall,
     FrozenEncoder,
-    NamedEncoder,
     described,
     registered_encoder,
     takes,
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EncoderSource = FrozenEncoder | nn.Module | FramesCall | str | os.PathLike[str] | Callable[[], Any]
+# Of which all that ``FrozenEncoder`` says of itself is known without loading it. ``weights``: the folder or hub id of
+# its weights, where they are known by that; else ``content_key`` says them.
+NamedEncoder = FrozenEncoder | DinoV2 | EfficientNetLite0
 
 
 def named_encoder(name: str, key: str = "crepa_encoder") -> NamedEncoder:
@@ -46,7 +47,7 @@ def named_encoder(name: str, key: str = "crepa_encoder") -> NamedEncoder:
     return registered_encoder(name) or DinoV2(name, key)
 
 
-def encoder_of(source: EncoderSource, key: str = "crepa_encoder") -> Encoder:
+def encoder_of(source: EncoderSource, key: str = "crepa_encoder") -> NamedEncoder | _Later:
     """The encoder behind a name, a folder or hub id, a model, anything frozen, or a loader of one of the last two.
 
     A callable is a loader where it can be called without arguments, and else takes frames.
@@ -157,7 +158,7 @@ class FrameEncoder:
         )
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> NamedEncoder | _Later:
         """What is known of the encoder: with its weights where they are loaded."""
         return self._source if self._loaded is None else self._loaded
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crepa_kernels import frame_indices
-from crepa_kernels.teachers.encoding import named_encoder
+from crepa_kernels.teachers.encoding import NamedEncoder, named_encoder
 
 from .dataset import Bucket, ClipKey, FoundClips
 from .files import file_name, model_identity
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
-    from crepa_kernels.teachers.encoders import NamedEncoder
 
     from ..families import TrainingFamily
     from ..settings import RunSettings

@@ -39,6 +39,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         text_parts: parts of its folder that only encode text.
         text_keys: what is kept of the first values of the pipeline's `encode_prompt`, in their order, by the names in a
             text, with the argument of the pipeline's call that takes each.
+        one_prompt_at_a_time: whether texts are encoded one by one.
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
         lora_targets: attention projections that get a LoRA when the settings name none.
@@ -57,6 +58,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     pipelines: ClassVar[Mapping[str, str]]
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
+    one_prompt_at_a_time: ClassVar[bool] = False
     encodes_first_frame: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     original_names: ClassVar[Mapping[str, str] | None] = None
@@ -190,9 +192,13 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         A text is one or more tensors without a batch axis, e.g. `text` (L, d), `text_mask` (L,) bool; their names are
         the family's, and none of those that `CachedClips` gives. In a batch a shorter one is filled with zeros.
         """
-        limit = self.text_limits["tokenizer"]
-        encoded = parts.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit)
-        return self._texts(encoded)
+        rounds = [[prompt] for prompt in prompts] if self.one_prompt_at_a_time else [list(prompts)]
+        encoded = [parts.encode_prompt(each, **self.prompt_options(each)) for each in rounds]
+        return [text for each in encoded for text in self._texts(each)]
+
+    def prompt_options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Arguments of the pipeline's `encode_prompt` beside the prompts."""
+        return {"max_sequence_length": self.text_limits["tokenizer"], "do_classifier_free_guidance": False}
 
     def _texts(self, encoded: Sequence[Tensor]) -> list[Text]:
         """Of what the pipeline's `encode_prompt` returns for one or several prompts."""

@@ -145,12 +145,12 @@ class HunyuanVideoFamily(TrainingFamily):
         which the pipeline encodes with a black image and without the options of its other prompts.
         """
         if self.task == "text2video":
-            return self._texts(parts.encode_prompt(list(prompts), **self._limit))
+            return super().encode_text(parts, prompts)
         black = picture(torch.zeros(3, 16, 16, dtype=torch.uint8))
-        return [self._texts(parts.encode_prompt(black, [prompt], **self._limit))[0] for prompt in prompts]
+        options = self.prompt_options(prompts)
+        return [self._texts(parts.encode_prompt(black, [prompt], **options))[0] for prompt in prompts]
 
-    @property
-    def _limit(self) -> dict[str, int]:
+    def prompt_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         return {"max_sequence_length": self.text_limits["tokenizer"]}
 
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
@@ -169,8 +169,8 @@ class HunyuanVideoFamily(TrainingFamily):
         """As `encode_text`; for image to video `text` begins with what the text encoder makes of the first frame."""
         if self.task == "text2video":
             return super().encode_text_of_clip(parts, prompt, first_frame)
-        encoded = parts.encode_prompt(picture(first_frame), [prompt], **self._limit, **self.text_image_options)
-        return self._texts(encoded)[0]
+        options = {**self.prompt_options([prompt]), **self.text_image_options}
+        return self._texts(parts.encode_prompt(picture(first_frame), [prompt], **options))[0]
 
     def encode_clip(self, vae: Any, pixels: Tensor, image_encoder: Any = None) -> dict[str, Tensor]:
         encoded = super().encode_clip(vae, pixels)

@@ -29,6 +29,8 @@ class Kandinsky5Family(TrainingFamily):
     text_parts: ClassVar = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     text_limits: ClassVar = {"tokenizer": 512, "tokenizer_2": CLIP_TOKENS}  # 512: the pipelines' default
     text_keys: ClassVar = {"text": "prompt_embeds_qwen", "pooled": "prompt_embeds_clip"}
+    # A shorter prompt beside a longer one would be filled up with tokens that are attended to.
+    one_prompt_at_a_time = True
     encodes_first_frame = True
     depth: ClassVar = ("num_visual_blocks",)
     pixel_multiple = 16
@@ -74,12 +76,8 @@ class Kandinsky5Family(TrainingFamily):
                 f"frame count {bucket.frames}: the image-to-video pipeline makes clips of {least} frames or more"
             )
 
-    @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
-        """`text` (L, d) of Qwen, L as long as the prompt is, and `pooled` (d,) of CLIP."""
-        # One by one: a shorter prompt beside a longer one would be filled up with tokens that are attended to.
-        limit = self.text_limits["tokenizer"]
-        return [self._texts(parts.encode_prompt([prompt], max_sequence_length=limit))[0] for prompt in prompts]
+    def prompt_options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        return {"max_sequence_length": self.text_limits["tokenizer"]}
 
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
         if part != "tokenizer":

@@ -21,23 +21,15 @@ class SanaVideoFamily(TrainingFamily):
     name = "sanavideo"
     transformer_class = "SanaVideoTransformer3DModel"
     pixel_multiple = 32
+    one_prompt_at_a_time = True
     text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
     text_limits: ClassVar = {"tokenizer": 300}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "SanaVideoPipeline", "image2video": "SanaImageToVideoPipeline"}
 
-    @torch.no_grad()
-    def encode_text(self, parts: Any, prompts: Sequence[str]) -> list[Text]:
+    def prompt_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         """As the pipeline's call: under its instruction for the text encoder, but the empty prompt alone."""
-        texts: list[Text] = []
-        for prompt in prompts:
-            encoded = parts.encode_prompt(
-                [prompt],
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.text_limits["tokenizer"],
-                complex_human_instruction=_instruction() if prompt else None,
-            )
-            texts += self._texts(encoded)
-        return texts
+        instruction = _instruction() if any(prompts) else None
+        return {**super().prompt_options(prompts), "complex_human_instruction": instruction}
 
     def token_count(self, tokenizer: Any, part: str, prompt: str) -> int:
         instruction, prompt = "\n".join(_instruction()), prompt.lower().strip()

@@ -138,11 +138,6 @@ def make_plan(
     buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
     taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
-    memory = _memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None
-    layersync = _kept_by_layersync(settings, family, buckets, device_type) if settings.layersync_enabled else 0
-    workers = settings.workers_on(device_type)
-    epochs = taken / batches
-    cut = tuple(family.cut_texts(_texts(settings, found)))
     return Plan(
         settings,
         config,
@@ -152,11 +147,11 @@ def make_plan(
         parameters,
         trained,
         buckets,
-        epochs,
-        memory,
-        layersync,
-        workers,
-        cut,
+        epochs=taken / batches,
+        memory=_memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None,
+        layersync=_kept_by_layersync(settings, family, buckets, device_type) if settings.layersync_enabled else 0,
+        workers=settings.workers_on(device_type),
+        cut=tuple(family.cut_texts(_texts(settings, found))),
     )
 
 
@@ -260,12 +255,8 @@ def _memory(
         weights = encoder.parameters() * teacher_dtype.itemsize
     projector = projector_bytes(hidden, features, config)
     # The convolution's weights in the products' type.
-    copied = (
-        projector // (FP32 * COPIES_OF_TRAINED) * dtype.itemsize
-        if config.irepa_enabled and dtype.itemsize < FP32
-        else 0
-    )
-    return CrepaMemory(projector, max(kept) + copied, weights)
+    copied = projector // (FP32 * COPIES_OF_TRAINED) * dtype.itemsize if dtype.itemsize < FP32 else 0
+    return CrepaMemory(projector, max(kept) + copied * config.irepa_enabled, weights)
 
 
 def _kept_by_layersync(

@@ -139,12 +139,8 @@ def _layersync_rows(plan: Plan) -> Rows:
         return [("LayerSync", idle)] if idle else []
     student, teacher = settings.layersync_student_block, settings.layersync_teacher_block
     blocks = f"block {student} learns from block {teacher} of 0 to {plan.family.blocks - 1}"
-    return [
-        (
-            "LayerSync",
-            f"{blocks}, weight {settings.layersync_lambda:g}, {readable_bytes(plan.layersync)} kept by the loss",
-        )
-    ]
+    kept = f"{readable_bytes(plan.layersync)} kept by the loss"
+    return [("LayerSync", f"{blocks}, weight {settings.layersync_lambda:g}, {kept}")]
 
 
 def _grids(buckets: Sequence[BucketPlan]) -> str:
