@@ -3,8 +3,8 @@
     python -m benches.bench_growing [--device cuda] [--out benches/results/growing-cpu.json]
 
 Linear commutes with the resampling, so that both orders are the same loss; the second is what smaller grids take, and
-what grids that grow took before. The calls are timed in turns in one run. The shapes are those of a UNet's middle block
-(16 x 16 tokens of 1280 channels) beside DINOv2's patches, as U-REPA has them.
+what grids that grow took before. The calls are timed in turns in one run. The shapes are those of SDXL's middle block
+at 512 x 512 (16 x 16 tokens of 1280 channels; 32 x 32 at 1024 x 1024) beside DINOv2's patches, as U-REPA has them.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ RESAMPLED = [
     Shape("wan-14b-720p", 5120, 21, (45, 80), (16, 16), 384, "teacher"),
 ]
 
-# The student's grid grows: a UNet's middle block at 1024 x 1024 beside DINOv2's giant and base at 518 x 518.
+# The student's grid grows: SDXL's middle block at 512 x 512 beside DINOv2's giant and base at 518 x 518.
 GROWING = [
     Shape("unet-sdxl", 1280, 1, (16, 16), (37, 37), 1536, "teacher", dtype=dtype) for dtype in ("float32", "bfloat16")
 ] + [Shape("unet-sdxl", 1280, 1, (16, 16), (37, 37), 768, "teacher")]

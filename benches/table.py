@@ -1,4 +1,4 @@
-"""Writes the measured tables of benches/results/ into README.md.
+"""Writes the measured tables of benches/results/ into docs/measured.md.
 
     python -m benches.table [--from build/gpu]
 
@@ -18,6 +18,7 @@ from benches.gpu.predicted import PREDICTED
 from benches.gpu.results import MEASURED, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/measured.md"
 END = "<!-- end -->"
 TAKEN_OVER = ("gpu-*.json", "choices-*.json", "resample-gpu.json", "gpu-*.png")
 
@@ -126,7 +127,7 @@ def replaced(text: str, name: str, table: str) -> str:
     pattern = f"{re.escape(start)}.*?{re.escape(END)}"
     made, count = re.subn(pattern, lambda _: f"{start}\n{table}\n{END}", text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"README.md must hold {start} ... {END} once, found {count}")
+        raise ValueError(f"{PAGE.name} must hold {start} ... {END} once, found {count}")
     return made
 
 
@@ -139,10 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             take_over(parsed.folder)
         except ValueError as error:
             parser.error(str(error))
-    readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), "loss-cpu", loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())))
+    text = replaced(PAGE.read_text(), "loss-cpu", loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())))
     gpus = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("gpu-*.json"))]
-    write_whole(readme, replaced(text, "loss-gpu", gpu_tables(gpus)))
+    write_whole(PAGE, replaced(text, "loss-gpu", gpu_tables(gpus)))
 
 
 if __name__ == "__main__":

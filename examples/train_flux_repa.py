@@ -84,7 +84,8 @@ def predict(transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: A
 
 def main() -> None:
     args = parse()
-    files = sorted(file for file in args.data.iterdir() if file.suffix.lower() in KINDS)
+    config = CrepaConfig.from_args(args, REPA, family="flux")  # REPA: what is wrong is said before any work
+    files = sorted(file for file in args.data.glob("*") if file.suffix.lower() in KINDS)
     if not files:
         raise SystemExit(f"{args.data} holds no images ({', '.join(KINDS)})")
     dtype, precision = (torch.bfloat16, "bf16") if torch.cuda.is_available() else (torch.float32, "no")
@@ -102,7 +103,6 @@ def main() -> None:
     transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
     cast_training_params(transformer, dtype=torch.float32)
     transformer.enable_gradient_checkpointing()
-    config = CrepaConfig.from_args(args, REPA, family="flux")  # REPA
     crepa = CrepaRegularizer(config, transformer, max_train_steps=args.steps)  # REPA: after adapters, before optimizer
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)

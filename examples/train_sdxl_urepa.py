@@ -75,7 +75,8 @@ def predict(unet: Any, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Any)
 
 def main() -> None:
     args = parse()
-    files = sorted(file for file in args.data.iterdir() if file.suffix.lower() in KINDS)
+    config = UrepaConfig.from_args(args, UREPA)  # U-REPA: what is wrong is said before any work
+    files = sorted(file for file in args.data.glob("*") if file.suffix.lower() in KINDS)
     if not files:
         raise SystemExit(f"{args.data} holds no images ({', '.join(KINDS)})")
     half = torch.cuda.is_available()
@@ -96,7 +97,6 @@ def main() -> None:
     unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
     cast_training_params(unet, dtype=torch.float32)
     unet.enable_gradient_checkpointing()
-    config = UrepaConfig.from_args(args, UREPA)  # U-REPA
     urepa = UrepaRegularizer(config, unet, max_train_steps=args.steps)  # U-REPA: after adapters, before the optimizer
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)

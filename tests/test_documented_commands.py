@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -172,6 +173,28 @@ def test_the_teacher_of_ones_own_teaches() -> None:
     assert not known["backbone"].weight.requires_grad
 
 
+def test_the_documented_grid_of_sdxls_middle_is_the_models() -> None:
+    text = (ROOT / "docs/families.md").read_text()
+    found = re.search(r"\((\d+) x (\d+) for SDXL at 1024 squared, (\d+) x (\d+) at 512\)", text)
+    assert found is not None
+    unet: Any = functools.partial(
+        diffusers.UNet2DConditionModel,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+    )
+    grids: list[str] = []
+    with torch.device("meta"), torch.no_grad():
+        model = unet()
+        model.mid_block.register_forward_hook(lambda *given: grids.extend(str(side) for side in given[2].shape[2:]))
+        for side in (1024, 512):
+            model(torch.empty(1, 4, side // 8, side // 8), torch.ones(()), torch.empty(1, 5, 2048))
+    assert list(found.groups()) == grids
+
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -192,8 +215,12 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_the_documented_costs_of_the_losses_are_the_packages() -> None:
     """Of Wan 14B at 480p and 81 frames, with DINOv2 giant: 21 frames of 30 x 52 tokens."""
-    (table,) = re.findall(r"\| loss \|.*\n\|[-|]*\n((?:\|.*\n)+)", (ROOT / "docs/losses.md").read_text())
-    costs = {row.split("**")[1]: row.split(" | ")[5] for row in table.splitlines()}
+    page = (ROOT / "docs/losses.md").read_text()
+    costs = dict(re.findall(r"^- \*\*(\S+)\*\* (?:.*\n  )+?- Cost: ((?:.+\n)+?)  - ", page, re.MULTILINE))
+    (table,) = re.findall(r"\| loss \|.*\n\|[-|]*\n((?:\|.*\n)+)", page)
+    assert list(costs) == re.findall(r"\*\*(\S+)\*\*", table)
+    shown = re.sub(r"[*`]|\]\([^)]*\)|\[(?=\*)", "", "\n".join(re.findall(r"^\|.*", page, re.MULTILINE)))
+    assert [row for row in shown.splitlines() if len(row) > 100] == []
     tokens, width = 21 * 30 * 52, 5120
     projection = 6 * tokens * width * GIANT  # forward, and two products backward
     irepa = CrepaConfig.from_dict({"crepa_enabled": True, "crepa_block_index": 8, "irepa_enabled": True})

@@ -63,6 +63,7 @@ class Settings(BaseModel):
     UNKNOWN: of keys of other programs that are unknown here, what to say; NEAR: other keys that one may have meant.
     SAME: sets of keys that say the same thing, of which a later source's replace an earlier one's.
     PRESETS: values by the name of a preset.
+    PARTS: by the key that switches a part of it on, the part's title and the keys that do nothing without it.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -76,6 +77,7 @@ class Settings(BaseModel):
     NEAR: ClassVar[tuple[str, ...]] = ()
     SAME: ClassVar[tuple[frozenset[str], ...]] = ()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    PARTS: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
 
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields
@@ -197,7 +199,7 @@ class Settings(BaseModel):
         error that names the nearest one.
         """
         prefixes = tuple(f"--{prefix.rstrip('_')}{end}" for prefix in cls.PREFIXES for end in "_-")
-        problems = unknown_options(rest, [*cls.model_fields, *cls.ALIASES], prefixes)
+        problems = unknown_options(rest, [*cls.model_fields, *cls.ALIASES], prefixes, cls.UNKNOWN)
         if isinstance(base, Settings):
             base = {key: getattr(base, key) for key in type(base).model_fields if key in base.model_fields_set}
         try:
@@ -254,4 +256,18 @@ class Settings(BaseModel):
         if not given or switch in given:
             return None
         missing = f"neither {switch} nor a preset is given" if self.PRESETS else f"{switch} is not given"
-        return f"OFF: {missing}, without which {', '.join(given)} does nothing"
+        return f"OFF: {missing}, without which {_without_effect(given)}"
+
+    @property
+    def idle_parts(self) -> dict[str, str]:
+        """By title, what to say of each part that nobody switched on or off, and whose keys are given."""
+        said: dict[str, str] = {}
+        for switch, (title, keys) in self.PARTS.items():
+            given = [key for key in keys if key in self.model_fields_set]
+            if self.enabled and given and switch not in self.model_fields_set:
+                said[title] = f"OFF: {switch} is not given, without which {_without_effect(given)}"
+        return said
+
+
+def _without_effect(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys)} {'does' if len(keys) == 1 else 'do'} nothing"

@@ -27,7 +27,7 @@ from .rules import (
     unknown_key,
     unknown_preset,
 )
-from .shared import Scheduler, TaughtSettings, ThresholdMode, shared_field
+from .shared import IREPA, Scheduler, TaughtSettings, ThresholdMode, shared_field
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,12 @@ class CrepaConfig(TaughtSettings):
     UNSUPPORTED = MappingProxyType({"crepa_use_tae": False, "crepa_self_flow": False, "crepa_self_flow_mask_ratio": 0})
     SAME = (frozenset({"crepa_feature_source", "crepa_use_backbone_features"}),)
     PRESETS = MappingProxyType(PRESETS)
+    PARTS = MappingProxyType(
+        {
+            **IREPA,
+            "crepa_relational_weight": ("relational loss", ("crepa_relational_pairs", "crepa_relational_margin")),
+        }
+    )
 
     crepa_enabled: bool = flag(False, "whether CREPA is on")
     crepa_block_index: Integer | None = Field(

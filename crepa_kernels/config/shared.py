@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -14,6 +15,7 @@ from .rules import ENCODER_PATCH_SIZES, describe, refuse_qwen
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ThresholdMode = Literal["permanent", "recoverable"]
+IREPA = {"irepa_enabled": ("iREPA", ("irepa_spatial_norm_alpha", "irepa_projector_kernel_size"))}
 
 _FIELDS = {
     "encoder": Field(
@@ -135,6 +137,7 @@ class TaughtSettings(Settings):
     """
 
     ENCODER: ClassVar[str]
+    PARTS = MappingProxyType(IREPA)
 
     irepa_enabled: bool = flag(
         False, "whether the projector is a convolution and the teacher is normalized over the patches of each frame"

@@ -19,6 +19,7 @@ class UrepaConfig(TaughtSettings):
     ENCODER = "urepa_model"
     PREFIXES = ("urepa_", "irepa_")
     WORDS = MappingProxyType({"urepa_model": ENCODER_ALIASES})
+    UNKNOWN = MappingProxyType({"urepa_encoder": "unknown key; did you mean urepa_model?"})
 
     urepa_enabled: bool = flag(False, "whether U-REPA is on")
     urepa_lambda: float = shared_field("lambda")

@@ -270,8 +270,8 @@ def family_of(transformer: nn.Module) -> Family:
     found = _among((*FAMILIES, UNET), transformer, "transformer")
     if found is UNET:
         raise ValueError(
-            f"{type(transformer).__name__} is a UNet and no transformer: what CREPA is to those is U-REPA to UNets, "
-            "UrepaRegularizer with urepa_enabled"
+            f"{type(transformer).__name__} is a UNet, and CREPA and LayerSync are for transformers: "
+            "UNets have U-REPA, UrepaRegularizer with urepa_enabled"
         )
     if found is not None:
         return found

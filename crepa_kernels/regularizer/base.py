@@ -93,6 +93,8 @@ class Regularizer:
                 logger.warning("%s is %s", self.OWNER.title, self.config.idle)
             return False
         check_attachable(model, self.OWNER)
+        for title, idle in self.config.idle_parts.items():
+            logger.warning("%s is %s", title, idle)
         return True
 
     def _check_switches(self, given: Mapping[str, Any]) -> None:

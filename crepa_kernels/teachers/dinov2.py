@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE
+from ..config.rules import DINOV2_HUB_IDS, DINOV2_PATCH_SIZE, ENCODER_PATCH_SIZES
 from ..optional import require
 from ..transfer import moved
 from .encoders import FrozenEncoder
@@ -117,7 +117,7 @@ class DinoV2:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self._key} = {self.name}: its config.json cannot be read ({error}). "
-                f"Give one of {', '.join(DINOV2_HUB_IDS)}, a local folder or a hub id; "
+                f"Give one of {', '.join(ENCODER_PATCH_SIZES)}, a local folder or a hub id; "
                 "where loss() is always given features=, pass feature_size= instead"
             ) from error
         if config.model_type not in MODEL_TYPES:

@@ -294,6 +294,11 @@ def check_answer(encoder: FrozenEncoder, features: Any, images: torch.Tensor, as
     if features.requires_grad:
         raise ValueError(f"{given} answers features with a gradient: it must be frozen, so run it without one")
     patch, size = encoder.patch_size, encoder.feature_size if asked is None else asked
+    if patch is None and size is None and height == width and shape[1] != shape[2] == shape[3]:
+        raise ValueError(
+            f"{given} must answer features (n, h, w, E), got {shape}, which is (n, E, h, w) for a square: "
+            "permute(0, 2, 3, 1)"
+        )
     if patch is not None and shape[1:3] != (height // patch, width // patch):
         raise ValueError(
             f"{given} must answer a grid of {height // patch} x {width // patch} by its patch_size = {patch}, "

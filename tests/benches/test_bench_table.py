@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benches import table as readme_table
+from benches import table as measured_table
 from benches.gpu import choices, results
 from benches.gpu.__main__ import AGAIN, CALLS, ENDED, TASKS, StartAgain, Table, entries, main, report
 from benches.gpu.gate import CASES, GateError, check
@@ -195,7 +195,7 @@ def test_a_dry_run_of_the_gate_the_table_and_the_choices(tmp_path: Path) -> None
 
 def test_a_dry_run_is_never_taken_for_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "MEASURED", tmp_path / "results")
-    monkeypatch.setattr(readme_table, "MEASURED", tmp_path / "results")
+    monkeypatch.setattr(measured_table, "MEASURED", tmp_path / "results")
     (tmp_path / "results").mkdir()
     for command in (main, choices.main):
         with pytest.raises(SystemExit) as refused:
@@ -207,9 +207,9 @@ def test_a_dry_run_is_never_taken_for_a_measurement(tmp_path: Path, monkeypatch:
             results.write(path, dry)
     (tmp_path / "gpu-nvidia-h100.json").write_text(json.dumps(dry))
     with pytest.raises(ValueError, match="dry run"):
-        readme_table.take_over(tmp_path)
+        measured_table.take_over(tmp_path)
     with pytest.raises(ValueError, match="dry run"):
-        readme_table.gpu_tables([dry])
+        measured_table.gpu_tables([dry])
     with pytest.raises(ValueError, match="dry run"):
         plot(dry, tmp_path / "roof.png")
     with pytest.raises(ValueError, match="Out of range"):
@@ -217,14 +217,14 @@ def test_a_dry_run_is_never_taken_for_a_measurement(tmp_path: Path, monkeypatch:
     assert list((tmp_path / "results").iterdir()) == []
 
 
-def test_the_readme_has_measurements_beside_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_measurements_beside_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows as the table stores them, one without a time."""
     path = tmp_path / "dry-gpu.json"
     new_table(path, Counting(extra_memory=[torch.OutOfMemoryError("no")])).run(SHAPES[::-1])
     made = json.loads(path.read_text()) | {"dry": False}
     made["machine"]["device"] = "NVIDIA H200"
     made["rows"][1]["predicted"] = "84-88 %"
-    text = readme_table.gpu_tables([made])
+    text = measured_table.gpu_tables([made])
     failed, whole = (next(line for line in text.splitlines() if row["shape"] in line) for row in made["rows"])
     assert "| out of memory | - |" in failed
     row = made["rows"][1]
@@ -235,28 +235,28 @@ def test_the_readme_has_measurements_beside_predictions(tmp_path: Path, monkeypa
     assert "NVIDIA H200, copy 3.00 TB/s, products 700 TFLOP/s" in text
     plot(made, tmp_path / "roof.png")
     assert (tmp_path / "roof.png").stat().st_size > 10_000
-    nothing = readme_table.gpu_tables([])
+    nothing = measured_table.gpu_tables([])
     assert nothing.startswith("Nothing measured yet")
     assert "| wan-14b-480p | 83-87 % | 84-88 %, plan 2.466 ms |" in nothing
     before = "a <!-- measured: loss-gpu -->\nold\n<!-- end --> b"
-    assert readme_table.replaced(before, "loss-gpu", "new") == before.replace("old", "new")
+    assert measured_table.replaced(before, "loss-gpu", "new") == before.replace("old", "new")
     with pytest.raises(ValueError, match="once, found 0"):
-        readme_table.replaced("no marks", "loss-gpu", "new")
+        measured_table.replaced("no marks", "loss-gpu", "new")
 
 
-def test_the_readme_is_what_the_table_makes() -> None:
+def test_the_page_is_what_the_table_makes() -> None:
     """ "Nothing measured yet" stands there exactly as long as no file does."""
     found = [json.loads(path.read_text()) for path in sorted(results.MEASURED.glob("gpu-*.json"))]
-    assert readme_table.gpu_tables(found) in (readme_table.ROOT / "README.md").read_text()
+    assert measured_table.gpu_tables(found) in measured_table.PAGE.read_text()
 
 
 def test_measured_files_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme_table, "MEASURED", tmp_path / "results")
+    monkeypatch.setattr(measured_table, "MEASURED", tmp_path / "results")
     with pytest.raises(ValueError, match="holds no measurements"):
-        readme_table.take_over(tmp_path)
+        measured_table.take_over(tmp_path)
     (tmp_path / "gpu-nvidia-h100.json").write_text('{"dry": false}')
     (tmp_path / "hour.log").write_text("")
-    readme_table.take_over(tmp_path)
+    measured_table.take_over(tmp_path)
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["gpu-nvidia-h100.json"]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from tiny_families import FAMILIES
+from tiny_unets import tiny_unet
 
-from crepa_kernels import CrepaRegularizer
+from crepa_kernels import CrepaRegularizer, UrepaConfig, UrepaRegularizer
 from crepa_kernels.config import ConfigError, CrepaConfig
 from crepa_kernels.config.rules import PRESETS, recommended_block_index
 from crepa_kernels.neighbours import Neighbours
@@ -168,7 +169,39 @@ def test_options_that_do_nothing_without_crepa_enabled_are_a_warning(caplog: pyt
     CrepaRegularizer({"crepa_lambda": 0.3, "crepa_model": "dinov2_s", "learning_rate": 1}, transformer)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "CREPA is OFF: " in caplog.text
-    assert "without which crepa_lambda, crepa_encoder does nothing" in caplog.text
+    assert "without which crepa_lambda, crepa_encoder do nothing" in caplog.text
+
+
+def test_options_of_a_part_that_nobody_switched_on_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    on = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_lambda": 0.0}
+    silent: list[dict[str, Any]] = [
+        on,
+        on | {"irepa_enabled": False, "irepa_projector_kernel_size": 5},
+        on | {"crepa_relational_weight": 0.0, "crepa_relational_pairs": "all"},
+        on | {"irepa_enabled": True, "irepa_projector_kernel_size": 5, "crepa_relational_weight": 0.5},
+        CrepaConfig.from_dict(on).to_dict(),
+    ]
+    for given in silent:
+        CrepaRegularizer(given, FAMILIES["wan"].make(), feature_size=8)
+    assert caplog.records == []
+    stray = {"irepa_projector_kernel_size": 5, "crepa_relational_pairs": "all", "crepa_relational_margin": 0.1}
+    CrepaRegularizer(on | stray, FAMILIES["wan"].make(), feature_size=8)
+    UrepaRegularizer({"urepa_enabled": True, "irepa_spatial_norm_alpha": 0.5}, tiny_unet(), feature_size=8)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"{title} is OFF: {switch} is not given, without which {rest} nothing")
+        for title, switch, rest in (
+            ("iREPA", "irepa_enabled", "irepa_projector_kernel_size does"),
+            ("relational loss", "crepa_relational_weight", "crepa_relational_pairs, crepa_relational_margin do"),
+            ("iREPA", "irepa_enabled", "irepa_spatial_norm_alpha does"),
+        )
+    ]
+
+
+def test_the_name_that_crepa_has_for_the_encoder_is_answered_with_urepas() -> None:
+    with pytest.raises(ValueError, match=r"urepa_encoder = .*did you mean urepa_model\?"):
+        UrepaConfig.from_dict({"urepa_encoder": "dinov2_vitb14"})
+    with pytest.raises(ValueError, match=r"--urepa_encoder: unknown key; did you mean urepa_model\?"):
+        UrepaConfig.parse_known_args(["--urepa_encoder", "dinov2_vitb14"])
 
 
 def test_a_preset_takes_overrides_and_the_block_of_its_family(caplog: pytest.LogCaptureFixture) -> None:

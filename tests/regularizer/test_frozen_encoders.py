@@ -92,6 +92,7 @@ def test_the_encoder_is_in_no_optimizer_and_has_no_gradient() -> None:
             FrozenEncoder(nn.Conv2d(3, 5, 8, 8), patch_size=8),
             r"the encoder Conv2d, .* got 5 x 3: features are \(n, h, w, E",
         ),
+        (nn.Conv2d(3, 5, 8, 8), r"got \(1, 5, 3, 3\), which is \(n, E, h, w\) for a square: permute"),
         (lambda frames: frames.mean(), r"must answer features \(n, h, w, E\) with n = 1, got \(\)"),
     ],
 )

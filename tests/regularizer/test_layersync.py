@@ -14,6 +14,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 from tiny import is_captured, tiny_wan, wan_inputs
 from tiny_families import FAMILIES, TinyFamily
+from tiny_unets import tiny_unet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -447,6 +448,8 @@ def test_a_block_that_the_model_lacks_is_an_error(block: str, message: str) -> N
 def test_what_cannot_be_attached_to_is_an_error(one_process: None) -> None:
     with pytest.raises(ValueError, match=r"LayerSync must be given the transformer itself, but it is wrapped in DDP"):
         LayerSync(CONFIG, DistributedDataParallel(tiny_wan()))
+    with pytest.raises(ValueError, match="is a UNet, and CREPA and LayerSync are for transformers: UNets have U-REPA"):
+        LayerSync(CONFIG, tiny_unet())
     with pytest.raises(ValueError, match=r"Linear is not a supported transformer"):
         LayerSync(CONFIG, nn.Linear(2, 2))
 

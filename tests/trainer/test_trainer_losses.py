@@ -229,6 +229,10 @@ def test_the_plan_says_what_they_do_and_cost(models: Path, data: Path) -> None:
     assert alone.layersync == plan.layersync > 0
     assert "CREPA off" in text
     assert "LayerSync" not in planned(models, data, {})[1]
+    stray = {"irepa_projector_kernel_size": 5, "crepa_relational_pairs": "all"}
+    text = planned(models, data, stray)[1]
+    assert "iREPA OFF: irepa_enabled is not given, without which irepa_projector_kernel_size does nothing" in text
+    assert "relational loss OFF: crepa_relational_weight is not given, without which crepa_relational_pairs" in text
 
 
 @pytest.mark.parametrize("key", ["layersync_student_block", "layersync_teacher_block"])

@@ -126,6 +126,7 @@ def _crepa_rows(plan: Plan) -> Rows:
         side, alpha = config.irepa_projector_kernel_size, config.irepa_spatial_norm_alpha
         norm = f"teacher less {alpha:g} of each frame's mean, over its deviation"
         rows.append(("iREPA", f"projector a convolution of {side}x{side} tokens, {norm}"))
+    rows += config.idle_parts.items()
     parts = [f"projector with gradients and optimiser {readable_bytes(memory.projector)}"]
     parts.append(f"kept by the loss {readable_bytes(memory.kept)}")
     parts += [f"teacher {readable_bytes(memory.teacher)}"] if memory.teacher else []
