@@ -81,10 +81,12 @@ def _run(argv: Sequence[str]) -> int:
         "run": (_add_run_options, _run_training),
         "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
+        "control": (_add_control_options, _run_control),
     }
     run = commands.add_parser(
         "run",
-        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan]",
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan] "
+        "[--queue RUNS]",
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
         "is an option too, which goes before the file; values are read as JSON.",
@@ -107,7 +109,14 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = {"run": run, "export": export, "demo": demo}.get(argv[0] if argv else "")
+    control = commands.add_parser(
+        "control",
+        help="ask a run for a checkpoint, a sample, or its end",
+        description="Asks a run that is under way for a checkpoint now, for a clip of each validation prompt now, or "
+        "to stop as a signal stops it. It does so after the step that it is at.",
+        allow_abbrev=False,
+    )
+    chosen = {"run": run, "export": export, "demo": demo, "control": control}.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -122,6 +131,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    parser.add_argument(
+        "--queue", type=Path, metavar="RUNS", help="wait until no run that came earlier is in the queue of this folder"
+    )
     settings.add_arguments(parser)
 
 
@@ -137,7 +149,7 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
         return
     from .run import run
 
-    run(settings, config, console)
+    run(settings, config, console, given.queue)
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +171,21 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
     console = _console(given.debug)
     line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
     say(console, line)
+
+
+def _add_control_options(parser: argparse.ArgumentParser) -> None:
+    from .control import COMMANDS
+
+    parser.add_argument("run", type=Path, metavar="RUN", help="its output folder")
+    parser.add_argument("what", choices=COMMANDS, help="what it shall do")
+
+
+def _run_control(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    from .control import ask
+
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    say(_console(given.debug), ask(given.run, given.what))
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:

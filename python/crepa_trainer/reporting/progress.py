@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
 _SHOWN = (
@@ -26,8 +27,9 @@ def training_progress(
     bar = Progress(
         *([TextColumn("training"), BarColumn()] if console.width >= _ROOM else []),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
         TimeRemainingColumn(),
+        # Last, for where the console ends: the step and the time left are always in view.
+        TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=console,
         disable=not console.is_terminal,
     )
