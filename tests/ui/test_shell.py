@@ -34,7 +34,7 @@ def test_language_and_darkness_are_remembered(server: Server, visit: Callable[..
     expect(page.locator("body.body--dark")).to_be_attached()
     page.reload()
     expect(page.get_by_role("heading", level=1)).to_have_text(JAPANESE["Start"])
-    assert page.evaluate("document.documentElement.lang") == "ja"
+    page.wait_for_function("document.documentElement.lang == 'ja'")
 
 
 def test_every_page_has_its_name_in_each_language() -> None:

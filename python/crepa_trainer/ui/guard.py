@@ -39,12 +39,14 @@ class Folders:
     others: Sequence[Path] = ()
 
     def inside(self, path: str | Path) -> Path:
-        """`path` with its links followed, relative ones from `runs` on.
+        """`path` with its links followed; relative ones as settings have them, from the working directory on.
 
         ValueError, which names it and the folders, where it is in none of them.
         """
-        # An absolute path replaces what stands before it.
-        found = (self.runs / Path(path).expanduser()).resolve()
+        try:
+            found = Path(path).expanduser().resolve()
+        except (OSError, RuntimeError) as error:  # too long; a ring of links; a ~ of nobody
+            raise ValueError(f"{path}: {error}") from error
         roots = [root.resolve() for root in (self.runs, *self.others)]
         if not any(found.is_relative_to(root) for root in roots):
             where = ", ".join(map(str, roots))

@@ -34,10 +34,11 @@ def make_app(folders: Folders, host: str, token: str | None) -> FastAPI:
     @app.get("/files/{path:path}")
     def file(path: str) -> FileResponse:
         try:
-            found = folders.inside_runs(path)
-        except (ValueError, OSError):
-            raise HTTPException(404) from None
-        if found.suffix not in _SHOWN or not found.is_file():
+            found = folders.inside_runs(folders.runs / path)
+            shown = found.suffix in _SHOWN and found.is_file()
+        except (ValueError, OSError):  # outside; too long a name
+            shown = False
+        if not shown:
             raise HTTPException(404)
         kind = mimetypes.guess_type(found.name)[0]
         headers = {

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import quote
 
 from nicegui import ui
 from starlette.requests import Request
@@ -46,8 +47,6 @@ class View:
 
     def file(self, path: Any) -> str:
         """The address of a file of the runs' folder; ValueError outside it."""
-        from urllib.parse import quote
-
         inside = self.folders.inside_runs(path)
         return "/files/" + quote(inside.relative_to(self.folders.runs.resolve()).as_posix())
 
@@ -77,6 +76,8 @@ def _add(page: Page, pages: Sequence[Page], folders: Folders) -> None:
         view = View(folders, translator(language), language, dark, dict(request.query_params))
         ui.add_css(_STYLE)
         ui.dark_mode(dark)
+        # White on it, and it on white, can be read.
+        ui.colors(primary="#42a5f5" if dark else "#1565c0")
         ui.run_javascript(f"document.documentElement.lang = '{language}'")
         _frame(page, pages, view)
         with ui.column().classes("w-full max-w-screen-xl mx-auto p-2 sm:p-4 gap-4").props("role=main"):
@@ -96,13 +97,13 @@ def _frame(page: Page, pages: Sequence[Page], view: View) -> None:
                     ui.icon(each.icon)
                 with ui.item_section():
                     ui.label(words(each.title)).props("aria-current=page" if here else "")
-    with ui.header().classes("items-center gap-2 py-1"):
+    with ui.header().classes("items-center gap-2 py-1 bg-[#1565c0]"):
         _button("menu", words("Menu"), drawer.toggle)
         ui.link("crepa-train", "/").classes("text-white text-h6 no-underline")
         ui.space()
         for code, name in LANGUAGES.items():
             if code != view.language:
-                ui.button(name, on_click=lambda code=code: _remember(_LANGUAGE, code)).props("flat color=white")
+                ui.button(name, on_click=lambda code=code: _remember(_LANGUAGE, code)).props("flat no-caps color=white")
         icon: Literal["light_mode", "dark_mode"] = "light_mode" if view.dark else "dark_mode"
         name = words("Light") if view.dark else words("Dark")
         _button(icon, name, lambda: _remember(_DARK, "0" if view.dark else "1"))

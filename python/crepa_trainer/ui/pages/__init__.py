@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..shell import Page
-from . import start
+from . import new_run, start
 
-PAGES: list[Page] = [start.PAGE]
+PAGES: list[Page] = [start.PAGE, new_run.PAGE]
