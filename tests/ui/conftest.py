@@ -54,6 +54,9 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
 
         page.on("request", asked)
         page.goto(address)
+        if origin.startswith("http") and "/files/" not in address:
+            # What is typed before that is lost, as on every page that a server draws.
+            page.wait_for_function("window.did_handshake === true")
         return page
 
     yield open_page
