@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 from web_pages import CHROMIUM, DESKTOP, QUIET, Server, page_server
+
+
+# A first import of torch and diffusers lies between a click and what it does.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
