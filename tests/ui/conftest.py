@@ -8,7 +8,6 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 from web_pages import CHROMIUM, DESKTOP, QUIET, Server, page_server
 
-
 # A first import of torch and diffusers lies between a click and what it does.
 expect.set_options(timeout=30_000)
 
