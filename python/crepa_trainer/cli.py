@@ -82,6 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
         "control": (_add_control_options, _run_control),
+        "ui": (_add_page_options, _run_page),
     }
     run = commands.add_parser(
         "run",
@@ -116,7 +117,15 @@ def _run(argv: Sequence[str]) -> int:
         "to stop as a signal stops it. It does so after the step that it is at.",
         allow_abbrev=False,
     )
-    chosen = {"run": run, "export": export, "demo": demo, "control": control}.get(argv[0] if argv else "")
+    page = commands.add_parser(
+        "ui",
+        help="a web page to set up, start, watch and compare runs",
+        description="Serves a web page to this machine, which sets up, starts, watches and compares runs. Runs need "
+        "no page: they go on when it ends.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    chosen = {"run": run, "export": export, "demo": demo, "control": control, "ui": page}.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -228,6 +237,35 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
         run_demo(options, config, console)
     except Stopped as stopped:
         raise Stopped(stopped.number, ": the demo begins anew when it is started again") from None
+
+
+def _add_page_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--runs", type=Path, metavar="FOLDER", default=Path("runs"), help="folder of the runs and their settings")
+    add(
+        "--folder",
+        type=Path,
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="another that it may read: videos, models",
+    )
+    add("--host", default="127.0.0.1", help="address to serve at; one that other machines reach needs the token")
+    add("--port", type=int, metavar="N", default=7865, help="0 for a free one")
+    add("--token", help="what visitors must have, made and printed where it is needed and not given")
+
+
+def _run_page(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        from .ui.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: pip install crepa-kernels[ui]") from error
+    try:
+        serve(given.runs, given.folder, given.host, given.port, given.token, _console(given.debug))
+    except Stopped as stopped:
+        raise Stopped(stopped.number, ": runs go on without the page") from None
 
 
 def _first_process() -> bool:
