@@ -82,6 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
         "control": (_add_control_options, _run_control),
+        "report": (_add_report_options, _run_report),
         "ui": (_add_page_options, _run_page),
     }
     run = commands.add_parser(
@@ -117,6 +118,14 @@ def _run(argv: Sequence[str]) -> int:
         "to stop as a signal stops it. It does so after the step that it is at.",
         allow_abbrev=False,
     )
+    report = commands.add_parser(
+        "report",
+        help="curves, samples and settings of runs as one HTML file",
+        description="Writes the curves, samples, similarity matrices and settings of one run, or of several side by "
+        "side, as one HTML file that needs no server and no network.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     page = commands.add_parser(
         "ui",
         help="a web page to set up, start, watch and compare runs",
@@ -125,7 +134,8 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = {"run": run, "export": export, "demo": demo, "control": control, "ui": page}.get(argv[0] if argv else "")
+    parsers = {"run": run, "export": export, "demo": demo, "control": control, "report": report, "ui": page}
+    chosen = parsers.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -237,6 +247,22 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
         run_demo(options, config, console)
     except Stopped as stopped:
         raise Stopped(stopped.number, ": the demo begins anew when it is started again") from None
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="output folders of runs")
+    add("--output", type=Path, metavar="FILE", help="report.html in the run's folder, or here for several, when none")
+    add("--language", default="en", help="en or ja")
+
+
+def _run_report(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from .reporting.report import REPORT, write_report
+
+    beside = given.runs[0] if len(given.runs) == 1 else Path()
+    say(_console(given.debug), write_report(given.runs, given.output or beside / REPORT, given.language))
 
 
 def _add_page_options(parser: argparse.ArgumentParser) -> None:

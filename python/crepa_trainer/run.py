@@ -81,7 +81,19 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console, queue: Pat
         RunControl(settings.output, settings.max_train_steps, first=first) as control,
         turn(queue, lambda before: control.phase("waiting", f"{before} before it")),
     ):
-        return _run(settings, config, console if first else Console(quiet=True), control)
+        trained = _run(settings, config, console if first else Console(quiet=True), control)
+    if first:
+        _report(settings.output, console)
+    return trained
+
+
+def _report(output: Path, console: Console) -> None:
+    from .reporting.report import REPORT, write_report
+
+    try:
+        say(console, write_report([output], output / REPORT))
+    except (OSError, ValueError, ImportError) as error:  # what was trained is there
+        say(console, f"no report: {error}")
 
 
 def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: RunControl) -> TrainingRun:

@@ -137,13 +137,14 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[list[fl
     What is not finite becomes None, a gap.
     """
     if len(x) > points:
-        edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
+        edges = np.linspace(0, len(x), points // 3 + 1).astype(int)
         kept: set[int] = {0, len(x) - 1}
         for start, end in pairwise(edges):
             part = y[start:end]
-            if np.isnan(part).all():
-                kept.add(int(start))
-            else:
+            finite = np.isfinite(part)
+            if not finite.all():
+                kept.add(int(start + finite.argmin()))  # a gap
+            if finite.any():
                 kept |= {int(start + np.nanargmin(part)), int(start + np.nanargmax(part))}
         order = np.array(sorted(kept))
         x, y = x[order], y[order]

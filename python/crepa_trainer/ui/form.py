@@ -109,7 +109,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _fields() -> Iterator[FormField]:
+def _all_fields() -> Iterator[FormField]:
     yield FormField(
         PRESET, LOSSES, "Preset", "values under those that are given", "choice", tuple(PRESETS), None, False
     )
@@ -163,7 +163,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-FIELDS: Mapping[str, FormField] = MappingProxyType({field.key: field for field in _fields()})
+FIELDS: Mapping[str, FormField] = MappingProxyType({field.key: field for field in _all_fields()})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from nicegui import ui
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
 from ..reporting.words import LANGUAGES, translator
@@ -35,7 +36,7 @@ class View:
     words: Callable[[str], str]
     language: str
     dark: bool
-    query: dict[str, str]
+    query: QueryParams
 
     def problem(self, text: str) -> None:
         """Says what went wrong: at the bottom of the page, and to screen readers."""
@@ -73,7 +74,7 @@ def _add(page: Page, pages: Sequence[Page], folders: Folders) -> None:
         language = request.cookies.get(_LANGUAGE, "")
         language = language if language in LANGUAGES else "en"
         dark = request.cookies.get(_DARK) == "1"
-        view = View(folders, translator(language), language, dark, dict(request.query_params))
+        view = View(folders, translator(language), language, dark, request.query_params)
         ui.add_css(_STYLE)
         ui.dark_mode(dark)
         # White on it, and it on white, can be read.
