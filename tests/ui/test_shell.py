@@ -29,11 +29,11 @@ def test_every_page_is_reached_by_the_navigation_and_fits(
 def test_language_and_darkness_are_remembered(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(server.address)
     page.get_by_role("button", name="日本語").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text(JAPANESE["Start"])
+    expect(page.get_by_role("heading", level=1)).to_have_text(JAPANESE["Home"])
     page.get_by_role("button", name=JAPANESE["Dark"]).click()
     expect(page.locator("body.body--dark")).to_be_attached()
     page.reload()
-    expect(page.get_by_role("heading", level=1)).to_have_text(JAPANESE["Start"])
+    expect(page.get_by_role("heading", level=1)).to_have_text(JAPANESE["Home"])
     page.wait_for_function("document.documentElement.lang == 'ja'")
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..shell import Page
-from . import new_run, start
+from . import compare, new_run, runs, start, watch
 
-PAGES: list[Page] = [start.PAGE, new_run.PAGE]
+PAGES: list[Page] = [start.PAGE, new_run.PAGE, runs.PAGE, watch.PAGE, compare.PAGE]

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import run, ui
 
 from crepa_kernels.config.rules import PRESETS
-from crepa_kernels.regularizer.saving import replacing
 
+from ...reporting.panels import Options, weight_figure
 from ..form import (
     FIELDS,
     LOSSES,
@@ -30,6 +31,7 @@ from ..form import (
 from ..form_words import field_help, field_label
 from ..model_sizes import suggested
 from ..shell import Page, View
+from ..starting import read_settings, save_settings, settings_files
 
 
 class _Field:
@@ -129,22 +131,19 @@ class _NewRun:
 
     def _file_bar(self) -> None:
         words = self.words
-        self.open_menu = ui.select(self._files(), label=words("Open a file"), on_change=self._open)
+        self.open_menu = ui.select(settings_files(self.view.folders), label=words("Open a file"), on_change=self._open)
         self.open_menu.classes("min-w-48").props("dense")
         self.name = ui.input(words("File name"), placeholder="my-run.json").classes("min-w-48").props("dense")
         ui.button(words("Save"), icon="save", on_click=self._save)
         ui.button(words("Plan"), icon="checklist", on_click=self._plan).props("outline")
-
-    def _files(self) -> list[str]:
-        return sorted(path.name for path in self.view.folders.runs.glob("*.json") if path.is_file())
+        ui.button(words("To the runs"), icon="play_arrow", on_click=self._to_runs).props("outline")
 
     def open(self, name: str) -> None:
         """Fills the form with a file of the runs' folder."""
         try:
-            path = self.view.folders.inside_runs(self.view.folders.runs / name)
-            values = read_json_text(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, OSError) as error:
-            self.view.problem(f"{name}: {error}")
+            values = read_settings(self.view.folders, name)
+        except ValueError as error:
+            self.view.problem(str(error))
             return
         self.opened = name
         self.name.set_value(name)
@@ -160,19 +159,16 @@ class _NewRun:
             self.view.problem(self.words("Give a file name without folders"))
             return False
         name = name if name.endswith(".json") else f"{name}.json"
-        path = self.view.folders.runs / name
-        if path.exists() and name != self.opened and not await self._confirmed(name):
+        if (self.view.folders.runs / name).exists() and name != self.opened and not await self._confirmed(name):
             return False
         try:
-            path = self.view.folders.inside_runs(path)
-            with replacing(path) as written:
-                written.write_text(json_text(self.values), encoding="utf-8")
-        except (ValueError, OSError) as error:
-            self.view.problem(f"{name}: {error}")
+            path = save_settings(self.view.folders, name, self.values)
+        except ValueError as error:
+            self.view.problem(str(error))
             return False
         self.opened = name
         self.name.set_value(name)
-        self.open_menu.set_options(self._files())
+        self.open_menu.set_options(settings_files(self.view.folders))
         self.view.done(self.words("Saved as {path}").format(path=path))
         return True
 
@@ -186,7 +182,11 @@ class _NewRun:
 
     async def _plan(self) -> None:
         if await self._save():
-            ui.navigate.to(f"/plan?file={self.opened}")
+            ui.navigate.to(f"/plan?file={quote(self.opened or '')}")
+
+    async def _to_runs(self) -> None:
+        if await self._save():
+            ui.navigate.to(f"/runs?file={quote(self.opened or '')}")
 
     # The form
 
@@ -313,18 +313,7 @@ class _NewRun:
         self.preset_changes.set_text(text)
 
     def _show_weight(self, checked: Checked) -> None:
-        ink = "#ddd" if self.view.dark else "#333"
-        steps, weights = zip(*checked.weights, strict=True) if checked.weights else ((), ())
-        line = {"x": list(steps), "y": list(weights), "mode": "lines", "line": {"color": "#1f77b4"}}
-        axes = {"color": ink, "rangemode": "tozero", "fixedrange": True}
-        layout = {
-            "margin": {"l": 48, "r": 12, "t": 8, "b": 36},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "xaxis": {**axes, "title": {"text": self.words("step")}},
-            "yaxis": {**axes, "title": {"text": self.words("Weight")}},
-        }
-        self.weight.update_figure({"data": [line], "layout": layout, "config": {"displayModeBar": False}})
+        self.weight.update_figure(weight_figure(checked.weights, Options(dark=self.view.dark, words=self.words)))
 
 
 def _build(view: View) -> None:

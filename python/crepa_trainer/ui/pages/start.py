@@ -11,4 +11,4 @@ def _build(view: View) -> None:
     ui.label(view.words("Runs are in {folder}").format(folder=view.folders.runs))
 
 
-PAGE = Page("/", "Start", "home", _build)
+PAGE = Page("/", "Home", "home", _build)
