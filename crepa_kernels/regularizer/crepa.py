@@ -184,15 +184,20 @@ class CrepaRegularizer(Regularizer):
         return Sides.of(self.config, cast(Projector, self.projector), student, teacher), masks
 
     @torch.no_grad()
-    def similarity_matrix(
+    def sides(
         self, *, frame_mask: torch.Tensor | None = None, teacher_mask: torch.Tensor | None = None, **given: Any
-    ) -> torch.Tensor:
-        """``similarity_matrix`` (B, T, T) of the last forward, from what ``loss`` takes but ``step``.
+    ) -> tuple[Sides, dict[str, torch.Tensor | None]]:
+        """What the losses compare of the last forward, and ``frame_mask`` and ``teacher_mask`` as they take them.
 
-        Call it before ``release``. ValueError where nothing was captured, as in a step whose weight is 0, or CREPA is
-        off.
+        It takes what ``loss`` takes but ``step``. Call it before ``release``. ValueError where nothing was captured, as
+        in a step whose weight is 0, or CREPA is off.
         """
         given["num_frames"] = as_counts(given.get("num_frames"))
         student = self.captured()
-        sides, masks = self._sides(student, ClipInputs(**given), frame_mask, teacher_mask)
+        return self._sides(student, ClipInputs(**given), frame_mask, teacher_mask)
+
+    @torch.no_grad()
+    def similarity_matrix(self, **given: Any) -> torch.Tensor:
+        """``similarity_matrix`` (B, T, T) of the last forward, from what ``sides`` takes, and with its errors."""
+        sides, masks = self.sides(**given)
         return sides.given_to(similarity_matrix, **masks, **self.config.loss_options())

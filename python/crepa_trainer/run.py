@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -20,11 +20,14 @@ from rich.console import Console
 from torch import Tensor
 
 from . import export
+from .alignment import AlignedClip, teacher_frames
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
 from .control import Command, RunControl, turn
 from .data.cache import clip_of_prompt, prepare_cache
-from .data.dataset import FoundClips, find_clips
+from .data.clips import read_clips
+from .data.dataset import ClipKey, FoundClips, find_clips
 from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
+from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
@@ -321,19 +324,35 @@ class TrainingRun:
             if self._untaught:
                 batch = batch._replace(teacher={})  # it was made ahead
             look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
-            logs = training_step(self.state, self.family, batch, position, matrix=bool(look))
-            if (matrix := logs.pop("similarity_matrix", None)) is not None:
-                self._show_matrix(step, matrix)
+            logs = training_step(self.state, self.family, batch, position, look=bool(look))
+            seen, crepa = logs.pop("look", None), self.state.crepa
+            if seen is not None and crepa is not None:
+                self._keep_look(step, int(batch.clips["index"][0]), seen, crepa.config)
+                # A number, since no other process has it.
+                logs["crepa_constant"] = seen.constant.item()
             values.add(logs)
         if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
             self.ema.step(trained_parameters(self.transformer).values())
         return values
 
-    def _show_matrix(self, step: int, matrix: Tensor) -> None:
+    def _keep_look(self, step: int, clip: int, look: AlignedClip, config: CrepaConfig) -> None:
+        from .reporting.looks import save_look
         from .reporting.plots import similarity_figure
 
-        figure = similarity_figure({f"step {step}": matrix})
+        figure = similarity_figure({f"step {step}": look.matrix})
         self._tensorboard().add_figure("similarity_matrix", figure, step)
+        key = self.clips.keys[clip]
+        frames = teacher_frames(config, key.bucket.frames, len(look.matrix))
+        save_look(self.settings.output, step, key.name, frames, self._frames(key, frames), look)
+
+    def _frames(self, key: ClipKey, frames: Sequence[int]) -> Tensor | None:
+        """Some frames of a clip, (n, 3, H, W) uint8; None where its video, which is encoded, is gone by now."""
+        path, size = self.settings.data / key.video, key.bucket
+        try:
+            ((_, clip),) = read_clips(path, size.height, size.width, [key.start], size.frames, self.settings.fps)
+        except VideoError:
+            return None
+        return clip[list(frames)]
 
     def _validate(self, done: int, console: Console) -> None:
         if not self.clips.validation_text:

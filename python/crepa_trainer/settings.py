@@ -144,7 +144,7 @@ class RunSettings(LayerSyncKeys, Settings):
     validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
     validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
     validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
-    matrix_every: Integer = integer(0, "steps between similarity matrices in TensorBoard, 0 for never", ge=0)
+    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and TensorBoard, 0 for never", ge=0)
     fps: float | None = Field(
         None,
         gt=0,

@@ -17,6 +17,8 @@ from torch import Tensor
 from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
 
+from .alignment import AlignedClip
+
 if TYPE_CHECKING:
     from crepa_kernels import CrepaRegularizer
 
@@ -36,12 +38,12 @@ def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
 
 
 def training_step(
-    state: TrainState, family: TrainingFamily, batch: MicroBatch, position: Position, *, matrix: bool = False
+    state: TrainState, family: TrainingFamily, batch: MicroBatch, position: Position, *, look: bool = False
 ) -> dict[str, Any]:
     """One micro-batch from its noise to the optimizer, which steps when the last one of its optimizer step is done.
 
-    batch: on any device; its teacher's side may be empty once CREPA needs none. matrix: adds `similarity_matrix`
-    (T, T) of the first clip, in steps in which CREPA runs.
+    batch: on any device; its teacher's side may be empty once CREPA needs none. look: adds `look`, an `AlignedClip`
+    of the first clip, in steps in which CREPA runs.
 
     Returns the values to log: detached tensors, floats and bools, nothing read from the device yet.
     """
@@ -53,12 +55,13 @@ def training_step(
         prediction = family.predict(state.transformer, noisy, batch.clips)
         flow_loss = loss = flow_matching_loss(prediction, noisy)
         logs: dict[str, Any] = {}
+        seen: dict[str, AlignedClip] = {}
         if crepa is not None:
             aux, logs = crepa.loss(step=position.step, frame_mask=noisy.frame_mask, **batch.teacher)
             loss = flow_loss + aux
-            if matrix and "crepa_loss" in logs:
-                given = crepa.similarity_matrix(frame_mask=noisy.frame_mask, **batch.teacher)
-                logs["similarity_matrix"] = given[0]
+            if look and "crepa_loss" in logs:
+                sides, masks = crepa.sides(frame_mask=noisy.frame_mask, **batch.teacher)
+                seen = {"look": AlignedClip.of(crepa.config, sides, masks)}
         if layersync is not None:
             aux, of_blocks = layersync.loss()
             loss, logs = loss + aux, logs | of_blocks
@@ -77,7 +80,7 @@ def training_step(
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()
         state.optimizer.zero_grad()
-    return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs}
+    return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs, **seen}
 
 
 def gradient_norms(state: TrainState) -> dict[str, Tensor]:

@@ -64,14 +64,16 @@ def demo(options: DemoOptions, **settings: Any) -> tuple[Summary, str]:
 
 
 def small(videos: Path, output: Path, **changes: Any) -> DemoOptions:
-    options = DemoOptions(output=output, data=videos, steps=6, timed_steps=2, size=SMALL, clips_per_video=2)
+    options = DemoOptions(
+        output=output, data=videos, steps=6, timed_steps=2, size=SMALL, clips_per_video=2, comparison=False
+    )
     return replace(options, **changes)
 
 
 @pytest.fixture(scope="module")
 def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary, str]:
     output = tmp_path_factory.mktemp("run") / "demo"
-    return output, *demo(small(videos, output))
+    return output, *demo(small(videos, output, comparison=True))
 
 
 def test_it_leaves_what_it_promises(finished: tuple[Path, Summary, str]) -> None:
@@ -106,6 +108,32 @@ def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple
         parts = row["flow_loss"] + row["crepa_loss"]
         # One 32-bit addition of numbers below 4.
         assert row["loss"] == pytest.approx(parts, abs=1e-6)
+
+
+def test_the_same_is_trained_without_crepa_and_both_are_asked_the_same(
+    finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path
+) -> None:
+    output, summary, printed = finished
+    without = metrics_rows(output / "without")
+    assert [row["step"] for row in without] == [row["step"] for row in metrics_rows(output)]
+    # The same weights, clip and noise at first; a LoRA's first step changes nothing before it.
+    assert without[0]["flow_loss"] == metrics_rows(output)[0]["flow_loss"]
+    assert without[-1]["flow_loss"] != metrics_rows(output)[-1]["flow_loss"]
+    assert "crepa_loss" not in without[0]
+    ours, others = summary.answers, summary.answers_without_crepa
+    assert ours is not None
+    assert others is not None
+    assert ours.flow_loss != others.flow_loss
+    assert ours.flow_loss == pytest.approx(others.flow_loss, rel=0.2)
+    assert ours.readable != others.readable
+    assert f"{ours.flow_loss:.3f}" in printed
+    assert f"{others.flow_loss:.3f}" in printed
+    assert "crepa_enabled" in (output / "report.html").read_text()
+    # What is trained with CREPA is not changed by it.
+    alone, _ = demo(small(videos, tmp_path / "alone"))
+    assert metrics_rows(tmp_path / "alone") == metrics_rows(output)
+    assert (alone.after, alone.answers) == (summary.after, None)
+    assert not (tmp_path / "alone" / "without").exists()
 
 
 def test_only_the_frames_that_latents_align_with_are_encoded(finished: tuple[Path, Summary, str]) -> None:
@@ -187,14 +215,15 @@ def test_it_trains_what_a_run_of_the_same_folders_trains(
 
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    demo(small(videos, output, steps=2))
+    demo(small(videos, output, steps=2, comparison=True))
     other = tmp_path / "other"
     other.mkdir()
     write_video(other / "third.mp4", moving_square(9, seed=5))
     (output / "clips" / "mine.mp4").symlink_to(videos / "video0.mp4")
     (output / "clips" / "mine.txt").write_text("my own words")
-    summary, _ = demo(small(other, output, steps=3, clips_per_video=1))
-    assert len(read_metrics(output / "metrics.jsonl")) == 3
+    summary, _ = demo(small(other, output, steps=3, clips_per_video=1, comparison=True))
+    for folder in (output, output / "without"):
+        assert len(read_metrics(folder / "metrics.jsonl")) == 3
     # What somebody else put there is trained on, and is not removed.
     assert {path.name for path in (output / "clips").iterdir()} == {"third.mp4", "third.txt", "mine.mp4", "mine.txt"}
     assert summary.clips == 2
@@ -288,7 +317,7 @@ def test_what_the_user_got_wrong_is_one_line(
         given += ["--data", str(videos)]
     if "--output" not in given:
         given += ["--output", str(tmp_path / "run")]
-    assert main(["demo", *given, "--steps", "1"]) == 2
+    assert main(["demo", *given, "--steps", "1", "--no-comparison"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("crepa-train: error: ")
     assert message.format(**places) in error
@@ -316,7 +345,8 @@ def assert_patches_answer_patches(summary: Summary) -> None:
 
 def test_on_real_video_patches_answer_patches(tmp_path: Path) -> None:
     """A few of the demo's steps on half of its clips, with a random teacher; the whole of it is the slow test below."""
-    summary, printed = demo(DemoOptions(output=tmp_path, steps=30, timed_steps=1, clips_per_video=4))
+    options = DemoOptions(output=tmp_path, steps=30, timed_steps=1, clips_per_video=4, comparison=False)
+    summary, printed = demo(options)
     assert_patches_answer_patches(summary)
     assert summary.after is not None
     beyond_position = summary.after.similarity > summary.after.position

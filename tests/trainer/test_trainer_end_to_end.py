@@ -79,6 +79,12 @@ def test_videos_to_a_lora_with_validation_clips(folder: Path, tmp_path: Path, te
         parts = row["flow_loss"] + row["crepa_loss"] + row.get("crepa_relational_loss", 0.0)
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
     assert (output / "trained" / "pytorch_lora_weights.safetensors").is_file()
+    # In the warm-up's first step there is nothing to look at.
+    (look,) = RunFolder(output).looks()
+    assert look.step == 2
+    with Image.open(look.patches) as picture:
+        # The video's row is there: the frames are squares of one blue, and nothing else in the picture is.
+        assert picture.size[1] > 0.9 * picture.size[0]
     for step in (2, 4):
         clip = output / "validation" / f"step-{step:08d}" / "prompt-0"
         with av.open(str(clip.with_suffix(".mp4"))) as video:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from crepa_trainer.alignment import best_constants
 from crepa_trainer.data.sampler import MicroBatch, Position, collate
-from crepa_trainer.demo.evaluation import Evaluator, best_constants, shuffle_patches
+from crepa_trainer.demo.evaluation import Evaluator, linearly_readable, shuffle_patches
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.state import make_state
@@ -29,7 +30,7 @@ def features(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> Si
     return Sides(hidden, teacher, student_grid, teacher_grid, CrepaProjector(8, E))
 
 
-def similarity_of_constant(given: Sides, vector: torch.Tensor, config: CrepaConfig) -> float:
+def similarity_of_constant(given: Sides, vector: torch.Tensor, config: CrepaConfig, **masks: torch.Tensor) -> float:
     """By the loss itself, of a projector that says `vector` whatever it sees."""
     projector = CrepaProjector(8, E)
     with torch.no_grad():
@@ -41,6 +42,7 @@ def similarity_of_constant(given: Sides, vector: torch.Tensor, config: CrepaConf
         projector,
         student_grid=given.student_grid,
         teacher_grid=given.teacher_grid,
+        **masks,
         **config.loss_options(),
     )
     return float(output.similarity)
@@ -70,6 +72,19 @@ def test_no_constant_scores_higher_than_the_best_one(settings: dict, grids: tupl
         assert similarity_of_constant(given, other, config) < score
 
 
+def test_frames_that_are_masked_are_not_in_the_best_constant() -> None:
+    config = CrepaConfig.from_dict({"crepa_adjacent_distance": 2, "crepa_cumulative_neighbors": True})
+    given = features((2, 3), (2, 3))
+    in_loss = torch.tensor([[False, True, True, True, True], [True] * 5, [True, True, True, False, False]])
+    exists = torch.tensor([[True] * 5, [True] * 5, [True, True, True, False, False]])
+    best = best_constants(given, config, in_loss, exists).mean(0)
+    score = similarity_of_constant(given, best, config, frame_mask=in_loss, teacher_mask=exists)
+    assert score == pytest.approx(float(best.norm()), abs=1e-6)
+    assert score > similarity_of_constant(
+        given, best_constants(given, config).mean(0), config, frame_mask=in_loss, teacher_mask=exists
+    )
+
+
 def test_knowing_the_position_is_never_worse() -> None:
     constants = best_constants(features((2, 3), (2, 3)), CrepaConfig())
     assert constants.norm(dim=-1).mean() >= constants.mean(0).norm()
@@ -81,6 +96,18 @@ def test_position_constants_are_the_mean_teacher_of_their_position() -> None:
     teacher = (3.0 * directions).expand(2, 4, 6, E)
     given = Sides(torch.zeros(2, 4, 6, 8), teacher, (2, 3), (2, 3), CrepaProjector(8, E))
     torch.testing.assert_close(best_constants(given, CrepaConfig()), directions)
+
+
+def test_what_a_linear_map_of_the_states_says_is_readable_and_what_is_unrelated_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(8, 5, 12, 16, generator=generator)
+    teacher = torch.nn.functional.layer_norm(states, (16,)) @ torch.randn(16, E, generator=generator)
+    # The ridge takes a little of it.
+    assert linearly_readable(states, teacher) > 0.99
+    assert linearly_readable(3.0 * states, 0.1 * teacher) == pytest.approx(linearly_readable(states, teacher), abs=1e-4)
+    other = torch.randn(8, 5, 12, E, generator=generator)
+    # 240 tokens in other clips, of random directions in E = 6.
+    assert abs(linearly_readable(states, other)) < 0.1
 
 
 def test_shuffling_moves_patches_within_their_frame_only() -> None:
@@ -116,6 +143,7 @@ def test_what_is_measured_is_what_a_step_sees(tmp_path: Path, settings: dict[str
     pixels = {} if "crepa_feature_source" in settings else {"pixels": item.pop("pixels")}
     noise = torch.randn(item["latents"].shape, generator=torch.Generator().manual_seed(7))
     batch = MicroBatch(item, pixels, noise, torch.tensor([0.3]))
-    logs = training_step(state, family, batch, Position(0, 0, 0), matrix=True)
+    logs = training_step(state, family, batch, Position(0, 0, 0), look=True)
     assert measured.similarity == pytest.approx(float(logs["crepa_similarity"]), abs=1e-6)
-    torch.testing.assert_close(matrix[0], logs["similarity_matrix"])
+    torch.testing.assert_close(matrix[0], logs["look"].matrix)
+    assert float(logs["look"].constant) == pytest.approx(measured.constant, abs=1e-6)

@@ -100,12 +100,12 @@ def test_micro_batches_of_one_step_are_one_step(tmp_path: Path) -> None:
     assert {name for name in trained if "lora_B" in name} <= changed() <= trained
     assert second["learning_rate"] == 1e-2
     torch.testing.assert_close(first["loss"], first["flow_loss"])  # the warm-up's first weight is 0
-    steps = [logs_at(1, 0), logs_at(1, 1, matrix=True)]
+    steps = [logs_at(1, 0), logs_at(1, 1, look=True)]
     assert [logs["crepa_weight"] for logs in (first, second, *steps)] == pytest.approx([0, 0, 0.05, 0.05])
     assert steps[1]["learning_rate"] == pytest.approx(0.75e-2)
     torch.testing.assert_close(steps[0]["loss"], steps[0]["flow_loss"] + steps[0]["crepa_loss"])
     # Of the first clip; its diagonal is what CREPA calls the similarity of each frame with its own.
-    matrix = steps[1]["similarity_matrix"]
+    matrix = steps[1]["look"].matrix
     torch.testing.assert_close(matrix.diagonal().mean(), steps[1]["crepa_similarity_self"])
     assert changed() == trained
     assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in steps[1].values())

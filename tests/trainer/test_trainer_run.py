@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from crepa_trainer.reporting.runs import RunFolder
 from crepa_trainer.state import trained_parameters
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 from said import everything_said
 from training_runs import TinyClips, tiny_config, tiny_settings, train
@@ -62,6 +66,25 @@ def test_tensorboard_has_the_same_values_and_the_similarity_matrix(lora: tuple[P
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     assert logged == [(row["step"], pytest.approx(row["loss"])) for row in rows]
     assert [image.step for image in events.Images("similarity_matrix")] == [0, 20, 40]
+
+
+def test_looks_are_kept_and_the_constant_is_logged_with_them_alone(lora: tuple[Path, list[dict[str, float]]]) -> None:
+    output, rows = lora
+    looks = RunFolder(output).looks()
+    assert [(look.step, look.clip) for look in looks] == [(step, "0.mp4 [0:9]") for step in (0, 20, 40)]
+    assert [row["step"] for row in rows if "crepa_constant" in row] == [0, 20, 40]
+    for look in looks:
+        assert np.shape(look.matrix) == (3, 3)
+        # By definition: the mean over frames of each frame's similarity with its own teacher frame.
+        own = rows[look.step]["crepa_similarity_self"]
+        assert np.trace(look.matrix) / 3 == pytest.approx(own, abs=1e-5)
+        assert look.patches is not None
+        with Image.open(look.patches) as picture:
+            picture.load()
+            assert picture.size[0] > 500
+    said = json.loads((output / "looks" / "step-00000020.json").read_text())
+    assert said["frames"] == [0, 4, 8]
+    assert said["constant"] == rows[20]["crepa_constant"]
 
 
 def test_a_lora_loads_in_the_stock_pipeline_without_a_word_and_samples(

@@ -1,4 +1,4 @@
-"""What the student has learned, over all clips at one fixed noise: against a constant, against shuffled patches."""
+"""What a student has learned, over all clips at fixed noise: against a constant, shuffled patches, another student."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from crepa_kernels import crepa_loss, frame_indices, similarity_matrix
-from crepa_kernels.grid import SpatialPlan, plan_alignment
+from crepa_kernels import crepa_loss, similarity_matrix
+from crepa_kernels.grid import plan_alignment
 from crepa_kernels.models.families import family_of
 from crepa_kernels.regularizer.aligning import Sides
 from crepa_kernels.regularizer.capture import Capture, CapturedStates
@@ -19,14 +19,32 @@ from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
+from ..alignment import best_constants
 from ..data.sampler import collate
+from ..step import flow_matching_loss
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
+    from crepa_kernels.projector import Projector
 
     from ..data.cache import CachedClips
     from ..families import TrainingFamily
+    from ..families.noise import NoisyLatents
     from ..state import TrainState
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model that was trained without CREPA can be asked as well as one that was trained with it.
+
+    flow_loss: flow matching at the noise levels `LEVELS`. readable: as `linearly_readable`; None for a single clip, or
+    where the teacher is the model itself.
+    """
+
+    flow_loss: float
+    readable: float | None
 
 
 @dataclass(frozen=True)
@@ -67,30 +85,57 @@ class Evaluator:
 
     def features(self, state: TrainState) -> Sides:
         """Hidden states as training captures them, and the teacher's features of the same clips."""
-        config, device = self.config, state.accelerator.device
-        transformer, crepa = state.accelerator.unwrap_model(state.transformer), state.crepa
+        crepa = state.crepa
         if crepa is None or crepa.projector is None:
             raise ValueError("CREPA is off: there is no projector to measure")
-        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * (config.crepa_feature_source == "backbone")
-        blocks = {key: getattr(config, key) for key in keys}
+        student, *deeper = self._states(state, crepa.projector)
+        teacher = TeacherFeatures(deeper[0], self._layout.grid) if deeper else self._encoded(state.accelerator.device)
+        with torch.no_grad():
+            return Sides.of(self.config, crepa.projector, CapturedStates(student, self._layout), teacher)
+
+    def _states(self, state: TrainState, projector: Projector | None) -> list[Tensor]:
+        """Hidden states (n, T, P, D) of the student's block, and in backbone mode of the teacher's."""
+        config, transformer = self.config, state.accelerator.unwrap_model(state.transformer)
+        keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * config.teacher.backbone
+        blocks: dict[str, int] = {key: getattr(config, key) for key in keys}
         captured: dict[str, list[Tensor]] = {key: [] for key in keys}
-        capture = Capture(transformer, family_of(transformer), blocks, crepa.projector)
+        capture = Capture(transformer, family_of(transformer), blocks, projector)
         capture.attach()
-        generator = torch.Generator().manual_seed(self.seed)
         try:
-            for item in self._items():
-                batch = {name: tensor.to(device) for name, tensor in collate([item]).items()}
-                noise = torch.randn(batch["latents"].shape, generator=generator).to(device)
-                noisy = self.family.noisy(batch, noise, torch.tensor([self.time], device=device))
+            for batch, noisy in self._noisy(self.time, state.accelerator.device):
                 self.family.predict(transformer, noisy, batch)
                 for key, index in blocks.items():
                     captured[key].append(capture.states(index).hidden_states.detach().float())
         finally:
             capture.remove()
-        student, *deeper = (torch.cat(states) for states in captured.values())
-        teacher = TeacherFeatures(deeper[0], self._layout.grid) if deeper else self._encoded(device)
-        with torch.no_grad():
-            return Sides.of(config, crepa.projector, CapturedStates(student, self._layout), teacher)
+        return [torch.cat(states) for states in captured.values()]
+
+    @torch.no_grad()
+    def answers(self, state: TrainState) -> Answers:
+        """Of a model that was trained with CREPA or without it, on the same noise."""
+        device, transformer = state.accelerator.device, state.accelerator.unwrap_model(state.transformer)
+        losses = [
+            flow_matching_loss(self.family.predict(transformer, noisy, batch), noisy)
+            for time in LEVELS
+            for batch, noisy in self._noisy(time, device)
+        ]
+        return Answers(float(torch.stack(losses).mean()), self._readable(state))
+
+    @torch.enable_grad()  # without it nothing is captured
+    def _readable(self, state: TrainState) -> float | None:
+        if len(self.clips) < 2 or self.config.teacher.backbone:
+            return None
+        (student,), (teacher, grid) = self._states(state, None), self._encoded(state.accelerator.device)
+        plan = plan_alignment(self.config.spatial_align, self._layout.grid, grid)
+        return linearly_readable(plan.align(student, "student"), plan.align(teacher, "teacher"))
+
+    def _noisy(self, time: float, device: torch.device) -> Iterator[tuple[dict[str, Tensor], NoisyLatents]]:
+        """Each clip as a batch, and with the noise of `seed` at a level; the same at every call."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for item in self._items():
+            batch = {name: tensor.to(device) for name, tensor in collate([item]).items()}
+            noise = torch.randn(batch["latents"].shape, generator=generator).to(device)
+            yield batch, self.family.noisy(batch, noise, torch.tensor([time], device=device))
 
     def _items(self) -> Iterator[dict[str, Tensor]]:
         self.clips.without_teacher = False
@@ -105,11 +150,6 @@ class Evaluator:
                 encoded.append(encode_clips(teacher, pixels, lengths, rule, device))
             self._teacher = TeacherFeatures(torch.cat([each.features for each in encoded]).float(), encoded[0].grid)
         return self._teacher
-
-    def teacher_frames(self) -> list[int]:
-        """The pixel frame of each latent frame; of a group that is averaged, the last."""
-        rule, frames = self.config.crepa_frame_map, self.clips.keys[0].bucket.frames
-        return frame_indices("last" if rule == "mean" else rule, frames, self._layout.frames)
 
     def alignment(self, features: Sides) -> Alignment:
         """The means over all clips."""
@@ -132,34 +172,25 @@ class Evaluator:
         """s[b, f, k] of every student frame with every teacher frame, (n, T, T)."""
         return features.given_to(similarity_matrix, **self.config.loss_options())
 
-    @torch.no_grad()
-    def on_common_grid(self, features: Sides) -> tuple[Tensor, Tensor]:
-        """Projected student and teacher on the grid that the loss compares them on, both (n, T, h, w, E)."""
-        plan = _plan(features, self.config)
-        projector = features.projector or nn.Identity()
-        student = plan.align(projector(features.hidden_states), "student")
-        return student.unflatten(2, plan.grid), plan.align(features.teacher_features, "teacher").unflatten(2, plan.grid)
 
+def linearly_readable(states: Tensor, teacher: Tensor) -> float:
+    """Mean cosine of the teacher's features with the best that a linear map makes of a model's states.
 
-def best_constants(features: Sides, config: CrepaConfig) -> Tensor:
-    """Vectors g (M, E), one a patch position: their directions are the best constant predictors.
-
-    A predictor that says the unit vector c[m] at position m has `crepa_similarity = mean_m <c[m], g[m]>`, with g[m]
-    the mean over clips and frames of `z[f, m] / (1 + Σ w)`, `z[f] = ŷ[f] + Σ_k w(|k-f|) ŷ[k]`. So the best is
-    `g[m] / ||g[m]||`, which scores the mean norm; the best that is the same everywhere scores the norm of the mean.
+    The map is fitted to every other clip, by ridge regression, and asked on the rest. states (n, T, M, D) of n >= 2
+    clips, teacher (n, T, M, E), in the same places.
     """
-    unit = F.normalize(_plan(features, config).align(features.teacher_features, "teacher").float(), dim=-1)
-    frames = unit.shape[1]
-    weights = config.neighbours.weights(frames, None, unit)[0] + torch.eye(frames, device=unit.device)
-    weights = weights / weights.sum(1, keepdim=True)  # (f, k)
-    return torch.einsum("fk,bkme->me", weights, unit) / (len(unit) * frames)
+    x = F.layer_norm(states.double(), states.shape[-1:])
+    x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    y = F.normalize(teacher.double(), dim=-1)
+    fitted, target = x[::2].flatten(0, 2), y[::2].flatten(0, 2)
+    products = fitted.T @ fitted
+    # A hundredth of the mean square of a state's entry: what is only noise in a few clips is not fitted.
+    products.diagonal().add_(0.01 * len(fitted))
+    weights = torch.linalg.solve(products, fitted.T @ target)
+    return float(F.cosine_similarity(x[1::2] @ weights, y[1::2], dim=-1).mean())
 
 
 def shuffle_patches(teacher: Tensor, seed: int) -> Tensor:
     """Teacher features (n, T, N, E) with the patches of every frame in an order of their own."""
     order = torch.rand(teacher.shape[:3], generator=torch.Generator().manual_seed(seed)).argsort(-1)
     return teacher.gather(2, order.to(teacher.device)[..., None].expand_as(teacher))
-
-
-def _plan(features: Sides, config: CrepaConfig) -> SpatialPlan:
-    return plan_alignment(config.spatial_align, features.student_grid, features.teacher_grid)

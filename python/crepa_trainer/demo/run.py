@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,9 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
+from crepa_kernels import CrepaConfig
+
+from ..alignment import on_common_grid, teacher_frames
 from ..checkpoint import newest_checkpoint, read_checkpoint
 from ..data.clips import read_clips, sample_videos
 from ..data.dataset import Bucket
@@ -32,18 +35,18 @@ from ..data.video import VideoError
 from ..folders import METRICS_FILE, one_run_in
 from ..launcher import launched_processes
 from ..reporting.plots import PatchFeatures, plot_patches, plot_similarity_matrices, plot_training
+from ..reporting.report import REPORT, write_report
 from ..reporting.trackers import read_metrics
 from ..run import TrainingRun, run
 from ..settings import RunSettings
 from ..state import TrainState, make_state
 from ..step import training_step
 from ..terminal import say
-from .evaluation import Alignment, Evaluator
+from .evaluation import Evaluator
 from .models import save_demo_model
 from .summary import ENDS, Summary, ends, print_summary
 
 if TYPE_CHECKING:
-    from crepa_kernels import CrepaConfig
     from crepa_kernels.regularizer.aligning import Sides
 
 # Over what CrepaConfig says by itself. The published models' block 8 does not exist in a model of six, and the first
@@ -58,6 +61,7 @@ DEMO_CREPA = {
     "crepa_lambda_end": 0.5,
 }
 CAPTION = "a video"
+WITHOUT = "without"  # in the demo's folder, that of the run without CREPA
 CLIP = Bucket(64, 112, 17)
 NOISE_LEVEL = 0.1  # at which the student is asked what it has learned
 
@@ -76,6 +80,7 @@ class DemoOptions:
     timed_steps: int = 10
     size: Bucket = CLIP
     clips_per_video: int = 8
+    comparison: bool = True  # trains the same without CREPA too
 
     @property
     def model_folder(self) -> Path:
@@ -113,25 +118,38 @@ def run_demo(options: DemoOptions, config: CrepaConfig, console: Console) -> Sum
     settings = options.settings()
     videos = _videos(options)
     with one_run_in(options.output), console.status("making the model"):
-        _forget_an_earlier_demo(options)
+        for folder in (options.output, options.output / WITHOUT):
+            _forget_an_earlier_demo(folder, options.model_folder)
         _link_with_captions(videos, settings.data)
         first = _first_clips(list(videos.values()), options.size)
         save_demo_model(options.model_folder, first, options.seed)
     trained = run(settings, config, console)
     rows = read_metrics(options.output / METRICS_FILE)
 
-    before = after = None
+    before = after = answers = answers_without = None
     if trained.state.crepa is not None:
         evaluator = Evaluator(config, trained.family, trained.clips, time=NOISE_LEVEL, seed=options.seed)
         before = evaluator.alignment(evaluator.features(_fresh_state(trained, config)))
         features = evaluator.features(trained.state)
         after = evaluator.alignment(features)
         _plot_alignment(options.output, trained, evaluator, features)
-    plot_training(rows, options.output / "training.png", constant=after.constant if after else None)
+        if options.comparison:
+            answers = evaluator.answers(trained.state)
+    plot_training(rows, options.output / "training.png", rival=after.position if after else None)
     with console.status("timing steps with and without CREPA"):
         seconds = time_steps(trained, config, options.timed_steps)
+    if answers is not None:
+        answers_without = evaluator.answers(_without_crepa(trained, console).state)
+        both = [options.output, options.output / WITHOUT]
+        say(console, f"with and without CREPA: {write_report(both, options.output / REPORT)}")
 
-    summary = _summary(options, len(videos), trained, rows, before, after, seconds)
+    summary = replace(
+        _summary(options, len(videos), trained, rows, seconds),
+        before=before,
+        after=after,
+        answers=answers,
+        answers_without_crepa=answers_without,
+    )
     summary.save(options.output / "summary.json")
     print_summary(console, summary, NOISE_LEVEL)
     say(console, f"Everything is in {options.output}")
@@ -146,11 +164,20 @@ def _videos(options: DemoOptions) -> dict[str, Path]:
     return {path.relative_to(options.data).as_posix(): path.resolve() for path in found}
 
 
-def _forget_an_earlier_demo(options: DemoOptions) -> None:
+def _forget_an_earlier_demo(output: Path, model: Path) -> None:
     """Removes the checkpoints of one, which `run` does not train over; any other run's are kept, and named by it."""
-    newest = newest_checkpoint(options.output)
-    if newest is not None and read_checkpoint(newest).model == str(options.model_folder.resolve()):
+    newest = newest_checkpoint(output)
+    if newest is not None and read_checkpoint(newest).model == str(model.resolve()):
         shutil.rmtree(newest.parent)
+
+
+def _without_crepa(trained: TrainingRun, console: Console) -> TrainingRun:
+    """The same training but for CREPA, on the clips that are encoded, in a folder of its own."""
+    settings = trained.settings
+    folders = {"output": settings.output / WITHOUT, "cache": settings.cache_folder}
+    say(console, f"the same LoRA without CREPA, from the same seed, into {folders['output']}")
+    with console.status("training without CREPA"):
+        return run(settings.model_copy(update=folders), CrepaConfig.from_dict({}), Console(quiet=True))
 
 
 def _link_with_captions(videos: dict[str, Path], folder: Path) -> None:
@@ -224,8 +251,6 @@ def _summary(
     videos: int,
     trained: TrainingRun,
     rows: list[dict[str, float]],
-    before: Alignment | None,
-    after: Alignment | None,
     seconds: tuple[float | None, float],
 ) -> Summary:
     weight = [row["crepa_weight"] for row in rows if "crepa_weight" in row]
@@ -240,8 +265,10 @@ def _summary(
         flow_loss=ends(rows, "flow_loss"),
         weight=(weight[0], weight[-1]) if weight else None,
         training_similarity=ends(rows, "crepa_similarity"),
-        before=before,
-        after=after,
+        before=None,
+        after=None,
+        answers=None,
+        answers_without_crepa=None,
         seconds_per_step=seconds[0],
         seconds_per_step_without_crepa=seconds[1],
         timed_steps=options.timed_steps,
@@ -259,8 +286,8 @@ def _plot_alignment(output: Path, trained: TrainingRun, evaluator: Evaluator, fe
     shown = list({key.video: number for number, key in enumerate(keys)}.values())[:2]
     matrices = evaluator.matrix(features)
     plot_similarity_matrices({keys[n].name: matrices[n] for n in shown}, output / "similarity_matrix.png")
-    projected, teacher = evaluator.on_common_grid(features)
-    frames = evaluator.teacher_frames()
+    projected, teacher = on_common_grid(features, evaluator.config)
+    frames = teacher_frames(evaluator.config, keys[0].bucket.frames, teacher.shape[1])
     clips = []
     for n in shown:
         key, size = keys[n], keys[n].bucket

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import Alignment
+from .evaluation import LEVELS, Alignment, Answers
 
 ENDS = 10
 Ends = tuple[float, float] | None
@@ -32,6 +32,8 @@ class Summary:
     training_similarity: Ends
     before: Alignment | None
     after: Alignment | None
+    answers: Answers | None
+    answers_without_crepa: Answers | None
     seconds_per_step: float | None
     seconds_per_step_without_crepa: float
     timed_steps: int
@@ -81,7 +83,11 @@ def print_summary(console: Console, summary: Summary, noise_time: float) -> None
         row("  teacher's patches shuffled [dim](d)", before.shuffled, after.shuffled, end=True)
     table.add_row("", "with CREPA", "without")
     seconds = summary.seconds_per_step, summary.seconds_per_step_without_crepa
-    row("seconds a step [dim](e)", *seconds, end=True)
+    compared = [each for each in (summary.answers, summary.answers_without_crepa) if each is not None]
+    row("seconds a step [dim](e)", *seconds, end=not compared)
+    if compared:
+        row("flow-matching loss after training [dim](f)", *(each.flow_loss for each in compared))
+        row("teacher's features in its block [dim](g)", *(each.readable for each in compared), end=True)
     table.add_row("video frames read / to latents", str(summary.frames_read), str(summary.frames_to_latents))
     table.add_row("frames encoded by the teacher", "", str(summary.frames_encoded))
     table.add_row("frames decoded by the VAE", "", str(summary.frames_decoded))
@@ -96,8 +102,29 @@ def print_summary(console: Console, summary: Summary, noise_time: float) -> None
             "(d) as (b), the teacher's patches in random order within each frame",
         ]
     notes.append(f"(e) median of {summary.timed_steps} steps each, taken in turns after training")
+    if compared:
+        levels = ", ".join(f"{level:g}" for level in LEVELS)
+        notes += [
+            "(f) the same LoRA, trained from the same seed with CREPA and without it, on the",
+            f"    training clips at the noise levels {levels}, the same noise for both",
+            "(g) mean cosine of the teacher's features with what a linear map, fitted to every",
+            "    other clip, makes of the block's states in the rest, at the noise of (b)",
+        ]
     console.print("\n".join(notes), style="dim", highlight=False)
     console.print(verdict(summary), highlight=False)
+    if changed := what_changed(summary):
+        console.print(changed, highlight=False)
+
+
+def what_changed(summary: Summary) -> str:
+    """One sentence about the same training without CREPA; empty where there was none."""
+    ours, others = summary.answers, summary.answers_without_crepa
+    if ours is None or others is None:
+        return ""
+    parts = [f"a flow-matching loss of {ours.flow_loss:.3f} instead of {others.flow_loss:.3f}"]
+    if ours.readable is not None and others.readable is not None:
+        parts.insert(0, f"a block with {ours.readable:.3f} instead of {others.readable:.3f} of the teacher in it (g)")
+    return f"Against the same training without CREPA: {', and '.join(parts)}."
 
 
 def verdict(summary: Summary) -> str:
