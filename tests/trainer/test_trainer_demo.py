@@ -17,7 +17,7 @@ from crepa_trainer.cli import main
 from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.demo.run import DEMO_CREPA, DemoOptions, run_demo
 from crepa_trainer.demo.summary import Summary
-from crepa_trainer.reporting.trackers import read_metrics
+from crepa_trainer.reporting.trackers import MEASURED, read_metrics
 from crepa_trainer.run import run
 from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
@@ -28,6 +28,7 @@ from videos import moving_square, write_video
 from crepa_kernels import CrepaConfig, CrepaRegularizer
 
 SMALL = Bucket(32, 48, 9)
+COLUMNS = {"step", "epoch", "loss", "flow_loss", "grad_norm", "grad_norm_model", "learning_rate", *MEASURED}
 CREPA_COLUMNS = {
     "crepa_loss",
     "crepa_similarity",
@@ -94,7 +95,7 @@ def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple
     output, _, _ = finished
     rows = read_metrics(output / "metrics.jsonl")
     assert next(iter(rows[0])) == "step"
-    assert set(rows[0]) == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"} | CREPA_COLUMNS
+    assert set(rows[0]) == COLUMNS | {"grad_norm_projector"} | CREPA_COLUMNS
     assert [row["step"] for row in rows] == list(range(6))
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
@@ -242,7 +243,7 @@ def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> No
     assert summary.after is None
     assert summary.seconds_per_step is None
     logged = set(read_metrics(tmp_path / "off" / "metrics.jsonl")[0])
-    assert logged == {"step", "epoch", "loss", "flow_loss", "grad_norm", "learning_rate"}
+    assert logged == COLUMNS
     assert "CREPA was off" in printed
     assert not (tmp_path / "off" / "trained" / "crepa_projector.safetensors").exists()
 

@@ -13,6 +13,7 @@ import av
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.cli import main
+from crepa_trainer.reporting.runs import RunFolder
 from crepa_trainer.reporting.trackers import read_metrics
 from PIL import Image
 from tiny import tiny_dinov2
