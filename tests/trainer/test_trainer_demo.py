@@ -363,3 +363,9 @@ def test_the_whole_demo_knows_more_than_positions(tmp_path: Path) -> None:
     after = saved["after"]
     assert after["similarity"] - saved["before"]["similarity"] >= 0.05
     assert after["similarity"] > after["position"] > after["constant"] > after["shuffled"]
+    # What the README says that CREPA changes, and what it costs.
+    ours, others = saved["answers"], saved["answers_without_crepa"]
+    assert ours["readable"] == pytest.approx(0.85, abs=0.03)
+    assert others["readable"] == pytest.approx(0.68, abs=0.03)
+    assert ours["flow_loss"] == pytest.approx(1.59, abs=0.05)
+    assert others["flow_loss"] == pytest.approx(1.51, abs=0.05)

@@ -62,6 +62,8 @@ def plot_training(rows: Sequence[dict[str, float]], path: Path, *, rival: float 
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0] and axis is not axes[2]:
             axis.legend(frameon=False)
+    axes[0].margins(y=0.2)
+    axes[0].legend(frameon=False, ncols=3, loc="upper right")
     axes[0].set_title("Training (thin: each step; thick: running median)")
     _save(figure, path)
 
@@ -130,7 +132,7 @@ def plot_patches(clips: Sequence[PatchFeatures], path: Path, frames_per_clip: in
     height, width = columns[0][1][0].shape[:2]
     labels = ["video"] * with_video + ["teacher,\nPCA colours", "student,\nsame colours", "cosine"]
     cosines = len(labels) - 1
-    size = (1.6 + 2.1 * len(columns), 0.6 + len(labels) * 2.15 * height / width)
+    size = (1.9 + 2.1 * len(columns), 0.6 + len(labels) * 2.15 * height / width)
     figure, axes = plt.subplots(len(labels), len(columns), figsize=size, layout="constrained", squeeze=False)
     image = None
     for column, (title, pictures) in enumerate(columns):
