@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
 _BESIDE = 11  # columns of the time left, the slash and the gaps
-_BAR = 50  # and of the bar with its name
+_BAR = 14  # and at least of the bar with its name
 _SHOWN = (
     ("loss", "loss"),
     ("flow", "flow_loss"),
