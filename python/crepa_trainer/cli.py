@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -87,7 +88,7 @@ def _run(argv: Sequence[str]) -> int:
     }
     run = commands.add_parser(
         "run",
-        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan] "
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan] [--json] "
         "[--queue RUNS]",
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
@@ -150,6 +151,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--json", action="store_true", help="print the plan's names and values as JSON, and stop")
     parser.add_argument(
         "--queue", type=Path, metavar="RUNS", help="wait until no run that came earlier is in the queue of this folder"
     )
@@ -161,6 +163,12 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 
     console = _console(given.debug)
     settings, config = load_settings(given.config, given_values(given), rest=rest)
+    if given.json:
+        from .reporting.table import plan_rows
+        from .run import plan_run
+
+        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
+        return
     if given.plan:
         from .run import show_plan
 

@@ -31,7 +31,7 @@ from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
-from .reporting.plan import make_plan
+from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
 from .reporting.trackers import MetricsTracker, peak_memory
@@ -118,7 +118,14 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
 
 
 def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
-    """Prints what the run will do, from configs and the videos' first frames; returns what it found.
+    """Prints what the run will do; returns what it found. ValueError as `plan_run`."""
+    plan = plan_run(settings, config)
+    print_plan(console, plan)
+    return plan.family, plan.found
+
+
+def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
+    """What the run will do, from configs and the videos' first frames.
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
@@ -127,9 +134,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
-    print_plan(console, plan)
-    return family, found
+    return make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:

@@ -93,7 +93,7 @@ def test_a_run_from_its_start_to_its_end(server: Server, visit: Callable[..., Pa
     before = line.get_attribute("d")
     other.wait_for_function("before => document.querySelector('.js-line').getAttribute('d') !== before", arg=before)
     other.get_by_role("button", name=re.compile("Show: live")).first.click()
-    other.wait_for_function("document.querySelector('video').videoWidth == 48")
+    other.wait_for_function("document.querySelector('video')?.videoWidth == 48")
     other.keyboard.press("Escape")
     # Started twice it is refused.
     page.get_by_role("button", name="Start", exact=True).click()
@@ -124,13 +124,14 @@ def test_a_run_outlives_its_page_and_a_new_page_finds_it(
         page = visit(f"{served.address}runs?file=alone.json")
         page.get_by_role("button", name="Start", exact=True).click()
         wait(lambda: is_running(output))
-        served.process.kill()
         page.context.close()
+        served.process.kill()
     with page_server(output.parent, *options, folder=models) as served:
         page = visit(f"{served.address}runs")
         expect(page.get_by_text("training", exact=True)).to_be_visible(timeout=SECONDS * 1000)
         page.get_by_role("button", name="Stop: alone").click()
         expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=SECONDS * 1000)
+        page.context.close()
 
 
 def test_a_run_outside_the_pages_folders_is_not_started(server: Server, visit: Callable[..., Page]) -> None:

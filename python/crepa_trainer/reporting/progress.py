@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 _ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
+_BESIDE = 11  # columns of the time left, the slash and the gaps
+_BAR = 14  # and at least of the bar with its name
 _SHOWN = (
     ("loss", "loss"),
     ("flow", "flow_loss"),
@@ -28,8 +29,7 @@ def training_progress(
         *([TextColumn("training"), BarColumn()] if console.width >= _ROOM else []),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        # Last, for where the console ends: the step and the time left are always in view.
-        TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn("{task.fields[losses]}"),
         console=console,
         disable=not console.is_terminal,
     )
@@ -38,7 +38,9 @@ def training_progress(
 
         def on_step(step: int, values: Mapping[str, float]) -> None:
             losses = "  ".join(f"{name} {values[key]:.3f}" for name, key in _SHOWN if key in values)
-            bar.update(task, advance=1, losses=losses)
+            # Where they have no room, they are cut, and not the step or the time left.
+            room = console.width - _BESIDE - 2 * len(str(steps)) - (_BAR if console.width >= _ROOM else 0)
+            bar.update(task, advance=1, losses=losses if len(losses) <= room else f"{losses[: room - 1]}…")
             if not console.is_terminal and (step + 1) % max(1, steps // 10) == 0:
                 console.print(f"step {step + 1}/{steps}  {losses}", highlight=False)
 

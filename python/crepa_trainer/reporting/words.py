@@ -37,6 +37,16 @@ JAPANESE = {
     "unknown": "不明",
     "{name} was started": "{name} を開始しました",
     "{time} left": "残り {time}",
+    "Caption": "キャプション",
+    "Change": "変更",
+    "Choose a settings file: its data folder is shown.": "設定ファイルを選ぶと、そのデータフォルダーを表示します。",
+    "Clips": "クリップ",
+    "Saved": "保存しました",
+    "Videos": "動画",
+    "reading configs and videos": "設定と動画を読んでいます",
+    "{runs} is training on it, and goes on with the caption that it read. Change it for later runs?": (
+        "{runs} が学習中で、読み込み済みのキャプションを使い続けます。次回以降のために変更しますか？"
+    ),
     "Back to the default": "既定値に戻す",
     "Cancel": "キャンセル",
     "CREPA loss": "CREPA 損失",

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from nicegui import ui
 from rich.console import Console
 
 from ..terminal import say
+from .clips import checked_video, thumbnail
 from .guard import TOKEN, Folders, Guard, is_loopback
 from .pages import PAGES
 from .shell import add_pages
@@ -47,6 +48,15 @@ def make_app(folders: Folders, host: str, token: str | None) -> FastAPI:
             "Cache-Control": "no-cache",
         }
         return FileResponse(found, media_type=kind, headers=headers)
+
+    @app.get("/thumbnail")
+    def first_frame(path: str) -> Response:
+        try:
+            video = checked_video(folders, path)
+            picture = thumbnail(video, video.stat().st_mtime)
+        except (ValueError, OSError):  # outside; no video; one that cannot be decoded
+            raise HTTPException(404) from None
+        return Response(picture, media_type="image/png", headers={"Cache-Control": "no-cache"})
 
     add_pages(PAGES, folders)
     ui.run_with(app, title="crepa-train", favicon="🎞️", show_welcome_message=False, reconnect_timeout=30)

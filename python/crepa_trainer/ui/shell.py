@@ -46,6 +46,14 @@ class View:
         """Says what was done."""
         ui.notify(text, type="positive")
 
+    def choose(self, label: str, names: Sequence[str], key: str) -> str | None:
+        """A list of names, of which the one chosen is the parameter `key` of the page's address; that one, if any."""
+        name = self.query.get(key, "")
+        chosen = ui.select(list(names), label=label, value=name if name in names else None)
+        # Only what comes behind the ? changes: the page is drawn anew.
+        chosen.classes("min-w-64").on_value_change(lambda event: ui.navigate.to(f"?{key}={quote(event.value)}"))
+        return name if name in names else None
+
     def file(self, path: Any) -> str:
         """The address of a file of the runs' folder; ValueError outside it."""
         inside = self.folders.inside_runs(path)
@@ -81,7 +89,7 @@ def _add(page: Page, pages: Sequence[Page], folders: Folders) -> None:
         ui.colors(primary="#42a5f5" if dark else "#1565c0")
         ui.run_javascript(f"document.documentElement.lang = '{language}'")
         _frame(page, pages, view)
-        with ui.column().classes("w-full max-w-screen-xl mx-auto p-2 sm:p-4 gap-4").props("role=main"):
+        with ui.column().classes("w-full max-w-screen-xl mx-auto p-2 sm:p-4 gap-4"):
             ui.label(view.words(page.title)).classes("text-h5").props("role=heading aria-level=1")
             made = page.build(view)
             if inspect.isawaitable(made):

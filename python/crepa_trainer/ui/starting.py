@@ -79,14 +79,17 @@ def _started(folders: Folders, file: Path, output: Path, queued: bool, *options:
 def check_folders(folders: Folders, values: Mapping[str, Any]) -> Path:
     """The output folder of settings. ValueError where one of their folders is outside those of the page."""
     for key in ("data", "cache"):
-        if values.get(key) is not None:
+        if isinstance(values.get(key), str):
             folders.inside(values[key])
     for key in ("model", "crepa_encoder", "crepa_model", "resume"):
         value = values.get(key)
         # A hub id is no folder, nor is a name of an encoder.
         if isinstance(value, str) and (Path(value).expanduser().exists() or Path(value).is_absolute()):
             folders.inside(value)
-    return folders.inside_runs(values["output"])
+    output = values.get("output")
+    if not isinstance(output, str) or not output:
+        raise ValueError("output: a folder is needed")
+    return folders.inside_runs(output)
 
 
 def make_pair(folders: Folders, name: str) -> tuple[str, str]:
@@ -119,10 +122,25 @@ async def export_run(output: Path, form: str) -> str:
 
     ValueError with its error.
     """
-    words = [sys.executable, "-m", "crepa_trainer", "export", str(output), "--format", form]
+    said = await _said("export", str(output), "--format", form)
+    return said.splitlines()[-1] if said else ""
+
+
+async def plan_rows(folders: Folders, name: str) -> list[tuple[str, str]]:
+    """The plan of a file of settings, made in a process of its own: names and values. ValueError with its error."""
+    check_folders(folders, read_settings(folders, name))
+    # Another process may have logged something above it.
+    rows = json.loads((await _said("run", "--config", str(folders.runs / name), "--json")).splitlines()[-1])
+    return [(str(key), str(value)) for key, value in rows]
+
+
+async def _said(*words: str) -> str:
+    """What a crepa-train command printed. ValueError with the last line of its errors where it failed."""
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*words, stdout=pipe, stderr=pipe)
+    command = [sys.executable, "-m", "crepa_trainer", *words]
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     said, wrong = (each.decode("utf-8", "replace").strip() for each in await process.communicate())
     if process.returncode:
-        raise ValueError(wrong.splitlines()[-1] if wrong else f"export ended with {process.returncode}")
-    return said.splitlines()[-1] if said else ""
+        line = wrong.splitlines()[-1] if wrong else f"crepa-train {words[0]} ended with {process.returncode}"
+        raise ValueError(line.removeprefix("crepa-train: error: "))
+    return said

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..shell import Page
-from . import compare, new_run, runs, start, watch
+from . import clips, compare, new_run, plan, runs, start, watch
 
-PAGES: list[Page] = [start.PAGE, new_run.PAGE, runs.PAGE, watch.PAGE, compare.PAGE]
+PAGES: list[Page] = [start.PAGE, new_run.PAGE, plan.PAGE, clips.PAGE, runs.PAGE, watch.PAGE, compare.PAGE]

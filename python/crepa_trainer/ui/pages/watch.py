@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 from nicegui import ui
 
 from ..curves import EVERY, Gallery, LiveCurves, Matrices
-from ..shelf import all_runs, name_of, run_named
+from ..shelf import all_runs, name_of
 from ..shell import Page, View
 
 
 def _build(view: View) -> None:
     words = view.words
-    names = [name_of(view.folders, run) for run in all_runs(view.folders)]
-    name = view.query.get("run", names[0] if names else "")
-    run = run_named(view.folders, name)
-    if run is None:
+    runs = all_runs(view.folders)
+    if not runs:
         ui.label(words("No run yet: make one under New run."))
         return
-    chosen = ui.select(names, label=words("Run"), value=name).classes("min-w-64")
-    chosen.on_value_change(lambda event: ui.navigate.to(f"/watch?run={quote(event.value)}"))
+    name = view.choose(words("Run"), [name_of(view.folders, run) for run in runs], "run")
+    run = next((run for run in runs if name_of(view.folders, run) == name), runs[0])
     now = ui.label().props("role=status")
 
     def tell() -> None:
