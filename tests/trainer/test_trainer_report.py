@@ -36,7 +36,19 @@ def test_only_what_was_added_is_read_and_a_file_that_was_cut_back_anew(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "nonsense\n", "[1]\n", '{"loss": 1}\n', '{"step": "a"}\n', '{"step": 1, "loss": null}\n', "\x00\xff\n"]
+    "line",
+    [
+        "",
+        "nonsense\n",
+        "[1]\n",
+        '{"loss": 1}\n',
+        '{"step": "a"}\n',
+        '{"step": 1, "loss": null}\n',
+        "\x00\xff\n",
+        f'{{"step": {10**400}, "loss": 1}}\n',
+        f'{{"step": 1, "loss": {10**400}}}\n',
+        "[" * 100_000 + "\n",
+    ],
 )
 def test_a_damaged_line_of_metrics_is_passed_over(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -131,6 +143,29 @@ def test_a_folder_is_read_whatever_it_holds(tmp_path: Path) -> None:
     (tmp_path / "runs" / "empty").mkdir()
     assert [each.name for each in RunFolder.found_in(tmp_path / "runs")] == ["good"]
     assert RunFolder.found_in(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("number", [10**400, -1e999, True, "3", [3], None])
+def test_a_number_that_is_none_in_a_file_is_none_in_what_is_read(tmp_path: Path, number: object) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "status.json").write_text(json.dumps({"phase": "done", "step": number, "total": number, "time": number}))
+    (run / "run.json").unlink()
+    (run / "looks" / "step-00000010.json").write_text(json.dumps({"clip": number, "matrix": [[number, 0.5]]}))
+    state = RunFolder(run).state()
+    assert (state.step, state.total) == (0, 0)
+    assert math.isfinite(state.time)
+    ((of_none, given),) = RunFolder(run).looks()[0].matrix
+    assert math.isnan(of_none)
+    assert given == 0.5
+
+
+def test_what_is_logged_now_and_then_is_smoothed_over_the_same_steps(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 100)
+    rows = [row(step, **({"crepa_constant": float(step)} if step % 20 == 0 else {})) for step in range(100)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    run = RunFolder(folder)
+    lines = dict(panels([Curves("run", run.metrics(), {})], Options(window=10)))["Similarity"]["data"]
+    assert [line["y"] for line in lines if line.get("name") == "best constant"] == [[0.0, 20.0, 40.0, 60.0, 80.0]]
 
 
 def test_settings_that_differ() -> None:

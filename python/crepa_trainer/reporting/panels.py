@@ -90,7 +90,10 @@ def _figure(panel: _Panel, runs: Sequence[Curves], options: Options) -> Figure:
             color = COLORS[(number if len(runs) > 1 else kind) % len(COLORS)]
             dash = _DASHES[kind % len(_DASHES)] if len(runs) > 1 else "solid"
             legend = " · ".join([run.name] * (len(runs) > 1) + [options.words(label)] * (len(panel.columns) > 1))
-            data += _lines(x, y * panel.scale, legend or options.words(label), color, dash, panel, options)
+            # Of what is logged now and then the same stretch of steps.
+            logged = len(run.metrics.columns.get("loss", ((), ()))[0])
+            window = options.window * len(x) // max(1, logged) if panel.is_smoothed else 1
+            data += _lines(x, y * panel.scale, legend or options.words(label), color, dash, window)
         if panel.title == "Similarity" and (threshold := similarity_threshold(run.settings)) is not None and data:
             ends = [data[-1]["x"][0], data[-1]["x"][-1]]
             name = " · ".join([run.name] * (len(runs) > 1) + [options.words("threshold")])
@@ -99,7 +102,7 @@ def _figure(panel: _Panel, runs: Sequence[Curves], options: Options) -> Figure:
     axis = {"type": "log"} if panel.log else {"rangemode": "tozero"} if not panel.is_smoothed else {}
     layout = _layout(options)
     layout["yaxis"] |= {**axis, "title": {"text": panel.unit}}
-    layout["showlegend"] = len(data) > 1
+    layout["showlegend"] = sum(line.get("showlegend", True) for line in data) > 1
     return {"data": data, "layout": layout, "config": {"displaylogo": False, "responsive": True}}
 
 
@@ -113,18 +116,15 @@ def _points(metrics: Metrics, column: str, options: Options) -> tuple[np.ndarray
     return np.interp(steps, at, (times - times[0]) / 3600), values
 
 
-def _lines(
-    x: np.ndarray, y: np.ndarray, name: str, color: str, dash: str, panel: _Panel, options: Options
-) -> list[dict[str, Any]]:
-    smooths = panel.is_smoothed and options.window > 1 and len(y) > 2
+def _lines(x: np.ndarray, y: np.ndarray, name: str, color: str, dash: str, window: int) -> list[dict[str, Any]]:
     both = {"mode": "lines", "connectgaps": False}
     raw = thinned(x, y)
     line = {"color": color, "dash": dash, "width": 1.8}
-    if not smooths:
+    if window < 2 or len(y) < 3:
         single = {"mode": "markers+lines"} if len(raw[0]) < 30 else {}
         return [{**both, **single, "x": raw[0], "y": raw[1], "name": name, "line": line}]
     thin = {"color": color, "width": 0.6}
-    smooth = thinned(x, running_mean(y, options.window))
+    smooth = thinned(x, running_mean(y, window))
     return [
         {**both, "x": raw[0], "y": raw[1], "line": thin, "opacity": 0.4, "showlegend": False, "hoverinfo": "skip"},
         {**both, "x": smooth[0], "y": smooth[1], "name": name, "line": line},
@@ -181,8 +181,9 @@ def matrix_figure(look: Look, options: Options) -> Figure:
     values = [[value if math.isfinite(value) else None for value in row] for row in look.matrix]
     heat = {"type": "heatmap", "z": values, "colorscale": "Viridis", "colorbar": {"thickness": 10}}
     corners = [-0.5, frames - 0.5]
-    line = {"color": "white", "width": 1, "dash": "dot"}
-    diagonal = {"x": corners, "y": corners, "mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False}
+    # White under black is seen on every color.
+    lines = {"color": "white", "width": 2}, {"color": "black", "width": 1, "dash": "dot"}
+    at = {"x": corners, "y": corners, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
     layout = _layout(options)
     layout["xaxis"] |= {"title": {"text": words("teacher frame")}, "constrain": "domain", "dtick": 1}
     layout["yaxis"] |= {
@@ -193,7 +194,11 @@ def matrix_figure(look: Look, options: Options) -> Figure:
     }
     layout["title"] = {"text": f"{words('step')} {look.step} · {look.clip}", "font": {"size": 12}}
     layout["margin"]["t"] = 36
-    return {"data": [heat, diagonal], "layout": layout, "config": {"displaylogo": False, "responsive": True}}
+    return {
+        "data": [heat, *({**at, "line": line} for line in lines)],
+        "layout": layout,
+        "config": {"displaylogo": False, "responsive": True},
+    }
 
 
 def weight_figure(weights: Sequence[tuple[int, float]], options: Options) -> Figure:

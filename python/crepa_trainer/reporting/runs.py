@@ -15,6 +15,7 @@ from ..folders import METRICS_FILE
 
 KILLED = "killed"  # shown of a run whose process is gone and did not say how it ended
 _LOG_END = 20_000  # bytes of run.log
+_MOST = 2**53  # of integers, beyond which a float is another number
 
 
 @dataclass(frozen=True)
@@ -186,15 +187,15 @@ class Metrics:
     def _take(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or not _is_whole(row.get("step")):
             return
         for name, value in row.items():
             if value is None or (isinstance(value, int | float) and name != "step"):
                 steps, values = self.columns.setdefault(name, (array("d"), array("d")))
                 steps.append(row["step"])
-                values.append(math.nan if value is None else value)
+                values.append(_number(value, math.nan))
 
     def last(self, name: str) -> float | None:
         """The newest value of a column."""
@@ -265,10 +266,14 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+
+
 def _whole(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    return value if _is_whole(value) else 0
 
 
 def _number(value: Any, otherwise: float) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else otherwise
+    is_number = isinstance(value, float) and math.isfinite(value)
+    return float(value) if is_number or _is_whole(value) else otherwise

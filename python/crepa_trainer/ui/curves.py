@@ -117,7 +117,7 @@ class Matrices:
                 f'label-always markers snap aria-label="{self.words("Which look")}"'
             )
             self.plot = ui.plotly({"data": [], "layout": {}}).classes("w-full max-w-xl h-96")
-            self.picture = ui.image().classes("w-full")
+            self.picture = ui.image().classes("w-full max-w-4xl")
         self.update()
         ui.timer(EVERY, self.update)
 

@@ -37,4 +37,4 @@ def _build(view: View) -> None:
     Matrices(view, run)
 
 
-PAGE = Page("/watch", "Watch", "monitoring", _build)
+PAGE = Page("/watch", "Watch", "show_chart", _build)
