@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benches.measure import kept_bytes
-from benches.peers import position_error, simpletuner_step
+from benches.peers import Inputs, position_error, simpletuner_peers
 from benches.simpletuner import give_features, regularizer
 from crepa_kernels.integrations import simpletuner
 
@@ -210,7 +210,9 @@ def test_what_cannot_be_taken_over_is_their_own_and_said_once(
 
 
 def test_a_third_of_the_bytes_is_kept_for_the_backward_pass(theirs: ModuleType, folder: Path) -> None:
-    own, line, grid = (kept_bytes(*simpletuner_step(spatial, folder, 2)[1:]) for spatial in (None, "line", "grid"))
+    inputs = Inputs.of(frames=2)
+    peers = simpletuner_peers(inputs, folder).values()
+    own, line, grid = (kept_bytes(peer.forward, inputs.leaves) for peer in peers)
     assert max(line, grid) <= 0.35 * own
 
 
