@@ -2,10 +2,10 @@
 
     python -m benches.step [--device cuda] [--family wan] [--out benches/results/step-cpu.json]
 
-The step is the trainer's own: noise, a LoRA's forward, loss, backward, clipping, AdamW. The transformer has the shape of a
-published config (``PUBLISHED``) with fewer blocks, ``--layers``, and on a CPU fewer attention heads, ``--heads``, so that
-what CREPA adds, in ms, says more than its share of the step. *Live* encodes the clip's frames by DINOv2 in every step,
-*cached* is given their features, *eager* too, with the backend ``"reference"``. All weights are random.
+The step is the trainer's own: noise, a LoRA's forward, loss, backward, clipping, AdamW. The transformer has the shape
+of a published config (``PUBLISHED``) with fewer blocks, ``--layers``, and on a CPU fewer attention heads, ``--heads``,
+so that what CREPA adds, in ms, says more than its share of the step. *Live* encodes the clip's frames by DINOv2 in
+every step, *cached* is given their features, *eager* too, with the backend ``"reference"``. All weights are random.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
-# What differs from diffusers' defaults, which are the published config of the others; and what has one entry a head:
-# sizes in heads, then sizes in the numbers of a head.
+# What differs from diffusers' defaults, which are a published config. Of these keys the number of heads is in some, and
+# others are as wide as all heads together.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "wan": {"num_attention_heads": 12, "ffn_dim": 8960},  # 2.1 1.3B
     "ltxvideo": {},  # 2B
@@ -51,6 +51,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cogvideox": {},  # 2B
     "hunyuan_video": {"num_refiner_layers": 1},
 }  # fmt: skip
+# CogVideoX has its own noise.
+SCHEDULER = "CogVideoXDDIMScheduler"
+SCHEDULERS = {"cogvideox": {**constructor_defaults(SCHEDULER), "prediction_type": "v_prediction"}}
 HEADS = ("num_attention_heads", "num_cross_attention_heads")
 OF_ALL_HEADS = ("ffn_dim", "model_dim", "ff_dim")
 KANDINSKYS_HEAD = 64  # its axes_dims together; its config counts no heads
@@ -73,7 +76,7 @@ class Size:
     image_size: int
 
 
-ON_A_CPU = Size(256, 384, 17, 3, 0.25, "small", 224)
+ON_A_CPU = Size(192, 320, 9, 3, 0.25, "small", 224)
 ON_A_GPU = Size(480, 832, 81, 6, 1.0, "giant", 518)
 
 
@@ -96,8 +99,12 @@ def family_of(name: str, size: Size) -> TrainingFamily:
     kind = TrainingFamily.known[name]
     vae = next(row.vaes[0] for row in FAMILIES if row.name == name)
     configs = {
-        "pipeline": {"transformer": ["diffusers", kind.transformer_class], "vae": ["diffusers", vae]},
-        "scheduler": {},
+        "pipeline": {
+            "transformer": ["diffusers", kind.transformer_class],
+            "vae": ["diffusers", vae],
+            "scheduler": ["diffusers", SCHEDULER],
+        },
+        "scheduler": SCHEDULERS.get(name, {}),
         "transformer": transformer_config(kind, size),
         "vae": constructor_defaults(vae),
     }
@@ -136,7 +143,11 @@ def steps_of(name: str, size: Size, device: str) -> dict[str, Call]:
     bucket = Bucket(size.height, size.width, size.frames)
     frozen = torch.bfloat16 if device == "cuda" else torch.float32
     base = getattr(diffusers, family.transformer_class)(**family.configs["transformer"])
-    base.requires_grad_(False).to(device, frozen).train()
+    base.requires_grad_(False).to(device).train()
+    in_fp32 = base._keep_in_fp32_modules or ()
+    for path, weights in base.named_parameters():
+        if not set(in_fp32) & set(path.split(".")):
+            weights.data = weights.data.to(frozen)
     encoder = encoder_of(size).to(device, frozen)
     pixels = torch.randint(0, 256, (1, size.frames, 3, size.height, size.width), dtype=torch.uint8, device=device)
     latents = torch.randn(1, *family.latent_shape(bucket), device=device)
@@ -156,6 +167,7 @@ def steps_of(name: str, size: Size, device: str) -> dict[str, Call]:
 
 
 def _step(family: Any, transformer: Any, encoder: nn.Module, call: str, batch: MicroBatch, size: Size) -> Call:
+    torch.manual_seed(1)  # of LoRA and projector
     device = batch.noise.device.type
     settings = RunSettings(model=family.name, data=Path("data"), output=Path("output"), max_train_steps=10**6)
     add_lora(transformer, family, settings)
