@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,59 @@ def step_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"A training step, {MEDIANS} {size}{_where(results)}"])
 
 
+def resample_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a case, from the JSON of ``benches.bench_resample``."""
+    lines = [
+        "| | frames | grids, C | filter | type | time | of the view's | of copies' | of the copy rate |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in results["cases"]:
+        times, grids = row["median_ms"], " -> ".join("x".join(map(str, row[side])) for side in ("source", "target"))
+        shares = [f"{times['ours both'] / times[f'{peer} both']:.0%}" for peer in ("view", "transposed")]
+        lines.append(
+            f"| `{row['operator']}` | {row['frames']} | {grids}, {row['channels']} | "
+            f"{'antialias' if row['antialias'] else 'plain'} | {row['dtype']} | {times['ours both']:.0f} ms | "
+            f"{' | '.join(shares)} | {row['share_of_floor_both']:.0%} |"
+        )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
+def relational_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a case, from the JSON of ``benches.bench_relational``."""
+    lines = [
+        "| frames | tokens | D | E | margin | N x N | `all` | faster | memory, of N x N's |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["cases"]:
+        times, margin = row["median_ms"], "squared" if row["margin"] is None else row["margin"]
+        lines.append(
+            f"| {row['frames']} | {'x'.join(map(str, row['grid']))} | {row['hidden_size']} | {row['feature_size']} | "
+            f"{margin} | {times['eager']:.0f} ms | {times['all']:.0f} ms | {row['times_faster_than_eager']:.1f}x | "
+            f"{row['peak_of_eagers']:.0%} |"
+        )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
+def growing_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a loss and shape, from the JSON of ``benches.bench_growing``."""
+    lines = ["| shape | loss | time | tokens first | faster | kept, of tokens first |", "|---|---|--:|--:|--:|--:|"]
+    for row in results["cases"]:
+        times, kept = row["median_ms"], row["kept_bytes"]
+        for name, faster in row["times_faster"].items():
+            other = f"{name}, tokens first"
+            lines.append(
+                f"| {row['shape']} | {name} | {times[name]:.0f} ms | {times[other]:.0f} ms | {faster:.2f}x | "
+                f"{kept[name] / kept[other]:.0%} |"
+            )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
 def _where(results: dict[str, Any]) -> str:
-    """Of ``benches.measure.machine``; a machine that had other work is said to."""
-    busy = f", other work ran (load {results['load']})" if results["load"] >= 1 else ""
-    return (
-        f"{results['device']}{busy}, {results['threads']} threads, torch {results['torch']}, "
-        f"Python {results['python']}, commit {results['commit']}."
-    )
+    """Of ``benches.measure.machine``, less what an older file lacks; a machine that had other work is said to."""
+    busy = f", other work ran (load {results['load']})" if results.get("load", 0) >= 1 else ""
+    known = [f"{name} {results[key]}" for key, name in (("python", "Python"), ("commit", "commit")) if key in results]
+    torch = f"{results['threads']} threads, torch {results['torch']}"
+    return f"{results['device']}{busy}, {', '.join([torch, *known])}."
 
 
 def _gpu_table(results: dict[str, Any]) -> str:
@@ -188,11 +234,17 @@ def rendered(page: str) -> str:
     def stored(kind: str) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted(MEASURED.glob(f"{kind}-*.json"))]
 
+    def several(kind: str, table: Callable[[dict[str, Any]], str], command: str) -> str:
+        return "\n\n".join(map(table, stored(kind))) or f"Not measured yet: `python -m benches.{command}`."
+
     tables = {
         "loss-cpu": loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())),
         "loss-gpu": gpu_tables(stored("gpu")),
-        "peers": "\n\n".join(map(peers_table, stored("peers"))) or "Not measured yet: `python -m benches.peers`.",
-        "step": "\n\n".join(map(step_table, stored("step"))) or "Not measured yet: `python -m benches.step`.",
+        "peers": several("peers", peers_table, "peers"),
+        "step": several("step", step_table, "step"),
+        "resample": several("resample", resample_table, "bench_resample"),
+        "relational": several("relational", relational_table, "bench_relational"),
+        "growing": several("growing", growing_table, "bench_growing"),
     }
     for name, table in tables.items():
         page = replaced(page, name, table)
