@@ -14,7 +14,7 @@ import argparse
 import copy
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def family_of(name: str, size: Size) -> TrainingFamily:
     return kind(name, "text2video", configs)
 
 
-def texts(config: dict[str, Any], device: str) -> dict[str, torch.Tensor]:
+def texts(config: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
     """Every family's text by the names that it may ask for, (1, L, d) and pooled (1, d)."""
     widths = ("caption_channels", "text_embed_dim", "in_text_dim", "text_dim")
     width = next(config[key] for key in widths if config.get(key))
