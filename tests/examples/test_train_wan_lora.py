@@ -1,4 +1,4 @@
-"""The Wan script as a user starts it, on a tiny pipeline and real videos, stopped and resumed; a stock pipeline's use."""
+"""The Wan script as a user starts it, on a tiny pipeline and real videos, and what stock pipelines make of its LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 from said import everything_said
-from scripts import run_script
+from scripts import run_script, without_marked
 from tiny import tiny_dinov2, tiny_wan
 from tiny_pipelines import save_tiny_wan_pipeline
 from videos import captioned_films
@@ -109,11 +109,17 @@ def test_the_stock_pipeline_makes_another_video_with_either_lora(
     assert not torch.equal(videos[1], videos[2])
 
 
-def test_it_trains_without_crepa(words: list[object], tmp_path: Path) -> None:
-    said = train_wan(*words, "--output", tmp_path, "--crepa_enabled", "false", "--steps", 1, "--accumulate", 1)
-    assert said.startswith("step 1: loss ")
+def test_without_the_marked_lines_it_is_the_same_script_without_crepa(words: list[object], tmp_path: Path) -> None:
+    short = [*words, "--output", tmp_path, "--steps", 2, "--accumulate", 1]
+    said = train_wan(*short, "--crepa_enabled", "false")
+    assert said.startswith("step 2: loss ")
     assert "crepa" not in said
     assert "projector" not in said
+    plain = tmp_path / "plain.py"
+    plain.write_text(without_marked(SCRIPT.read_text(), "CREPA"))
+    assert "crepa" not in plain.read_text().partition("from __future__")[2]
+    given = "\n".join(map(str, short))
+    assert run_script(plain, *re.sub(r"--crepa_\w+\n\S+\n?", "", given).split()) == said
 
 
 def test_a_video_that_is_too_short_is_named(words: list[object], tmp_path: Path) -> None:
