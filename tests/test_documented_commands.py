@@ -89,7 +89,7 @@ def test_each_familys_commands_are_understood(started: list[Any]) -> None:
         assert (settings.expert is not None) == ("A14B" in settings.model)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/losses.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md", "docs/training.md", "docs/losses.md"])
 def test_the_commands_of_the_trainers_pages_are_understood(
     page: str, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +175,7 @@ def test_the_documented_grid_of_sdxls_middle_is_the_models() -> None:
     assert list(found.groups()) == grids
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

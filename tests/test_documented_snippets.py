@@ -17,8 +17,9 @@ import crepa_kernels
 from crepa_kernels.config.__main__ import page as options_page
 
 ROOT = Path(__file__).resolve().parents[1]
+# The Japanese README's code is the English one's, below.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Its snippets are those of trainers that a test must have first: tests/integrations/ runs them.
+# Its snippets are for other trainers, which tests/integrations/ has: it runs them.
 ELSEWHERE = {"other-trainers.md"}
 SNIPPETS = [
     (f"{page.name}: {title}", code)
@@ -130,11 +131,29 @@ def test_the_readmes_diff_is_the_marked_lines_of_the_example() -> None:
     script = (ROOT / "examples/train_wan_lora.py").read_text().split("from __future__")[1].splitlines()
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = diff.splitlines()
-    assert [line[1:] for line in lines if line[0] == "+"] == [
-        line for line in script if re.search("# CREPA(:|$)", line)
-    ]
+    marked = [line for line in script if re.search("# CREPA(:|$)", line)]
+    assert [line[1:] for line in lines if line[0] == "+"] == marked
     rest = iter(script)
     assert [line for line in lines if line[0] not in "+ " or line[1:] not in rest] == []
+
+
+def prose(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def test_the_readme_is_read_in_four_minutes() -> None:
+    assert len(prose((ROOT / "README.md").read_text()).split()) < 4 * 230
+
+
+def test_the_japanese_readme_has_the_same_code_numbers_and_links() -> None:
+    english, japanese = ((ROOT / name).read_text() for name in ("README.md", "README.ja.md"))
+
+    def facts(text: str) -> tuple[list[str], list[str], set[str]]:
+        targets = {target for target in re.findall(r"\]\(([^)]*)\)", text) if not target.startswith("README")}
+        numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\([^)]*\)", "", prose(text)))
+        return re.findall(r"```.*?```", text, re.DOTALL), sorted(numbers), targets
+
+    assert facts(japanese) == facts(english)
 
 
 def test_the_page_of_options_is_that_of_the_schemas() -> None:

@@ -31,7 +31,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     model = save_tiny_wan_pipeline(folder / "model", transformer={"num_layers": 9})
     data = captioned_films(folder / "films")
     tiny_dinov2(folder / "dinov2")
-    given = ["--model", model, "--data", data, "--steps", 20, "--accumulate", 2, "--size", 5, 32, 48, "--rank", 2]
+    given = ["--model", model, "--data", data, "--steps", 12, "--accumulate", 2, "--size", 5, 32, 48, "--rank", 2]
     given += ["--learning_rate", 0.01, "--checkpoint_every", 8, "--ema_decay", 0.8, "--crepa_warmup_steps", 2]
     return [*given, "--crepa_encoder", folder / "dinov2", "--crepa_encoder_image_size", 70]
 
@@ -45,12 +45,12 @@ def trained(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_it_trains_with_crepa_and_writes_lora_ema_and_projector(trained: tuple[Path, str]) -> None:
     output, said = trained
-    assert [line.partition(":")[0] for line in said.splitlines()] == ["step 10", "step 20"]
+    assert [line.partition(":")[0] for line in said.splitlines()] == ["step 10", "step 12"]
     for name in ("lora_norm", "projector_norm", "crepa_similarity", "crepa_weight"):
         assert said.count(f" {name} ") == 2
     files = {path.name for path in output.iterdir()}
     written = {LORA, "ema", "crepa_projector.safetensors", "crepa_config.json"}
-    assert files == written | {"checkpoint-000008", "checkpoint-000016"}
+    assert files == written | {"checkpoint-000008"}
     lora, ema = (load_file(folder / LORA) for folder in (output, output / "ema"))
     assert lora.keys() == ema.keys()
     assert not [key for key in lora if "crepa" in key]
@@ -58,7 +58,7 @@ def test_it_trains_with_crepa_and_writes_lora_ema_and_projector(trained: tuple[P
     # Layers behind the block learn from the main loss; the average is behind the weights.
     assert all(lora[key].any() and ema[key].norm() < 1.5 * lora[key].norm() for key in learned)
     assert not any(torch.equal(lora[key], ema[key]) for key in learned)
-    again = CrepaRegularizer.from_pretrained(output, tiny_wan(num_layers=9), max_train_steps=20)
+    again = CrepaRegularizer.from_pretrained(output, tiny_wan(num_layers=9), max_train_steps=12)
     assert again.config.crepa_block_index == 8
     assert again.config.crepa_scheduler == "cosine"
 
