@@ -132,7 +132,7 @@ def main() -> None:
             step += 1
             ema.step(lora)
             if step % 10 == 0 or step == args.steps:
-                shown = {"loss": loss, **norms, **logs}.items()  # CREPA: **logs
+                shown = {"loss": loss.detach(), **norms, **logs}.items()  # CREPA: **logs
                 accelerator.print(f"step {step}:", ", ".join(f"{key} {float(value):.4g}" for key, value in shown))
             if step % args.checkpoint_every == 0:
                 accelerator.save_state(args.output / f"checkpoint-{step:06}")

@@ -125,3 +125,11 @@ def test_without_the_marked_lines_it_is_the_same_script_without_crepa(words: lis
 def test_a_video_that_is_too_short_is_named(words: list[object], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"bigbuckbunny\.mp4 has \d+ frames, --size asks for 4001"):
         train_wan(*words, "--output", tmp_path, "--size", 4001, 32, 48)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_and_go_on(words: list[object], tmp_path: Path) -> None:
+    said = train_wan(*words, "--output", tmp_path / "whole", ranks=2)
+    assert said.count("step 12:") == 1
+    shutil.copytree(tmp_path / "whole" / "checkpoint-000008", tmp_path / "again" / "checkpoint-000008")
+    assert train_wan(*words, "--output", tmp_path / "again", "--resume", ranks=2) == said
