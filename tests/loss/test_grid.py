@@ -243,3 +243,32 @@ def test_the_plain_filter_leaves_most_tokens_out() -> None:
     resample_tokens(tokens, (45, 80), (16, 16), antialias=False).sum().backward()
     ignored = (tokens.grad == 0).double().mean()
     assert ignored.item() == pytest.approx(0.86, abs=0.005)
+
+
+@pytest.mark.parametrize("call", [crepa_loss, relational_loss, similarity_matrix])
+def test_the_students_grid_is_that_of_the_latents(call: Any) -> None:
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(1, 2, 15, 8), torch.randn(1, 2, 4, 6)
+    given = (hidden, teacher, CrepaProjector(8, 6))
+    found = call(*given, latent_shape=(2, 6, 10), patch=(1, 2, 2), teacher_grid=(2, 2))
+    expected = call(*given, student_grid=(3, 5), teacher_grid=(2, 2))
+    for one, other in [(found, expected)] if isinstance(found, torch.Tensor) else zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "student_grid= is missing, or latent_shape="),
+        ({"latent_shape": (2, 6, 10)}, "student_grid= is missing"),
+        ({"student_grid": (3, 5), "patch": (1, 2, 2)}, "and not both"),
+        ({"latent_shape": (2, 6, 9), "patch": (1, 2, 2)}, "latents of 6 x 9 are no whole patches of 2 x 2"),
+        ({"latent_shape": (6, 10), "patch": (1, 2, 2)}, r"latent_shape must be \(frames, height, width\).*\(6, 10\)"),
+        ({"latent_shape": (2, 6, 10), "patch": (1, 2.0, 2)}, "patch must be"),
+        ({"latent_shape": (2, 6, 10), "patch": (0, 2, 2)}, "patch must be"),
+    ],
+)
+def test_a_grid_that_is_not_said_is_asked_for(given: dict[str, Any], said: str) -> None:
+    hidden, teacher = torch.randn(1, 2, 15, 8), torch.randn(1, 2, 4, 6)
+    with pytest.raises(ValueError, match=said):
+        crepa_loss(hidden, teacher, CrepaProjector(8, 6), teacher_grid=(2, 2), **given)
