@@ -216,8 +216,8 @@ def test_a_registered_family_is_one_of_the_table() -> None:
         ({"hidden_size": 0}, "hidden_size must be the width D .*positive integer, got 0"),
         ({"hidden_size": 33}, r"33"),
         (
-            {"vae": lambda latents: latents},
-            r"must decode latents .* to pixels \(2, P, 3, H, W\), got \(2, 4, 3, 8, 12\)",
+            {"vae": lambda latents: latents.transpose(1, 2)},
+            r"must decode latents .* to pixels \(2, P, 3, H, W\), got \(2, 3, 4, 8, 12\)",
         ),
         ({"vae": lambda latents: None}, "got NoneType"),
         ({"vae": lambda latents: 300 * pixels_of(latents)}, r"\[0, 1\]"),

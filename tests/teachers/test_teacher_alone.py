@@ -54,8 +54,8 @@ def test_features_are_made_once_and_again_where_their_file_is_damaged(tmp_path: 
 
 
 def test_the_schedule_alone() -> None:
-    schedule = CrepaSchedule(CrepaConfig.preset("t2v", family="wan", crepa_cutoff_step=50), max_train_steps=200)
+    schedule = CrepaSchedule(CrepaConfig.preset("t2v", family="wan", crepa_cutoff_step=150), max_train_steps=200)
     assert schedule.weight(0) == 0
     assert schedule.weight(100) == pytest.approx(0.5)
     assert not schedule.decide(10).cutoff
-    assert schedule.decide(50).cutoff
+    assert schedule.decide(150).cutoff
