@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -81,10 +82,14 @@ def _run(argv: Sequence[str]) -> int:
         "run": (_add_run_options, _run_training),
         "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
+        "control": (_add_control_options, _run_control),
+        "report": (_add_report_options, _run_report),
+        "ui": (_add_page_options, _run_page),
     }
     run = commands.add_parser(
         "run",
-        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan]",
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME] [--plan] [--json] "
+        "[--queue RUNS]",
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
         "is an option too, which goes before the file; values are read as JSON.",
@@ -107,7 +112,31 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = {"run": run, "export": export, "demo": demo}.get(argv[0] if argv else "")
+    control = commands.add_parser(
+        "control",
+        help="ask a run for a checkpoint, a sample, or its end",
+        description="Asks a run that is under way for a checkpoint now, for a clip of each validation prompt now, or "
+        "to stop as a signal stops it. It does so after the step that it is at.",
+        allow_abbrev=False,
+    )
+    report = commands.add_parser(
+        "report",
+        help="curves, samples and settings of runs as one HTML file",
+        description="Writes the curves, samples, similarity matrices and settings of one run, or of several side by "
+        "side, as one HTML file that needs no server and no network.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    page = commands.add_parser(
+        "ui",
+        help="a web page to set up, start, watch and compare runs",
+        description="Serves a web page to this machine, which sets up, starts, watches and compares runs. Runs need "
+        "no page: they go on when it ends.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parsers = {"run": run, "export": export, "demo": demo, "control": control, "report": report, "ui": page}
+    chosen = parsers.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
         parts[argv[0]][0](chosen)
@@ -122,6 +151,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--json", action="store_true", help="print the plan's names and values as JSON, and stop")
+    parser.add_argument(
+        "--queue", type=Path, metavar="RUNS", help="wait until no run that came earlier is in the queue of this folder"
+    )
     settings.add_arguments(parser)
 
 
@@ -130,6 +163,12 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 
     console = _console(given.debug)
     settings, config = load_settings(given.config, given_values(given), rest=rest)
+    if given.json:
+        from .reporting.table import plan_rows
+        from .run import plan_run
+
+        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
+        return
     if given.plan:
         from .run import show_plan
 
@@ -137,7 +176,7 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
         return
     from .run import run
 
-    run(settings, config, console)
+    run(settings, config, console, given.queue)
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +198,21 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
     console = _console(given.debug)
     line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
     say(console, line)
+
+
+def _add_control_options(parser: argparse.ArgumentParser) -> None:
+    from .control import COMMANDS
+
+    parser.add_argument("run", type=Path, metavar="RUN", help="its output folder")
+    parser.add_argument("what", choices=COMMANDS, help="what it shall do")
+
+
+def _run_control(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    from .control import ask
+
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    say(_console(given.debug), ask(given.run, given.what))
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +255,51 @@ def _run_demo(given: argparse.Namespace, rest: list[str], parser: argparse.Argum
         run_demo(options, config, console)
     except Stopped as stopped:
         raise Stopped(stopped.number, ": the demo begins anew when it is started again") from None
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="output folders of runs")
+    add("--output", type=Path, metavar="FILE", help="report.html in the run's folder, or here for several, when none")
+    add("--language", default="en", help="en or ja")
+
+
+def _run_report(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from .reporting.report import REPORT, write_report
+
+    beside = given.runs[0] if len(given.runs) == 1 else Path()
+    say(_console(given.debug), write_report(given.runs, given.output or beside / REPORT, given.language))
+
+
+def _add_page_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--runs", type=Path, metavar="FOLDER", default=Path("runs"), help="folder of the runs and their settings")
+    add(
+        "--folder",
+        type=Path,
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="another that it may read: videos, models",
+    )
+    add("--host", default="127.0.0.1", help="address to serve at; one that other machines reach needs the token")
+    add("--port", type=int, metavar="N", default=7865, help="0 for a free one")
+    add("--token", help="what visitors must have, made and printed where it is needed and not given")
+
+
+def _run_page(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        from .ui.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: pip install crepa-kernels[ui]") from error
+    try:
+        serve(given.runs, given.folder, given.host, given.port, given.token, _console(given.debug))
+    except Stopped as stopped:
+        raise Stopped(stopped.number, ": runs go on without the page") from None
 
 
 def _first_process() -> bool:

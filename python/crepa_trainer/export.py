@@ -174,7 +174,6 @@ def _metadata(lora: Mapping[str, Tensor], described: Checkpoint) -> dict[str, st
     """What a LoRA's file says of itself, in its header."""
     identity, model = described.identity, Path(described.model)
     rank = str(identity["lora_rank"])
-    packages = ("crepa-kernels", "diffusers", "peft", "torch")
     return {
         "format": "pt",
         # A folder's name: where it lies is nobody's business.
@@ -185,5 +184,10 @@ def _metadata(lora: Mapping[str, Tensor], described: Checkpoint) -> dict[str, st
         "targets": json.dumps(sorted({re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in _layers(lora)})),
         "steps": str(described.step),
         "settings_sha256": json_digest(dict(identity)),
-        "versions": json.dumps({package: version(package) for package in packages}),
+        "versions": json.dumps(versions()),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run's weights come from."""
+    return {package: version(package) for package in ("crepa-kernels", "diffusers", "peft", "torch")}

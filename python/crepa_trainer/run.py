@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
@@ -20,21 +21,22 @@ from torch import Tensor
 
 from . import export
 from .checkpoint import Checkpoint, Checkpoints, check_videos, find_checkpoint, run_identity, videos_identity
+from .control import Command, RunControl, turn
 from .data.cache import clip_of_prompt, prepare_cache
 from .data.dataset import FoundClips, find_clips
 from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
-from .reporting.plan import make_plan
+from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
-from .reporting.trackers import MetricsTracker
+from .reporting.trackers import MetricsTracker, peak_memory
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
 from .terminal import say
-from .validation import Sampling, sample_clips, save_clip
+from .validation import Sampling, sample_clips, save_clip, save_index
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from .data.cache import CachedClips
     from .settings import RunSettings
 
-_STOP = "stop"  # the signal's number among a step's values, where they are added up over processes
+# The signal's number, and what was asked for, among a step's values, where they are added up over processes.
+_STOP, _ASKED = "stop", "asked"
+_BITS: dict[Command, int] = {"save": 1, "sample": 2}
 # One process encodes, samples and exports while the others wait.
 PATIENCE = timedelta(days=1)
 _PLAIN = {
@@ -56,8 +60,10 @@ _PLAIN = {
 }
 
 
-def run(settings: RunSettings, config: CrepaConfig, console: Console) -> TrainingRun:
+def run(settings: RunSettings, config: CrepaConfig, console: Console, queue: Path | None = None) -> TrainingRun:
     """Encodes the clips, trains, checkpoints, validates and exports into `settings.output`; in every process.
+
+    queue: the folder in whose queue it waits for its turn first, None waits for nobody.
 
     Returns the finished run, with its family, its encoded clips and the state that it trained.
 
@@ -67,12 +73,31 @@ def run(settings: RunSettings, config: CrepaConfig, console: Console) -> Trainin
     """
     check_launcher(settings)
     check_folders(settings)
+    if queue is not None and launched_processes() > 1:
+        raise ValueError(f"--queue {queue}: runs of several processes do not wait for each other")
     first = os.environ.get("RANK", "0") == "0"
-    with one_run_in(settings.output) if first else nullcontext():
-        return _run(settings, config, console if first else Console(quiet=True))
+    with (
+        one_run_in(settings.output) if first else nullcontext(),
+        RunControl(settings.output, settings.max_train_steps, first=first) as control,
+        turn(queue, lambda before: control.phase("waiting", f"{before} before it")),
+    ):
+        trained = _run(settings, config, console if first else Console(quiet=True), control)
+    if first:
+        _report(settings.output, console)
+    return trained
 
 
-def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> TrainingRun:
+def _report(output: Path, console: Console) -> None:
+    from .reporting.report import REPORT, write_report
+
+    try:
+        say(console, write_report([output], output / REPORT))
+    except (OSError, ValueError, ImportError) as error:  # what was trained is there
+        say(console, f"no report: {error}")
+
+
+def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: RunControl) -> TrainingRun:
+    control.phase("loading")
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
     family, found = show_plan(settings, config, console)
@@ -80,12 +105,24 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console) -> Traini
         check_videos(checkpoint, found)
     identity["videos"] = videos_identity(found)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
+    given = settings.model_dump(mode="json", exclude_unset=True) | config.model_dump(mode="json", exclude_unset=True)
+    about = {"family": family.name, "model": settings.model, "device": str(accelerator.device)}
+    control.describe(given, {**about, "processes": accelerator.num_processes, "versions": export.versions()})
+    control.phase("encoding")
     clips = prepare_cache(settings, config, family, accelerator.device, console, found)
-    return train_on(clips, accelerator, family, settings, config, console, identity, checkpoint)
+    control.phase("loading")
+    return train_on(clips, accelerator, family, settings, config, console, identity, checkpoint, control)
 
 
 def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
-    """Prints what the run will do, from configs and the videos' first frames; returns what it found.
+    """Prints what the run will do; returns what it found. ValueError as `plan_run`."""
+    plan = plan_run(settings, config)
+    print_plan(console, plan)
+    return plan.family, plan.found
+
+
+def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
+    """What the run will do, from configs and the videos' first frames.
 
     ValueError for all that can be known to be wrong before a weight is loaded.
     """
@@ -94,9 +131,7 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
-    print_plan(console, plan)
-    return family, found
+    return make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
@@ -133,6 +168,7 @@ def train_on(
     console: Console,
     identity: Mapping[str, Any],
     checkpoint: Checkpoint | None,
+    control: RunControl,
 ) -> TrainingRun:
     """The run on clips that are encoded: from step 0, or on from a checkpoint of the same clips."""
     identity = {**identity, "clips": _fingerprint(clips)}
@@ -164,10 +200,11 @@ def train_on(
         say(console, "there is no checkpoint yet: starting at step 0")
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
-    trained = TrainingRun(family, settings, clips, state, ema, checkpoints)
+    trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
     stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
+        control.phase("exporting")
         described = checkpoints.described(folder, settings.max_train_steps)
         export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
         say(console, export.where(folder, full=full, expert=settings.expert))
@@ -195,6 +232,7 @@ class TrainingRun:
     state: TrainState
     ema: EMAModel | None
     checkpoints: Checkpoints
+    control: RunControl
 
     def __post_init__(self) -> None:
         self.accelerator = self.state.accelerator
@@ -207,6 +245,8 @@ class TrainingRun:
         )
         self.transformer = self.accelerator.unwrap_model(self.state.transformer)
         self._stopped: int | None = None  # the signal that has reached any of several processes
+        self._asked: set[Command] = set()  # of all of them, at the same step
+        self._seconds = 0.0  # that the last step took
 
     def steps(self, first_step: int, console: Console) -> Stopped | None:
         """All steps from `first_step` on, with their checkpoints and validations; or up to a signal, with a checkpoint.
@@ -230,20 +270,32 @@ class TrainingRun:
         ):
             for step in range(first_step, total):
                 positions.without_teacher = self._untaught
+                began = time.perf_counter()
                 values = self._step(step, batches)
+                taken = self.control.take()
                 if self.accelerator.num_processes > 1:
                     values.add({_STOP: torch.full((), asked.number or 0, device=device)})
+                    bits = sum(_BITS[command] for command in taken)
+                    values.add({_ASKED: torch.full((), bits, device=device)})
+                else:
+                    self._asked |= taken
                 late.send(step, values)
+                self._seconds = time.perf_counter() - began
                 done = step + 1
+                self.control.step(done)
+                wanted, self._asked = self._asked, set()
                 stopped = asked.number if self.accelerator.num_processes == 1 else self._stopped
-                validates = settings.validation_every and done % settings.validation_every == 0 and not stopped
-                saves = done % settings.checkpoint_every == 0 or done == total or stopped
+                every = settings.validation_every
+                validates = ((every and done % every == 0) or "sample" in wanted) and not stopped
+                saves = done % settings.checkpoint_every == 0 or done == total or stopped or "save" in wanted
                 if validates or saves:
                     late.flush()
                 if validates:
-                    self._validate(done)
+                    self._validate(done, console)
                 if saves:
+                    self.control.phase("saving")
                     self.checkpoints.save(done)
+                    say(console, f"step {done}: checkpoint written")
                 if stopped:
                     return Stopped(stopped, f" after step {done} of {total}: go on with --resume latest")
         return None
@@ -258,7 +310,11 @@ class TrainingRun:
         # A mean over processes, of which one may have had SIGINT and another nothing.
         if mean := values.pop(_STOP, 0):
             self._stopped = signal.SIGINT if mean == signal.SIGINT else signal.SIGTERM
-        self.accelerator.log(values, step=step)
+        # A mean too, of which only the first process has something.
+        bits = round(values.pop(_ASKED, 0) * self.accelerator.num_processes)
+        self._asked |= {command for command, bit in _BITS.items() if bits & bit}
+        measured = {"time": time.time(), "seconds": self._seconds, "memory": peak_memory(self.accelerator.device)}
+        self.accelerator.log({**values, **measured}, step=step)
         show(step, values)
 
     def _step(self, step: int, batches: Iterator[MicroBatch]) -> StepValues:
@@ -284,14 +340,21 @@ class TrainingRun:
         figure = similarity_figure({f"step {step}": matrix})
         self._tensorboard().add_figure("similarity_matrix", figure, step)
 
-    def _validate(self, done: int) -> None:
+    def _validate(self, done: int, console: Console) -> None:
+        if not self.clips.validation_text:
+            say(console, f"step {done}: nothing to sample, validation_prompts is empty")
+            return
+        self.control.phase("validating")
         if self.accelerator.is_main_process:
             sampling = self._sampling()
             with export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
+            folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):
-                strip = save_clip(clip, self.settings.output / "validation" / f"step-{done:08d}", f"prompt-{number}")
+                strip = save_clip(clip, folder, f"prompt-{number}")
                 self._tensorboard().add_image(f"validation/{number}", strip, done, dataformats="HWC")
+            save_index(folder, self.settings.validation_prompts, sampling)
+            say(console, f"step {done}: {len(clips)} clip{'s' if len(clips) != 1 else ''} sampled into {folder}")
         self.accelerator.wait_for_everyone()
 
     def _sampling(self) -> Sampling:

@@ -67,13 +67,28 @@ def training_step(
                 each.release()  # the captured hidden states
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            logs["grad_norm"] = accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm)
+            logs["grad_norm"] = norm
+            # What clipping divided by, so that these are as large as they were before it, as the norm is.
+            scale = (norm / state.max_grad_norm).clamp(min=1)
+            logs |= {name: value * scale for name, value in gradient_norms(state).items()}
             logs["learning_rate"] = state.optimizer.param_groups[0]["lr"]
         state.optimizer.step()
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()
         state.optimizer.zero_grad()
     return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs}
+
+
+def gradient_norms(state: TrainState) -> dict[str, Tensor]:
+    """Norms of the gradients of CREPA's projector and of all else that is trained, in fp32 on their device."""
+    projector = None if state.crepa is None else state.crepa.projector
+    own = set() if projector is None else {id(p) for p in projector.parameters()}
+    grads: dict[str, list[Tensor]] = {"grad_norm_model": [], "grad_norm_projector": []}
+    for p in state.transformer.parameters():
+        if p.grad is not None:
+            grads["grad_norm_projector" if id(p) in own else "grad_norm_model"].append(p.grad)
+    return {name: torch.nn.utils.get_total_norm(found) for name, found in grads.items() if found}
 
 
 class StepValues:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import av
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from crepa_kernels.regularizer.saving import replacing
 
 if TYPE_CHECKING:
     from .families import ClipSize, Text, TrainingFamily
@@ -91,6 +94,18 @@ def save_clip(clip: np.ndarray, folder: Path, name: str) -> np.ndarray:
     strip = np.concatenate(list(clip[shown]), axis=1)
     Image.fromarray(strip).save(folder / f"{name}.png")
     return strip
+
+
+def save_index(folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:
+    """samples.json: of what each clip in the folder was sampled, and how."""
+    size = [sampling.size.frames, sampling.size.height, sampling.size.width]
+    how = {"seed": sampling.seed, "steps": sampling.steps, "guidance": sampling.guidance, "size": size}
+    rows = [
+        {"file": f"prompt-{number}.mp4", "strip": f"prompt-{number}.png", "prompt": prompt, **how}
+        for number, prompt in enumerate(prompts)
+    ]
+    with replacing(folder / "samples.json") as file:
+        file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_video(clip: np.ndarray, path: Path) -> None:

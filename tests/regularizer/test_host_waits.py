@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from crepa_trainer.control import RunControl
 from crepa_trainer.data.sampler import MicroBatch, MicroBatches, Position
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.run import TrainingRun, make_accelerator
@@ -356,7 +357,7 @@ def training_run(models: Path, output: Path, name: str) -> tuple[TrainingRun, _N
     ema = make_ema(accelerator.unwrap_model(state.transformer), settings.ema_decay)
     clips: Any = TinyClips(pixels=pixels)
     saving: Any = checkpoints
-    return TrainingRun(family, settings, clips, state, ema, saving), checkpoints
+    return TrainingRun(family, settings, clips, state, ema, saving, RunControl(output, STEPS)), checkpoints
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.checkpoint import Checkpoint, find_checkpoint, run_identity
+from crepa_trainer.control import RunControl
 from crepa_trainer.data.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
-from crepa_trainer.reporting.trackers import read_metrics
+from crepa_trainer.reporting.trackers import MEASURED, read_metrics
 from crepa_trainer.run import make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
 from processes import run
@@ -125,8 +126,15 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     checkpoint = find_checkpoint(settings, identity)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     console = Console(file=io.StringIO())
-    train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint)
-    return read_metrics(settings.output / "metrics.jsonl")
+    control = RunControl(settings.output, settings.max_train_steps)
+    train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint, control)
+    return metrics_rows(settings.output)
+
+
+def metrics_rows(output: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics, without what depends on the machine and its time."""
+    rows = read_metrics(output / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def latest_checkpoint(settings: RunSettings, config: CrepaConfig) -> Checkpoint | None:

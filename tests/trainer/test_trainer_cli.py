@@ -147,8 +147,20 @@ def test_what_is_said_of_a_step_fits_into_a_terminal(width: int) -> None:
         show(12_344, {"loss": 1.401, "flow_loss": 1.352, "crepa_similarity": -0.064, "crepa_weight": 0.5})
     losses = "loss 1.401  flow 1.352  similarity -0.064  weight 0.500"
     lines = written.getvalue().replace("\r", "\n").splitlines()
-    assert any(re.search(rf"12345/20000 {losses} [-0-9:]+$", line.strip()) for line in lines)
+    assert any(re.search(rf"12345/20000 [-0-9:]+ {losses}$", line.strip()) for line in lines)
     assert not any("…" in line for line in lines)
+
+
+def test_step_and_time_left_are_in_view_whatever_is_said_beside_them() -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=True, color_system=None)
+    with training_progress(console, 20_000, 12_344) as show:
+        values = dict.fromkeys(
+            ("loss", "flow_loss", "crepa_similarity", "crepa_weight", "layersync_similarity"), -123.456
+        )
+        show(12_344, values)
+    lines = written.getvalue().replace("\r", "\n").splitlines()
+    assert any(re.search(r"12345/20000 [-0-9:]+ loss -123.456 .*…$", line.strip()) for line in lines)
 
 
 WILD = "a\x1b[31m\nb\u202ec\x9b2J"

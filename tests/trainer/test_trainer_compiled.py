@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
 from crepa_trainer.state import COMPILER_ON_CPU, compile_blocks
@@ -20,6 +19,7 @@ from tiny import tiny_dinov2
 from tiny_families import FAMILIES
 from tiny_hub_folders import save_tiny_cogvideox, save_tiny_kandinsky
 from tiny_pipelines import TINY_PIPELINES, save_tiny_wan_pipeline
+from training_runs import metrics_rows
 from videos import captioned_squares
 
 BLOCKS = [f"transformer_blocks.{n}" for n in range(3)]
@@ -98,7 +98,7 @@ def train(folder: Path, name: str, output: str, steps: int, **changes: Any) -> l
     GradientState._reset_state()
     torch._dynamo.reset()
     run(*load_settings(None, config), Console(file=io.StringIO()))
-    return read_metrics(folder / output / "metrics.jsonl")
+    return metrics_rows(folder / output)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from crepa_trainer.run import run
 from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from tiny import tiny_dinov2
+from training_runs import metrics_rows
 from videos import moving_square, write_video
 
 from crepa_kernels import CrepaConfig, CrepaRegularizer
@@ -165,7 +166,7 @@ def test_the_projector_is_saved_as_trained(finished: tuple[Path, Summary, str]) 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, Summary, str], videos: Path, tmp_path: Path) -> None:
     output, summary, _ = finished
     again, _ = demo(small(videos, tmp_path / "again"))
-    assert read_metrics(tmp_path / "again" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
+    assert metrics_rows(tmp_path / "again") == metrics_rows(output)
     assert (again.before, again.after) == (summary.before, summary.after)
     other, _ = demo(small(videos, tmp_path / "other", seed=1))
     assert other.before != summary.before
@@ -179,7 +180,7 @@ def test_it_trains_what_a_run_of_the_same_folders_trains(
     settings = options.settings().model_copy(update={"output": tmp_path / "run"})
     config = CrepaConfig.from_dict({**DEMO_CREPA, **RANDOM})
     run(settings, config, Console(file=io.StringIO()))
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(output / "metrics.jsonl")
+    assert metrics_rows(tmp_path / "run") == metrics_rows(output)
     for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors"):
         assert (tmp_path / "run/trained" / name).read_bytes() == (output / "trained" / name).read_bytes()
 

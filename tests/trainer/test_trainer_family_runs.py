@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.reporting.trackers import read_metrics
 from crepa_trainer.run import run
 from crepa_trainer.settings import load_settings
 from rich.console import Console
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from said import everything_said
 from tiny import tiny_dinov2
 from tiny_pipelines import TINY_PIPELINES, save_tiny_hunyuan_pipeline, save_tiny_sana_pipeline
+from training_runs import metrics_rows
 from videos import captioned_films, captioned_squares
 
 PROMPT = "the square moves"
@@ -72,7 +72,7 @@ def train(models: Path, output: Path, name: str, task: str, teacher: str, **chan
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     run(*load_settings(None, config), Console(file=io.StringIO()))
-    return read_metrics(output / "metrics.jsonl")
+    return metrics_rows(output)
 
 
 def check_lora(family: TrainingFamily, output: Path, size: tuple[int, int, int]) -> None:

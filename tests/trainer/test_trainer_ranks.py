@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
-from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
-from training_runs import TinyClips, tiny_config, tiny_settings, train, train_elsewhere
+from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
 # fp32: two ranks add the same four gradients in another order, and AdamW passes that on from step to step.
 CLOSE = 1e-6
@@ -27,7 +26,7 @@ def run_both(models: Path, tmp_path: Path, crepa: dict[str, Any], **changes: Any
     settings = tiny_settings(models, tmp_path / "two", **common, gradient_accumulation_steps=2)
     process = train_elsewhere(settings, config, processes=2, wide=3, tall=2)
     assert process.returncode == 0, process.stderr
-    return [alone, read_metrics(tmp_path / "two" / "metrics.jsonl")]
+    return [alone, metrics_rows(tmp_path / "two")]
 
 
 def assert_alike(alone: list[dict[str, float]], shared: list[dict[str, float]], tmp_path: Path) -> None:
@@ -78,7 +77,7 @@ def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path)
     resumed = settings.model_copy(update={"resume": "latest"})
     process = train_elsewhere(resumed, config, processes=2)
     assert process.returncode == 0, process.stderr
-    rows, expected = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("killed", "whole"))
+    rows, expected = (metrics_rows(tmp_path / run) for run in ("killed", "whole"))
     assert rows == expected
     alone = train_elsewhere(resumed, config)
     assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]

@@ -15,7 +15,7 @@ from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position, RankPo
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.reporting.trackers import read_metrics
 from safetensors.torch import load_file
-from training_runs import TinyClips, tiny_config, tiny_settings, train, train_elsewhere
+from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +41,8 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("metrics.jsonl", LORA, "trained/ema/pytorch_lora_weights.safetensors"):
+    assert metrics_rows(one) == metrics_rows(other)
+    for name in (LORA, "trained/ema/pytorch_lora_weights.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 

@@ -146,8 +146,9 @@ def heuristic(
 def pair_tiles(element_size: int, shared_memory: int, hip: bool = False) -> PairTiles:
     """Tiles of the relational loss for rows of so many bytes a number, and shared memory a block in bytes."""
     if element_size == 4:
-        # IEEE products are not the matrix units': what counts is registers.
-        return PairTiles(ProductTile(64, 64, 16, 8, 2), ProductTile(64, 64, 16, 4, 2))
+        # IEEE products are not the matrix units': what counts is registers. A wavefront has 64 lanes, and each loads
+        # 16 bytes at a time of 64 x 16 numbers with four of them.
+        return PairTiles(ProductTile(64, 64, 16, 4 if hip else 8, 2), ProductTile(64, 64, 16, 4, 2))
     k = 64 if shared_memory >= 200 * 1024 else 32
     differences, gradient = ProductTile(128, 128, k, 8, 3), ProductTile(128, 128, k, 8, 2 if hip else 3)
     return PairTiles(fit(differences, 2 * element_size, shared_memory), fit(gradient, element_size, shared_memory))

@@ -290,8 +290,8 @@ def clip_starts(frames: int, clip: int, count: int) -> list[int]:
     return sorted({n * spare // max(count - 1, 1) for n in range(count)})
 
 
-def listed(items: Iterable[str]) -> str:
+def listed(items: Iterable[str], named: int = NAMED) -> str:
     """The first of `items` and how many more there are, for a message."""
     every = list(items)
-    more = [f"and {len(every) - NAMED} more"] if len(every) > NAMED else []
-    return "; ".join([*every[:NAMED], *more])
+    more = [f"and {len(every) - named} more"] if len(every) > named else []
+    return "; ".join([*every[:named], *more])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ class BucketPlan:
     """One bucket's clips, and of each clip its latent frames, and the frames and grid of its tokens.
 
     `teacher_grid` and `encoded`, the frames that the teacher sees, are None where no encoder teaches, the grid
-    also where only the encoder's answer says it.
+    also where only the encoder's answer says it. `cached`: bytes of latents and the teacher's side.
     """
 
     bucket: Bucket
@@ -43,6 +44,7 @@ class BucketPlan:
     grid: Grid
     teacher_grid: Grid | None
     encoded: int | None
+    cached: int
 
     @property
     def tokens_per_frame(self) -> int:
@@ -96,6 +98,11 @@ class Plan:
     cut: tuple[CutText, ...]
 
     @property
+    def cached(self) -> int:
+        """Bytes that the encoded clips take on disk."""
+        return sum(each.clips * each.cached for each in self.buckets)
+
+    @property
     def checkpoints(self) -> int:
         return -(-self.settings.max_train_steps // self.settings.checkpoint_every)
 
@@ -135,7 +142,9 @@ def make_plan(
     check_blocks(settings, config, family)
     family.check_run(settings.batch_size, device_type)
     parameters, trained = count_parameters(settings, family)
-    buckets = tuple(_plan_bucket(bucket, clips, config, family) for bucket, clips in found.buckets().items())
+    buckets = tuple(
+        _plan_bucket(bucket, clips, settings, config, family, device_type) for bucket, clips in found.buckets().items()
+    )
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
     taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
     return Plan(
@@ -211,13 +220,26 @@ def count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int
     return every, sum(each.numel() for each in transformer.parameters() if each.requires_grad)
 
 
-def _plan_bucket(bucket: Bucket, clips: int, config: CrepaConfig, family: TrainingFamily) -> BucketPlan:
+def _plan_bucket(
+    bucket: Bucket,
+    clips: int,
+    settings: RunSettings,
+    config: CrepaConfig,
+    family: TrainingFamily,
+    device_type: str,
+) -> BucketPlan:
     layout = family.layout(bucket)
+    cached = FP32 * prod(family.latent_shape(bucket))
     grid = encoded = None
     if teacher_is_encoder(config):
         grid = FrameEncoder.from_config(config).grid(layout.grid)
         encoded = len(teacher_frames(config, family, bucket))
-    return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded)
+        if settings.cache_teacher == "frames":
+            cached += encoded * 3 * bucket.height * bucket.width
+        else:
+            size = named_encoder(config.crepa_encoder).dtype(torch.device(device_type)).itemsize
+            cached += layout.frames * num_tokens(grid or layout.grid) * _feature_size(config) * size
+    return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded, cached)
 
 
 def _takes_triton(backend: str, device_type: str, dtype: torch.dtype) -> bool:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _ROOM = 100  # columns below which the losses, which nobody can guess, have the bar's place
+_BESIDE = 11  # columns of the time left, the slash and the gaps
+_BAR = 14  # and at least of the bar with its name
 _SHOWN = (
     ("loss", "loss"),
     ("flow", "flow_loss"),
@@ -26,8 +28,8 @@ def training_progress(
     bar = Progress(
         *([TextColumn("training"), BarColumn()] if console.width >= _ROOM else []),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
         console=console,
         disable=not console.is_terminal,
     )
@@ -36,7 +38,9 @@ def training_progress(
 
         def on_step(step: int, values: Mapping[str, float]) -> None:
             losses = "  ".join(f"{name} {values[key]:.3f}" for name, key in _SHOWN if key in values)
-            bar.update(task, advance=1, losses=losses)
+            # Where they have no room, they are cut, and not the step or the time left.
+            room = console.width - _BESIDE - 2 * len(str(steps)) - (_BAR if console.width >= _ROOM else 0)
+            bar.update(task, advance=1, losses=losses if len(losses) <= room else f"{losses[: room - 1]}…")
             if not console.is_terminal and (step + 1) % max(1, steps // 10) == 0:
                 console.print(f"step {step + 1}/{steps}  {losses}", highlight=False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..data.dataset import FoundClips, cropped_share, enlargement, listed
+from ..data.dataset import NAMED, FoundClips, cropped_share, enlargement, listed
 from ..data.listing import counted
 from ..data.names import teacher_is_encoder
 from ..data.sampler import MADE_AHEAD
@@ -26,15 +26,15 @@ MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table of names and values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in [
-        *_model_rows(plan),
-        *_data_rows(plan),
-        *_crepa_rows(plan),
-        *_layersync_rows(plan),
-        *_step_rows(plan),
-    ]:
+    for name, text in plan_rows(plan):
         table.add_row(name, plain(text))
     console.print(table, highlight=False, markup=False)
+
+
+def plan_rows(plan: Plan, named: int = NAMED) -> Rows:
+    """The plan's names and values. named: how many files one value lists."""
+    data = _data_rows(plan, named)
+    return [*_model_rows(plan), *data, *_crepa_rows(plan), *_layersync_rows(plan), *_step_rows(plan)]
 
 
 def _model_rows(plan: Plan) -> Rows:
@@ -52,7 +52,7 @@ def _model_rows(plan: Plan) -> Rows:
     ]
 
 
-def _data_rows(plan: Plan) -> Rows:
+def _data_rows(plan: Plan, named: int) -> Rows:
     found = plan.found
     skipped = f", {len(found.skipped)} skipped" if found.skipped else ""
     rows = [
@@ -63,10 +63,11 @@ def _data_rows(plan: Plan) -> Rows:
         tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
         clips = _several(each.clips, "clip")
         rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
-    return [*rows, *_footage_rows(found, plan.settings.fps), *_cut_rows(plan)]
+    cache = ("cache", f"{readable_bytes(plan.cached)} in {plan.settings.cache_folder}, and the captions' embeddings")
+    return [*rows, cache, *_footage_rows(found, plan.settings.fps, named), *_cut_rows(plan, named)]
 
 
-def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
+def _footage_rows(found: FoundClips, fps: float | None, named: int) -> Rows:
     """What is passed over, and what becomes of the pictures and the times of what is not."""
     buckets = {key.video: key.bucket for key in found.keys}
     videos = [(name, found.infos[name], buckets[name]) for name in buckets if name in found.infos]
@@ -76,22 +77,22 @@ def _footage_rows(found: FoundClips, fps: float | None) -> Rows:
     skipped = [f"{Path(path).relative_to(found.folder).as_posix()} ({why})" for path, why in found.skipped.items()]
     rows = {
         "passed over": counted(found.passed_over),
-        "skipped": listed(skipped),
-        "cut off": listed(f"{name} {info.cut}" for name, info, _ in videos if info.cut),
+        "skipped": listed(skipped, named),
+        "cut off": listed((f"{name} {info.cut}" for name, info, _ in videos if info.cut), named),
         "frame rates": _rates([info for _, info, _ in videos], fps),
-        "cropped": listed(f"{name} loses {share:.0%} of its picture" for name, share in cropped),
-        "enlarged": listed(f"{name} {times:.2g} times" for name, times in larger),
-        "HDR": f"tone-mapped to SDR: {listed(hdr)}" if hdr else "",
+        "cropped": listed((f"{name} loses {share:.0%} of its picture" for name, share in cropped), named),
+        "enlarged": listed((f"{name} {times:.2g} times" for name, times in larger), named),
+        "HDR": f"tone-mapped to SDR: {listed(hdr, named)}" if hdr else "",
     }
     return [(name, text) for name, text in rows.items() if text]
 
 
-def _cut_rows(plan: Plan) -> Rows:
+def _cut_rows(plan: Plan, named: int) -> Rows:
     """Captions whose ends train nothing."""
     several = len(plan.family.text_limits) > 1
     rows = []
     for part, limit in plan.family.text_limits.items():
-        cut = listed(f"{each.name} ({each.tokens:,})" for each in plan.cut if each.tokenizer == part)
+        cut = listed((f"{each.name} ({each.tokens:,})" for each in plan.cut if each.tokenizer == part), named)
         if cut:
             rows.append(("captions cut", f"at {limit} tokens{f' of {part}' if several else ''}: {cut}"))
     return rows

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import GeneralTracker, on_main_process
+
+# Of a row, what another run of the same settings has otherwise.
+MEASURED = ("time", "seconds", "memory")
 
 
 class MetricsTracker(GeneralTracker):
@@ -46,6 +51,13 @@ class MetricsTracker(GeneralTracker):
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of tensors on an accelerator, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
