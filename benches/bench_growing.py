@@ -17,10 +17,8 @@ from unittest import mock
 
 import torch
 
-from benches.bench_resample import processor
-from benches.gpu.measure import commit
 from benches.gpu.results import write_whole
-from benches.measure import interleaved_medians, keep_heap_warm, kept_bytes, peak_bytes
+from benches.measure import interleaved_medians, keep_heap_warm, kept_bytes, machine, peak_bytes
 from benches.shapes import GROWING, Shape
 from crepa_kernels import relational_loss
 
@@ -83,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)
     keep_heap_warm()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
-    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
+    found = machine(options.device)
     rows: list[dict[str, object]] = []
     missed: list[str] = []
     for shape in (shape for shape in GROWING if options.case in shape.id):

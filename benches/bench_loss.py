@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from benches.eager import eager_transposed
 from benches.measure import interleaved_medians, keep_heap_warm, kept_bytes, peak_bytes
-from benches.peers import eager_transposed
 from benches.shapes import RESAMPLED, SAME_GRID, TARGETS, Shape
 
 CALLS = ["transposed", "reference", "compiled", "torch"]

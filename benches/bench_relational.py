@@ -23,11 +23,9 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benches.bench_resample import processor
-from benches.gpu.measure import commit
+from benches.eager import eager_relations
 from benches.gpu.results import write_whole
-from benches.measure import interleaved_medians, keep_heap_warm, peak_bytes
-from benches.peers import eager_relations
+from benches.measure import interleaved_medians, keep_heap_warm, machine, peak_bytes
 from crepa_kernels import CrepaProjector, relational_loss
 from crepa_kernels.ops.relation import Pairs, by_features
 
@@ -86,7 +84,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
     of = _step(case, device)
     calls = {name: of(name) for name in ("eager", "all", "frame", "cross", "neighbours")}
     seconds = interleaved_medians(calls, rounds)
-    peaks = {name: _peak(calls[name], device) for name in ("eager", "all")}
+    peaks = {name: peak_bytes(calls[name], device) for name in ("eager", "all")}
     return {
         **asdict(case),
         "median_ms": {name: 1e3 * value for name, value in seconds.items()},
@@ -94,16 +92,6 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
         "peak_bytes": peaks,
         "peak_of_eagers": peaks["all"] / peaks["eager"],
     }
-
-
-def _peak(call: Callable[[], None], device: str) -> int:
-    if device == "cpu":
-        return peak_bytes(call)
-    call()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return int(torch.cuda.max_memory_allocated()) - int(before)
 
 
 def counted(peers: Sequence[dict[str, object]]) -> dict[str, object]:
@@ -179,10 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)
     keep_heap_warm()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     rows: list[dict[str, object]] = []
     missed: list[str] = []
-    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
+    found = machine(options.device)
     if options.counted:
         found = json.loads(options.out.read_text())
         rows = found.pop("cases")

@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benches.gpu.measure import commit
 from benches.gpu.results import write_whole
-from benches.measure import interleaved_medians, keep_heap_warm
+from benches.measure import interleaved_medians, keep_heap_warm, machine
 from crepa_kernels import resample_tokens
 from crepa_kernels.grid import Grid, num_tokens
 from crepa_kernels.ops import has_extension
@@ -132,13 +131,6 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, object]:
     }
 
 
-def processor() -> str:
-    """The CPU's name, from what pytest-benchmark uses."""
-    import cpuinfo
-
-    return str(cpuinfo.get_cpu_info()["brand_raw"])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Token resampling against F.interpolate")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -150,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not has_extension(options.device):
         parser.error(f"the C++/CUDA extension is not there for {options.device}: there is nothing to compare")
     keep_heap_warm()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     rows: list[dict[str, object]] = []
-    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
+    found = machine(options.device)
     for case in cases(options.frames):
         if options.case not in str(case):
             continue

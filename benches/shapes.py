@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.grid import Grid, SpatialAlign, num_tokens
@@ -44,7 +45,7 @@ class Shape:
         return h, y, CrepaProjector(self.hidden_size, self.feature_size).to(device)
 
     def loss(
-        self, h: torch.Tensor, y: torch.Tensor, projector: CrepaProjector, backend: str, **options: Any
+        self, h: torch.Tensor, y: torch.Tensor, projector: nn.Module, backend: str, **options: Any
     ) -> torch.Tensor:
         """``crepa_loss`` of the shape."""
         return crepa_loss(

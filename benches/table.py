@@ -1,5 +1,6 @@
 """Writes the measured tables of benches/results/ into docs/measured.md.
 
+    make results
     python -m benches.table [--from build/gpu]
 
 ``--from`` first takes over what ``benches.gpu.hour`` measured there.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benches.gpu.results import MEASURED, write_whole
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/measured.md"
 END = "<!-- end -->"
+MEDIANS = "medians of interleaved rounds."
 TAKEN_OVER = ("gpu-*.json", "choices-*.json", "resample-gpu.json", "gpu-*.png")
 
 
@@ -60,6 +62,101 @@ def gpu_tables(results: Sequence[dict[str, Any]]) -> str:
     if any(each["dry"] for each in results):
         raise ValueError("a dry run measured nothing to put in a table")
     return "\n\n".join(_gpu_table(each) for each in results) if results else _predictions()
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a peer, from the JSON of ``benches.peers``."""
+    calls = results["calls"]
+    eager = calls["eager"]
+    lines = [
+        "| | time | of eager's | peak | kept | the host waits | compared tokens are apart, of height and width |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in calls.items():
+        down, across = row["position_error"]
+        lines.append(
+            f"| {name} | {row['median_ms']:.0f} ms | {row['median_ms'] / eager['median_ms']:.0%} | "
+            f"{row['peak_bytes'] / 2**20:.0f} MiB | {row['kept_bytes'] / 2**20:.0f} MiB | {row['host_waits']} | "
+            f"{down:.4f}, {across:.4f} |"
+        )
+    what = f"{results['shape']}, {results['frames']} frames; the last column: 30x52 against 37x37. "
+    theirs = f"SimpleTuner {results['simpletuner']}, " if "simpletuner" in results else ""
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {what}{theirs}{_where(results)}"])
+
+
+def step_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a family, from the JSON of ``benches.step``."""
+    lines = [
+        "| family | D | tokens | step without | + cached | + eager | + live | peak: without | cached | eager | live |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["families"]:
+        times, peaks = row["median_ms"], row["peak_bytes"]
+        added = [f"{times[call] - times['without']:+.0f} ms" for call in ("cached", "eager", "live")]
+        cells = [f"{times['without']:.0f} ms", *added]
+        cells += [f"{peaks[call] / 2**20:.0f} MiB" for call in ("without", "cached", "eager", "live")]
+        tokens = " x ".join(map(str, row["tokens"]))
+        lines.append(f"| {row['family']} | {row['hidden_size']} | {tokens} | {' | '.join(cells)} |")
+    size = (
+        f"{results['layers']} blocks, {results['heads']:.0%} of the heads, {results['frames']} frames of "
+        f"{results['height']} x {results['width']}; DINOv2 {results['encoder']} at {results['image_size']} pixels. "
+    )
+    return "\n".join([*lines, "", f"A training step, {MEDIANS} {size}{_where(results)}"])
+
+
+def resample_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a case, from the JSON of ``benches.bench_resample``."""
+    lines = [
+        "| | frames | grids, C | filter | type | time | of the view's | of copies' | of the copy rate |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in results["cases"]:
+        times, grids = row["median_ms"], " -> ".join("x".join(map(str, row[side])) for side in ("source", "target"))
+        shares = [f"{times['ours both'] / times[f'{peer} both']:.0%}" for peer in ("view", "transposed")]
+        lines.append(
+            f"| `{row['operator']}` | {row['frames']} | {grids}, {row['channels']} | "
+            f"{'antialias' if row['antialias'] else 'plain'} | {row['dtype']} | {times['ours both']:.0f} ms | "
+            f"{' | '.join(shares)} | {row['share_of_floor_both']:.0%} |"
+        )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
+def relational_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a case, from the JSON of ``benches.bench_relational``."""
+    lines = [
+        "| frames | tokens | D | E | margin | N x N | `all` | faster | memory, of N x N's |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["cases"]:
+        times, margin = row["median_ms"], "squared" if row["margin"] is None else row["margin"]
+        lines.append(
+            f"| {row['frames']} | {'x'.join(map(str, row['grid']))} | {row['hidden_size']} | {row['feature_size']} | "
+            f"{margin} | {times['eager']:.0f} ms | {times['all']:.0f} ms | {row['times_faster_than_eager']:.1f}x | "
+            f"{row['peak_of_eagers']:.0%} |"
+        )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
+def growing_table(results: dict[str, Any]) -> str:
+    """A Markdown table, one row a loss and shape, from the JSON of ``benches.bench_growing``."""
+    lines = ["| shape | loss | time | tokens first | faster | kept, of tokens first |", "|---|---|--:|--:|--:|--:|"]
+    for row in results["cases"]:
+        times, kept = row["median_ms"], row["kept_bytes"]
+        for name, faster in row["times_faster"].items():
+            other = f"{name}, tokens first"
+            lines.append(
+                f"| {row['shape']} | {name} | {times[name]:.0f} ms | {times[other]:.0f} ms | {faster:.2f}x | "
+                f"{kept[name] / kept[other]:.0%} |"
+            )
+    return "\n".join([*lines, "", f"Forward + backward, {MEDIANS} {_where(results)}"])
+
+
+def _where(results: dict[str, Any]) -> str:
+    """Of ``benches.measure.machine``, less what an older file lacks; a machine that had other work is said to."""
+    busy = f", other work ran (load {results['load']})" if results.get("load", 0) >= 1 else ""
+    known = [f"{name} {results[key]}" for key, name in (("python", "Python"), ("commit", "commit")) if key in results]
+    torch = f"{results['threads']} threads, torch {results['torch']}"
+    return f"{results['device']}{busy}, {', '.join([torch, *known])}."
 
 
 def _gpu_table(results: dict[str, Any]) -> str:
@@ -131,6 +228,29 @@ def replaced(text: str, name: str, table: str) -> str:
     return made
 
 
+def rendered(page: str) -> str:
+    """``page`` with every table as the stored results have it; what was not measured says how it would be."""
+
+    def stored(kind: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(MEASURED.glob(f"{kind}-*.json"))]
+
+    def several(kind: str, table: Callable[[dict[str, Any]], str], command: str) -> str:
+        return "\n\n".join(map(table, stored(kind))) or f"Not measured yet: `python -m benches.{command}`."
+
+    tables = {
+        "loss-cpu": loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())),
+        "loss-gpu": gpu_tables(stored("gpu")),
+        "peers": several("peers", peers_table, "peers"),
+        "step": several("step", step_table, "step"),
+        "resample": several("resample", resample_table, "bench_resample"),
+        "relational": several("relational", relational_table, "bench_relational"),
+        "growing": several("growing", growing_table, "bench_growing"),
+    }
+    for name, table in tables.items():
+        page = replaced(page, name, table)
+    return page
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benches.table", description=__doc__)
     parser.add_argument("--from", dest="folder", type=Path, help="folder of an hour on a GPU")
@@ -140,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             take_over(parsed.folder)
         except ValueError as error:
             parser.error(str(error))
-    text = replaced(PAGE.read_text(), "loss-cpu", loss_table(json.loads((MEASURED / "loss-cpu.json").read_text())))
-    gpus = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("gpu-*.json"))]
-    write_whole(PAGE, replaced(text, "loss-gpu", gpu_tables(gpus)))
+    write_whole(PAGE, rendered(PAGE.read_text()))
 
 
 if __name__ == "__main__":

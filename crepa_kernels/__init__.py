@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from .config.layersync import LayerSyncConfig
     from .config.schema import CrepaConfig
     from .config.urepa import UrepaConfig
-    from .models.families import image_to_video_mask, supported_families
+    from .models.families import Family, image_to_video_mask, register_family, supported_families
+    from .models.layouts import TokenLayout
     from .regularizer.crepa import CrepaRegularizer
     from .regularizer.layersync import LayerSync
     from .regularizer.schedule import CrepaSchedule
     from .regularizer.urepa import UrepaRegularizer
-    from .teachers import FrozenEncoder
+    from .teachers import FrozenEncoder, TeacherFeatures, register_encoder
+    from .teachers.cache import TeacherCache
+    from .teachers.encoding import DinoV2Teacher
 
 __version__ = "0.1.0"
 
@@ -27,12 +30,19 @@ _LAZY = {
     "CrepaConfig": "config",
     "CrepaRegularizer": "regularizer",
     "CrepaSchedule": "regularizer.schedule",
+    "DinoV2Teacher": "teachers.encoding",
+    "Family": "models.families",
     "FrozenEncoder": "teachers",
     "LayerSync": "regularizer",
     "LayerSyncConfig": "config",
+    "TeacherCache": "teachers.cache",
+    "TeacherFeatures": "teachers",
+    "TokenLayout": "models.layouts",
     "UrepaConfig": "config",
     "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
+    "register_encoder": "teachers",
+    "register_family": "models.families",
     "supported_families": "models.families",
 }
 
@@ -42,15 +52,22 @@ __all__ = [
     "CrepaProjector",
     "CrepaRegularizer",
     "CrepaSchedule",
+    "DinoV2Teacher",
+    "Family",
     "FrozenEncoder",
     "LayerSync",
     "LayerSyncConfig",
+    "TeacherCache",
+    "TeacherFeatures",
+    "TokenLayout",
     "UrepaConfig",
     "UrepaRegularizer",
     "available_backends",
     "crepa_loss",
     "frame_indices",
     "image_to_video_mask",
+    "register_encoder",
+    "register_family",
     "relational_loss",
     "resample_tokens",
     "select_frames",

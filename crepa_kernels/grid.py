@@ -26,6 +26,38 @@ def as_grid(grid: Sequence[int], name: str) -> Grid:
     return values[0], values[1]
 
 
+def grid_of(
+    student_grid: Sequence[int] | None, latent_shape: Sequence[int] | None, patch: Sequence[int] | None
+) -> Sequence[int]:
+    """The student's grid as it is given, or of latents (frames, height, width) cut into patches of (t, h, w).
+
+    Raises:
+        ValueError: where both or neither are given, for other than three positive integers each, or sides that are no
+            multiple of the patch's.
+    """
+    if student_grid is not None:
+        if latent_shape is not None or patch is not None:
+            raise ValueError("give student_grid=, or latent_shape= and patch= that say it, and not both")
+        return student_grid
+    if latent_shape is None or patch is None:
+        raise ValueError("student_grid= is missing, or latent_shape= (frames, height, width) with patch= (t, h, w)")
+    (_, height, width), (_, rows, columns) = as_sizes(latent_shape, "latent_shape"), as_sizes(patch, "patch")
+    if height % rows or width % columns:
+        raise ValueError(
+            f"latents of {height} x {width} are no whole patches of {rows} x {columns}: "
+            f"latent_shape {tuple(latent_shape)}, patch {tuple(patch)}"
+        )
+    return height // rows, width // columns
+
+
+def as_sizes(sizes: object, name: str) -> tuple[int, int, int]:
+    """``sizes`` as (frames, height, width); a ValueError names it when it is not three positive integers."""
+    values = tuple(sizes) if isinstance(sizes, Sequence) else ()
+    if len(values) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name} must be (frames, height, width), three positive integers, got {sizes!r}")
+    return values
+
+
 def constant(grid: Grid) -> Grid:
     """``grid`` as plain integers: a loss traced with symbolic sizes is for the grids it was traced with.
 

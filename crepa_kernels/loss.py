@@ -18,7 +18,7 @@ from .backends.triton.operator import crepa_triton
 from .backends.triton.operator import kept_bytes as triton_keeps
 from .backends.triton.relational import relational_triton
 from .backends.triton.self_check import prefers_pair_tiles, prefers_triton
-from .grid import SpatialAlign, plan_alignment
+from .grid import SpatialAlign, grid_of, plan_alignment
 from .inputs import LossInputs, check_inputs
 from .neighbours import Neighbours, Pairs, Relation
 from .ops.compiling import constant_when_compiled
@@ -88,8 +88,10 @@ def crepa_loss(
     teacher_features: torch.Tensor,
     projector: nn.Module | None,
     *,
-    student_grid: Sequence[int],
+    student_grid: Sequence[int] | None = None,
     teacher_grid: Sequence[int],
+    latent_shape: Sequence[int] | None = None,
+    patch: Sequence[int] | None = None,
     distance: int = 1,
     tau: float = 1.0,
     cumulative: bool = False,
@@ -118,8 +120,10 @@ def crepa_loss(
         teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
         projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear. None: ``hidden_states``
             are p, projected already by what the caller likes, and D is E.
-        student_grid: (height, width) of the P tokens.
+        student_grid: (height, width) of the P tokens; or in its place ``latent_shape`` and ``patch``.
         teacher_grid: (height, width) of the N tokens.
+        latent_shape: (frames, height, width) of the latents that the tokens are of.
+        patch: (t, h, w), latent frames, rows and columns of one token.
         distance: d in frames; 0 aligns each frame with its own teacher frame only. Clamped to the clip's existing
             teacher frames - 1.
         tau: decay of the neighbours' weight, in frames.
@@ -151,13 +155,14 @@ def crepa_loss(
             are not floating point, devices that differ, and options out of range; the message holds the numbers.
     """
     neighbours = Neighbours(distance, tau, cumulative, normalize_neighbour_sum)
+    grid = grid_of(student_grid, latent_shape, patch)
 
     def run() -> CrepaOutput:
         inputs = check_inputs(
             hidden_states,
             teacher_features,
             projector,
-            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            plan_alignment(spatial_align, grid, teacher_grid, antialias),
             neighbours,
             normalize_by_frames=normalize_by_frames,
             frame_index=frame_index,
@@ -176,8 +181,10 @@ def relational_loss(
     teacher_features: torch.Tensor,
     projector: nn.Module | None,
     *,
-    student_grid: Sequence[int],
+    student_grid: Sequence[int] | None = None,
     teacher_grid: Sequence[int],
+    latent_shape: Sequence[int] | None = None,
+    patch: Sequence[int] | None = None,
     pairs: Pairs = "all",
     distance: int = 1,
     tau: float = 1.0,
@@ -205,8 +212,10 @@ def relational_loss(
         teacher_features: (B, S, N, E), patch features of the clip; they never receive a gradient.
         projector: ``CrepaProjector(D, E)``, or an ``nn.Sequential`` of LayerNorm and Linear. None: ``hidden_states``
             are p, projected already by what the caller likes, and D is E.
-        student_grid: (height, width) of the P tokens.
+        student_grid: (height, width) of the P tokens; or in its place ``latent_shape`` and ``patch``.
         teacher_grid: (height, width) of the N tokens.
+        latent_shape: (frames, height, width) of the latents that the tokens are of.
+        patch: (t, h, w), latent frames, rows and columns of one token.
         pairs: w[f, k] is 1 for f = k (``"frame"``), for all f and k (``"all"``), for f != k (``"cross"``), or
             exp(-|f - k| / tau) for |f - k| <= distance (``"neighbours"``); else 0.
         distance: frames, of ``"neighbours"``; those that are farther apart are not compared.
@@ -227,13 +236,14 @@ def relational_loss(
         ValueError: as ``crepa_loss``, and for other ``pairs``, or a margin that is not a number of at least 0.
     """
     relation = Relation(pairs, distance, tau, margin)
+    grid = grid_of(student_grid, latent_shape, patch)
 
     def run() -> torch.Tensor:
         inputs = check_inputs(
             hidden_states,
             teacher_features,
             projector,
-            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            plan_alignment(spatial_align, grid, teacher_grid, antialias),
             Neighbours(distance=0),
             frame_index=frame_index,
             frame_mask=frame_mask,
@@ -256,8 +266,10 @@ def similarity_matrix(
     teacher_features: torch.Tensor,
     projector: nn.Module | None,
     *,
-    student_grid: Sequence[int],
+    student_grid: Sequence[int] | None = None,
     teacher_grid: Sequence[int],
+    latent_shape: Sequence[int] | None = None,
+    patch: Sequence[int] | None = None,
     spatial_align: SpatialAlign = "student",
     antialias: bool = True,
     frame_index: torch.Tensor | Sequence[int] | None = None,
@@ -282,13 +294,14 @@ def similarity_matrix(
     """
     if unknown := loss_options.keys() - _ONLY_IN_THE_LOSS:
         raise TypeError(f"similarity_matrix() got unexpected arguments: {', '.join(sorted(unknown))}")
+    grid = grid_of(student_grid, latent_shape, patch)
 
     def run() -> torch.Tensor:
         inputs = check_inputs(
             hidden_states,
             teacher_features,
             projector,
-            plan_alignment(spatial_align, student_grid, teacher_grid, antialias),
+            plan_alignment(spatial_align, grid, teacher_grid, antialias),
             Neighbours(distance=0),
             frame_index=frame_index,
             frame_mask=frame_mask,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from benches.eager import eager_neighbours
 from benches.gpu.measure import Gpu
-from benches.peers import eager_neighbours
 from benches.shapes import Shape
 from crepa_kernels.backends.triton.clock import Step
 from crepa_kernels.grid import plan_alignment

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..models.families import FAMILIES
+from ..models.families import known_families
 from ..neighbours import Neighbours
 
 # Of all keys of this package; a typo is looked for among the keys of its own prefix first.
@@ -34,8 +34,6 @@ UNSUPPORTED = "not supported by this package"
 
 # What operators, schedules and checkpoints hold.
 LEAST_INTEGER, MOST_INTEGER = -(2**63), 2**63 - 1
-
-RECOMMENDED_BLOCK_INDEX = {family.name: family.block_index for family in FAMILIES}
 
 _PRESET_BASE = {
     "crepa_enabled": True,
@@ -134,11 +132,10 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 def recommended_block_index(family: str) -> int:
     """Block whose output to align for a model family (zero-based); ValueError for an unknown family."""
-    try:
-        return RECOMMENDED_BLOCK_INDEX[family]
-    except (KeyError, TypeError):
-        names = ", ".join(RECOMMENDED_BLOCK_INDEX)
-        raise ValueError(f"no recommended block index for family {family!r}; known families: {names}") from None
+    found = {row.name: row.block_index for row in known_families()}
+    if family not in found:
+        raise ValueError(f"no recommended block index for family {family!r}; known families: {', '.join(found)}")
+    return found[family]
 
 
 def is_off(value: Any, off: Any) -> bool:
@@ -179,7 +176,7 @@ def joint_problems(values: Mapping[str, Any], neighbours: Neighbours) -> Iterato
     block, teacher = values["crepa_block_index"], values["crepa_teacher_block_index"]
     enabled, backbone = values["crepa_enabled"], values["crepa_feature_source"] == "backbone"
     if enabled and block is None:
-        families = ", ".join(f"{name} {index}" for name, index in RECOMMENDED_BLOCK_INDEX.items())
+        families = ", ".join(f"{family.name} {family.block_index}" for family in known_families())
         rule = f"required when crepa_enabled is true (recommended: {families})"
         yield {"crepa_enabled", "crepa_block_index"}, describe("crepa_block_index", None, rule)
     keys = {"crepa_teacher_block_index", "crepa_feature_source", "crepa_use_backbone_features"}

@@ -1,10 +1,10 @@
-"""SimpleTuner's CREPA (4.10 and later) with this package's loss.
+"""SimpleTuner's CREPA and U-REPA (4.10 and later) with this package's losses.
 
     python -m crepa_kernels.integrations.simpletuner [--spatial grid|line] -- simpletuner train ...
 
-or, before its training begins, ``apply(spatial="grid")``. One method is replaced, ``CrepaRegularizer.compute_loss``;
-its configuration, schedule, logs and return values stay. What cannot be taken over goes to the method that was there,
-and the reason is logged once. ``restore()`` undoes it.
+or, before its training begins, ``apply(spatial="grid")``. One method is replaced, ``compute_loss`` of
+``CrepaRegularizer`` and of ``UrepaRegularizer``; their configuration, schedule, logs and return values stay. What
+cannot be taken over goes to the method that was there, and the reason is logged once. ``restore()`` undoes it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from .. import crepa_loss
+from .. import crepa_loss, relational_loss
 
 Spatial = Literal["grid", "line"]
 Grid = tuple[int, int]
@@ -32,6 +33,8 @@ Result = tuple[torch.Tensor | None, dict[str, Any] | None]
 MODULE = "simpletuner.helpers.training.crepa"
 AT_START = Path(__file__).parent / "at_start"
 _TAKES = ("hidden_states", "latents", "vae", "frame_features", "step")
+_UREPA_TAKES = ("hidden_states", "latents", "vae", "step")
+_UREPA_HAS = ("_project_hidden_states", "_decode_latents", "_encode_pixels")
 
 logger = logging.getLogger(__name__)
 # By class: what is called, and what stood in the class itself, None where it inherits.
@@ -39,14 +42,14 @@ _replaced: dict[type, tuple[Callable[..., Result], Any]] = {}
 
 
 def apply(spatial: Spatial = "grid", regularizer: type | None = None) -> None:
-    """Replaces ``compute_loss`` of SimpleTuner's ``CrepaRegularizer``, of every instance, those that exist included.
+    """Replaces ``compute_loss`` of SimpleTuner's ``CrepaRegularizer`` and ``UrepaRegularizer``, also in instances.
 
     Args:
         spatial: ``"grid"`` compares tokens at the same place of the frame: the student's grid from the latents' height
-            and width and its token count, an encoder's the square of its count, both resampled to the smaller with a
-            filter as wide as an axis shrinks; nothing is computed while the schedule's weight is 0. ``"line"`` is
-            SimpleTuner's own arithmetic: token rows that are no two squares are resampled as one line.
-        regularizer: the class; None imports SimpleTuner's.
+            and width and its token count (U-REPA's is known), an encoder's the square of its count, both resampled to
+            the smaller with a filter as wide as an axis shrinks; nothing is computed while the schedule's weight is 0.
+            ``"line"`` is SimpleTuner's own arithmetic: token rows that are no two squares are resampled as one line.
+        regularizer: the class; None imports SimpleTuner's two.
 
     Raises:
         ValueError: for another ``spatial``.
@@ -54,16 +57,28 @@ def apply(spatial: Spatial = "grid", regularizer: type | None = None) -> None:
     """
     if spatial not in get_args(Spatial):
         raise ValueError(f"spatial must be one of {', '.join(get_args(Spatial))}, got {spatial!r}")
-    cls = _simpletuner() if regularizer is None else regularizer
+    if regularizer is not None:
+        return _take_over(regularizer, spatial)
+    module = _simpletuner()
+    _take_over(module.CrepaRegularizer, spatial)
+    try:
+        _take_over(module.UrepaRegularizer, spatial)
+    except (AttributeError, RuntimeError) as error:
+        _say_once(f"U-REPA is SimpleTuner's own: {error}")
+
+
+def _take_over(cls: type, spatial: Spatial) -> None:
     if not isinstance(cls, type):
         raise RuntimeError(f"regularizer must be SimpleTuner's class, got {type(cls).__name__}")
+    urepa = all(hasattr(cls, name) for name in _UREPA_HAS)
+    takes, replacement = (_UREPA_TAKES, _urepa) if urepa else (_TAKES, _crepa)
     original, own = _replaced.get(cls) or (getattr(cls, "compute_loss", None), vars(cls).get("compute_loss"))
     taken = list(inspect.signature(original).parameters) if callable(original) else []
-    if missing := [name for name in _TAKES if name not in taken]:
-        raise RuntimeError(f"{cls.__name__}.compute_loss must take {', '.join(_TAKES)}; {', '.join(missing)} missing")
+    if missing := [name for name in takes if name not in taken]:
+        raise RuntimeError(f"{cls.__name__}.compute_loss must take {', '.join(takes)}; {', '.join(missing)} missing")
     assert original is not None  # for the type checker: it takes the names
     _replaced[cls] = original, own
-    cls.compute_loss = _replacement(original, spatial)  # type: ignore[attr-defined]
+    cls.compute_loss = replacement(original, spatial)  # type: ignore[attr-defined]
 
 
 def restore() -> None:
@@ -76,14 +91,16 @@ def restore() -> None:
             cls.compute_loss = own  # type: ignore[attr-defined]
 
 
-def _simpletuner() -> type:
+def _simpletuner() -> ModuleType:
     try:
-        return importlib.import_module(MODULE).CrepaRegularizer
+        module = importlib.import_module(MODULE)
+        module.CrepaRegularizer  # noqa: B018
     except (ImportError, AttributeError) as error:
         raise RuntimeError(f"no CrepaRegularizer in {MODULE}, of SimpleTuner 4.10 and later: {error}") from error
+    return module
 
 
-def _replacement(original: Callable[..., Result], spatial: Spatial) -> Callable[..., Result]:
+def _crepa(original: Callable[..., Result], spatial: Spatial) -> Callable[..., Result]:
     @wraps(original)
     def compute_loss(
         self: Any,
@@ -134,6 +151,68 @@ def _replacement(original: Callable[..., Result], spatial: Spatial) -> Callable[
         return (output.loss * weight if weight else None), logs
 
     return compute_loss
+
+
+def _urepa(original: Callable[..., Result], spatial: Spatial) -> Callable[..., Result]:
+    @wraps(original)
+    def compute_loss(
+        self: Any,
+        hidden_states: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        vae: nn.Module | None = None,
+        *,
+        step: int = 0,
+    ) -> Result:
+        def theirs(reason: str = "") -> Result:
+            if reason:
+                _say_once(f"this loss is SimpleTuner's own: {reason}")
+            return original(self, hidden_states, latents, vae, step=step)
+
+        missing = any(each is None for each in (hidden_states, latents, vae, self.projector))
+        if not self.enabled or not self.base_weight or missing or hidden_states.dim() != 4:  # type: ignore[union-attr]
+            return theirs()
+        if getattr(self, "irepa_enabled", False):
+            return theirs("its projector is a convolution (irepa_enabled)")
+        rests = _rests(self.scheduler, step)
+        if spatial == "grid" and rests:
+            return None, _urepa_logs(0.0)
+        h = hidden_states
+        assert h is not None  # for the type checker: it is not missing
+        p = self._project_hidden_states(h)
+        with torch.no_grad():
+            y = self._encode_pixels(self._decode_latents(latents, vae)).to(p.device)
+        if y.dim() != 3 or (p.shape[0], p.shape[-1]) != (y.shape[0], y.shape[-1]):
+            return theirs(f"projections of {tuple(p.shape)} do not fit features of {tuple(y.shape)}")
+        grids: Any = {"student_grid": (h.shape[-2], h.shape[-1]), "teacher_grid": _square(y.shape[1])}
+        if spatial == "line" or grids["teacher_grid"] is None:
+            if spatial == "grid":
+                _say_once(f"patches are compared as SimpleTuner does (spatial='line'): {y.shape[1]} are no square")
+            grids = _as_theirs(p.shape[1], y.shape[1])
+        sides = p[:, None], y[:, None], None
+        output = crepa_loss(*sides, **grids, spatial_align="smaller", distance=0)
+        manifold = output.loss.new_zeros(())
+        if not rests:
+            manifold = relational_loss(*sides, **grids, spatial_align="smaller", pairs="frame")
+        # One wait of the host for all.
+        aligned, related, similarity = torch.stack(
+            [output.loss.detach(), manifold.detach(), output.similarity]
+        ).tolist()
+        weight = self.scheduler.get_weight(step, similarity=similarity)
+        if not weight:
+            return None, _urepa_logs(weight, similarity)
+        loss = (output.loss + self.manifold_weight * manifold) * weight
+        total = (aligned + self.manifold_weight * related) * weight
+        return loss, _urepa_logs(weight, similarity, total, aligned, related)
+
+    return compute_loss
+
+
+def _urepa_logs(
+    weight: float, similarity: float | None = None, loss: float = 0.0, aligned: float = 0.0, manifold: float = 0.0
+) -> dict[str, Any]:
+    logs = {"urepa_loss": loss, "urepa_alignment_loss": aligned, "urepa_manifold_loss": manifold}
+    measured = {} if similarity is None else {"urepa_similarity": similarity}
+    return {**logs, **measured, "urepa_weight": weight, "urepa_cutoff": weight == 0}
 
 
 def _why_not(crepa: Any, hidden_states: torch.Tensor) -> str:
@@ -232,9 +311,14 @@ def _alignment(crepa: Any, h: torch.Tensor, y: torch.Tensor, latents: torch.Tens
             f"tokens are compared as SimpleTuner does (spatial='line'): the grids of {student} tokens against "
             f"{teacher} are unclear from latents of {tuple(latents.shape[-2:])}"
         )
-    lines = (1, student), (1, teacher)
-    grids = lines if None in squares else squares
-    return {"student_grid": grids[0], "teacher_grid": grids[1], "spatial_align": "smaller", "antialias": False}
+    return {**_as_theirs(student, teacher), "spatial_align": "smaller"}
+
+
+def _as_theirs(student: int, teacher: int) -> dict[str, Any]:
+    """Squares where both counts are square numbers, else lines, with a filter of four points."""
+    squares = _square(student), _square(teacher)
+    grids = ((1, student), (1, teacher)) if None in squares else squares
+    return {"student_grid": grids[0], "teacher_grid": grids[1], "antialias": False}
 
 
 def _square(tokens: int) -> Grid | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import layouts
 from .image_ids import IMAGE_IDS
-from .layouts import LayoutRule
+from .layouts import Arguments, LayoutRule, TokenLayout
 
 _AFTER_BLOCKS = ("norm_out", "proj_out", "scale_shift_table")
 
@@ -35,11 +35,11 @@ class Family:
         name: the family's name in tables and messages.
         transformer: the diffusers class.
         vaes: the diffusers classes of its VAE that can be decoded, the usual one first.
-        block_lists: attributes that hold the blocks, in the order in which they run.
+        block_lists: attributes that hold the blocks, in the order in which they run; dotted for those of a part.
         after_blocks: top-level attributes whose weights come into play after the last block.
         block_index: the recommended block to align.
         hidden_size: D, from the transformer's config.
-        arguments: parameters of the transformer's forward that say how its tokens lie.
+        arguments: parameters of the transformer's forward that say how its tokens lie; None for all.
         token_layout: the layout of a forward, from the transformer's config and these arguments.
         video_tokens: (B, tokens, D) from what a block returns; of an image with text in front where both are in one.
         temporal_factors: pixel frames of a latent frame after the first, for each of its VAEs.
@@ -48,6 +48,7 @@ class Family:
         any_pixel_frames: whether T latent frames are made of (T - 1)c + 1 to Tc pixel frames; else of the first number
             alone.
         images: whether it makes images, which are clips of one frame here.
+        knows_order: whether the blocks are all that run, in their order: what comes after the aligned one is known.
         model: what the class is called in messages.
     """
 
@@ -59,17 +60,18 @@ class Family:
     after_blocks: tuple[str, ...] = _AFTER_BLOCKS
     block_index: int = 8
     hidden_size: Callable[[Any], int] = _heads_times_size
-    arguments: tuple[str, ...] = ("hidden_states",)
+    arguments: tuple[str, ...] | None = ("hidden_states",)
     token_layout: LayoutRule = layouts.channels_second
     video_tokens: Callable[[Any], torch.Tensor] = layouts.whole_output
     temporal_factors: tuple[int, ...] = (4,)
     any_pixel_frames: bool = False
     images: bool = False
     model: str = "transformer"
+    knows_order: bool = True
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in the order in which they run."""
-        found = [getattr(transformer, name) for name in self.block_lists]
+        found = [attrgetter(name)(transformer) for name in self.block_lists]
         return [block for each in found for block in (each if isinstance(each, nn.ModuleList) else [each])]
 
     def called(self, index: int) -> str:
@@ -94,6 +96,88 @@ class Family:
         """Names of the parameters of the diffusers class's forward, whatever wraps or overrides it here."""
         stock: Any = next(base for base in type(transformer).__mro__ if base.__name__ == self.transformer)
         return tuple(inspect.signature(stock.forward).parameters)[1:]
+
+
+# What `register_family` was given, by name.
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Makes a transformer class known in this process, as if it were a row of the table: ``CrepaRegularizer`` then
+    takes it without ``block``, ``hidden_size`` and ``layout``. A second one of the name takes the place of the first.
+
+    Raises:
+        ValueError: for what is no ``Family``, the name or the class of a row of the table, or no blocks.
+    """
+    if not isinstance(family, Family):
+        raise ValueError(f"register_family takes a Family, got {type(family).__name__}")
+    for row in (*FAMILIES, UNET):
+        if family.name == row.name or family.transformer == row.transformer:
+            raise ValueError(f"{family.name} ({family.transformer}) is {row.name} ({row.transformer}), which is known")
+    if not family.name or not family.transformer or not family.block_lists:
+        raise ValueError(f"a family needs a name, a transformer class and block_lists, got {family}")
+    _REGISTERED[family.name] = family
+
+
+def family_for(
+    transformer: nn.Module,
+    block: nn.Module | str,
+    hidden_size: int,
+    layout: Callable[[Arguments], TokenLayout | Sequence[int]],
+) -> Family:
+    """The row of a transformer that is in no table, for this one module; see ``CrepaRegularizer``.
+
+    Raises:
+        ValueError: for a block that is not in it, a width that is no positive integer, or a layout that cannot be
+            called with the arguments.
+    """
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"block= is of a module, got {type(transformer).__name__}")
+    if isinstance(block, nn.Module):
+        name = next((name for name, each in transformer.named_modules() if each is block), None)
+        if name is None or name == "":
+            raise ValueError(f"block: this {type(block).__name__} is no part of the {type(transformer).__name__}")
+    else:
+        name = str(block)
+        try:
+            transformer.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"block = {name!r}: {error}") from error
+    if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+        raise ValueError(
+            f"hidden_size must be the width D of the block's tokens, a positive integer, got {hidden_size!r}"
+        )
+    if not callable(layout):
+        raise ValueError(
+            "layout must be a callable from the forward's arguments (tensors as their shapes) to (frames, height, "
+            f"width) in tokens, got {layout!r}"
+        )
+    blocks = transformer.get_submodule(name)
+    several = isinstance(blocks, nn.ModuleList)
+    return Family(
+        name=type(transformer).__name__,
+        transformer=type(transformer).__name__,
+        vaes=(),
+        block_lists=(name,),
+        after_blocks=(),
+        # About a third of the way, as the rows of the table are.
+        block_index=len(blocks) // 3 if isinstance(blocks, nn.ModuleList) else 0,
+        hidden_size=partial(_given, hidden_size),
+        arguments=None,
+        token_layout=partial(layouts.given, layout),
+        video_tokens=layouts.tokens_of_any,
+        temporal_factors=(),
+        knows_order=several,
+    )
+
+
+def _given(value: int, config: Any) -> int:
+    return value
+
+
+def known_families() -> tuple[Family, ...]:
+    """The table's rows, and those that were registered."""
+    return (*FAMILIES, *_REGISTERED.values())
 
 
 def _no_extra_channels(config: Any) -> bool:
@@ -258,7 +342,7 @@ UNET = Family(
 
 def supported_families() -> tuple[str, ...]:
     """Names of the model families that CREPA can be attached to."""
-    return tuple(family.name for family in FAMILIES)
+    return tuple(family.name for family in known_families())
 
 
 def family_of(transformer: nn.Module) -> Family:
@@ -267,7 +351,7 @@ def family_of(transformer: nn.Module) -> Family:
     Raises:
         ValueError: for any other class; the message lists the supported ones.
     """
-    found = _among((*FAMILIES, UNET), transformer, "transformer")
+    found = _among((*known_families(), UNET), transformer, "transformer")
     if found is UNET:
         raise ValueError(
             f"{type(transformer).__name__} is a UNet, and CREPA and LayerSync are for transformers: "
@@ -275,8 +359,11 @@ def family_of(transformer: nn.Module) -> Family:
         )
     if found is not None:
         return found
-    known = ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
-    raise ValueError(f"{type(transformer).__name__} is not a supported transformer; supported families: {known}")
+    known = ", ".join(f"{family.name} ({family.transformer})" for family in known_families())
+    raise ValueError(
+        f"{type(transformer).__name__} is not a supported transformer; supported families: {known}. "
+        "Of another class give block=, hidden_size= and layout=, or register_family() it"
+    )
 
 
 def unet_of(unet: nn.Module) -> Family:
@@ -285,7 +372,7 @@ def unet_of(unet: nn.Module) -> Family:
     Raises:
         ValueError: for any other class, or a UNet without a block in the middle.
     """
-    found = _among((*FAMILIES, UNET), unet, "unet")
+    found = _among((*known_families(), UNET), unet, "unet")
     if found is not None and found is not UNET:
         raise ValueError(
             f"{type(unet).__name__} is a transformer and no UNet: what U-REPA is to those is CREPA to transformers, "

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from ..grid import Grid
+from ..grid import Grid, as_sizes
 from .image_ids import IMAGE_IDS, ReadIds
 
 # What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids what they say.
@@ -227,6 +227,21 @@ def feature_map(config: Any, arguments: Arguments) -> TokenLayout:
     *_, height, width = arguments[OUTPUT]
     *_, rows, columns = arguments["sample"]
     return TokenLayout(1, (height, width), 1, (1, rows, columns))
+
+
+def given(rule: Callable[[Arguments], TokenLayout | Sequence[int]], config: Any, arguments: Arguments) -> TokenLayout:
+    """As a caller's rule says, (frames, height, width) in tokens or a layout of its own."""
+    said = rule(arguments)
+    if isinstance(said, TokenLayout):
+        return said
+    frames, height, width = as_sizes(said, "what layout returns, where it is no TokenLayout,")
+    return TokenLayout(frames, (height, width), 1, (frames, height, width))
+
+
+def tokens_of_any(output: Any) -> torch.Tensor:
+    """(B, tokens, D) of a block that returns tokens on any axes between batch and width, or first in a tuple."""
+    tokens: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+    return tokens.flatten(1, -2) if tokens.dim() > 3 else tokens
 
 
 def whole_output(output: Any) -> torch.Tensor:

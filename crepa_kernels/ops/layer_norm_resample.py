@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .extension import log_fallback
+from .namespace import add_op_namespace_prefix, ops
 from .register import define, keeps_type
 from .resample import check_tokens, in_parts, on_grid, resampler, widened
 from .rows import layer_norm
@@ -165,9 +166,9 @@ define(
 )
 for _name in ("layer_norm_resample", "layer_norm_resample_backward", "layer_norm_resample_backward_out"):
     keeps_type(_name)
-layer_norm_resample_backward_out_op = torch.ops.crepa_kernels.layer_norm_resample_backward_out.default
-layer_norm_resample_op = torch.ops.crepa_kernels.layer_norm_resample.default
-layer_norm_resample_backward_op = torch.ops.crepa_kernels.layer_norm_resample_backward.default
+layer_norm_resample_backward_out_op = ops.layer_norm_resample_backward_out.default
+layer_norm_resample_op = ops.layer_norm_resample.default
+layer_norm_resample_backward_op = ops.layer_norm_resample_backward.default
 
 
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -180,8 +181,8 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm_resample_backward_out": (normalize_and_resample_into, lambda *given: Backward.and_out(given) and None),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
-    torch.library.impl(f"crepa_kernels::{_name}", "CompositeExplicitAutograd")(_kernel)
-    torch.library.register_fake(f"crepa_kernels::{_name}")(_fake)
+    torch.library.impl(add_op_namespace_prefix(_name), "CompositeExplicitAutograd")(_kernel)
+    torch.library.register_fake(add_op_namespace_prefix(_name))(_fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
@@ -200,5 +201,5 @@ def _no_second_derivative(ctx: Any, grad: torch.Tensor) -> None:
     raise RuntimeError("crepa_kernels::layer_norm_resample can be differentiated once")
 
 
-torch.library.register_autograd("crepa_kernels::layer_norm_resample", _backward, setup_context=_keep)
-torch.library.register_autograd("crepa_kernels::layer_norm_resample_backward", _no_second_derivative)
+torch.library.register_autograd(add_op_namespace_prefix("layer_norm_resample"), _backward, setup_context=_keep)
+torch.library.register_autograd(add_op_namespace_prefix("layer_norm_resample_backward"), _no_second_derivative)

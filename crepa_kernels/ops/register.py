@@ -1,10 +1,12 @@
-"""The ``crepa_kernels`` operator library: schemas, and what autocast does to them."""
+"""The package's operator library, ``crepa_kernels``: schemas, and what autocast does to them."""
 
 from __future__ import annotations
 
 import torch
 
-_library = torch.library.Library("crepa_kernels", "FRAGMENT")
+from .namespace import add_op_namespace_prefix
+
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
 
 
 def define(name: str, schema: str) -> None:

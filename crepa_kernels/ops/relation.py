@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .namespace import add_op_namespace_prefix, ops
 from .register import define, keeps_type
 
 # Numbers of a tile of A: what a CPU's caches hold, and what fills a GPU.
@@ -35,10 +36,10 @@ TILE_ELSEWHERE = 1 << 24
 SCHEMA = "(Tensor z, Tensor d, int[] offsets, float[] weights, float? margin, Tensor(a!) gradient) -> Tensor"
 define("relate_frames", SCHEMA)
 keeps_type("relate_frames")
-relate_frames_op = torch.ops.crepa_kernels.relate_frames.default
+relate_frames_op = ops.relate_frames.default
 
 
-@torch.library.impl("crepa_kernels::relate_frames", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("relate_frames"), "CompositeExplicitAutograd")
 def _relate_frames(
     z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:
@@ -59,7 +60,7 @@ def _relate_frames(
     return found / z.shape[1] ** 2
 
 
-@torch.library.register_fake("crepa_kernels::relate_frames")
+@torch.library.register_fake(add_op_namespace_prefix("relate_frames"))
 def _relate_frames_fake(
     z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:

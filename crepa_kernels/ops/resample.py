@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .extension import log_fallback
+from .namespace import add_op_namespace_prefix, ops
 from .register import define, keeps_type
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -208,8 +209,8 @@ define("resample_tokens", f"(Tensor tokens, {_GEOMETRY}) -> Tensor")
 define("resample_tokens_adjoint", f"(Tensor grad, {_GEOMETRY}) -> Tensor")
 keeps_type("resample_tokens")
 keeps_type("resample_tokens_adjoint")
-resample_tokens_op = torch.ops.crepa_kernels.resample_tokens.default
-resample_tokens_adjoint_op = torch.ops.crepa_kernels.resample_tokens_adjoint.default
+resample_tokens_op = ops.resample_tokens.default
+resample_tokens_adjoint_op = ops.resample_tokens_adjoint.default
 
 
 def _resample_checked(
@@ -238,8 +239,8 @@ def _backward_by(operator: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Ten
 
 
 for _name, _adjoint, _other in (
-    ("crepa_kernels::resample_tokens", False, resample_tokens_adjoint_op),
-    ("crepa_kernels::resample_tokens_adjoint", True, resample_tokens_op),
+    (add_op_namespace_prefix("resample_tokens"), False, resample_tokens_adjoint_op),
+    (add_op_namespace_prefix("resample_tokens_adjoint"), True, resample_tokens_op),
 ):
     torch.library.impl(_name, "CompositeExplicitAutograd")(partial(_resample_checked, adjoint=_adjoint))
     torch.library.register_fake(_name)(partial(_resample_fake, adjoint=_adjoint))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .namespace import add_op_namespace_prefix, ops
 from .register import define, keeps_type
 from .resample import HALF_TYPES
 
@@ -38,13 +39,13 @@ define("layer_norm_rows", "(Tensor tokens, float eps, bool normalised) -> (Tenso
 define("normalize_rows", "(Tensor tokens, Tensor mean, Tensor low, Tensor inverse_std, Tensor(a!) out) -> ()")
 for _name in ("align_rows", "align_rows_backward", "layer_norm_rows", "normalize_rows"):
     keeps_type(_name)
-align_rows_op = torch.ops.crepa_kernels.align_rows.default
-align_rows_backward_op = torch.ops.crepa_kernels.align_rows_backward.default
-layer_norm_rows_op = torch.ops.crepa_kernels.layer_norm_rows.default
-normalize_rows_op = torch.ops.crepa_kernels.normalize_rows.default
+align_rows_op = ops.align_rows.default
+align_rows_backward_op = ops.align_rows_backward.default
+layer_norm_rows_op = ops.layer_norm_rows.default
+normalize_rows_op = ops.normalize_rows.default
 
 
-@torch.library.impl("crepa_kernels::align_rows", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("align_rows"), "CompositeExplicitAutograd")
 def _align_rows(
     projected: Tensor,
     mean: Tensor | None,
@@ -126,7 +127,7 @@ def floored_norm(norm: Tensor) -> Tensor:
     return norm.clamp_min(NORM_FLOOR).where(norm < math.inf, math.nan)
 
 
-@torch.library.register_fake("crepa_kernels::align_rows")
+@torch.library.register_fake(add_op_namespace_prefix("align_rows"))
 def _align_rows_fake(
     projected: Tensor,
     mean: Tensor | None,
@@ -146,7 +147,7 @@ def _align_rows_fake(
     return own, total, inverse_norm, q_dot_p
 
 
-@torch.library.impl("crepa_kernels::align_rows_backward", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("align_rows_backward"), "CompositeExplicitAutograd")
 def _align_rows_backward(
     q: Tensor,
     grad: Tensor,
@@ -204,7 +205,7 @@ def layer_norm(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x, mean, inverse_std.masked_fill_(overflowed, math.nan)
 
 
-@torch.library.impl("crepa_kernels::layer_norm_rows", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("layer_norm_rows"), "CompositeExplicitAutograd")
 def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     """x (N..., C) = (h - mean) / std of ``tokens`` (..., N, C), or nothing (0, C), and mean, its low part and 1/std.
 
@@ -217,21 +218,21 @@ def _layer_norm_rows(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     return x if normalized else x[:0].clone(), mean, torch.zeros_like(mean), inverse_std
 
 
-@torch.library.register_fake("crepa_kernels::layer_norm_rows")
+@torch.library.register_fake(add_op_namespace_prefix("layer_norm_rows"))
 def _layer_norm_rows_fake(tokens: Tensor, eps: float, normalized: bool) -> Rows:
     rows, accum_dtype = tokens.shape[:-1].numel(), torch.promote_types(tokens.dtype, torch.float32)
     mean, low, inverse_std = (tokens.new_empty(rows, dtype=accum_dtype) for _ in range(3))
     return tokens.new_empty((rows if normalized else 0, tokens.shape[-1])), mean, low, inverse_std
 
 
-@torch.library.impl("crepa_kernels::normalize_rows", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("normalize_rows"), "CompositeExplicitAutograd")
 def _normalize_rows(tokens: Tensor, mean: Tensor, low: Tensor, inverse_std: Tensor, out: Tensor) -> None:
     """out (N..., C) = (h - mean - low) / std of ``tokens`` (..., N, C), from what ``layer_norm_rows`` returned."""
     rows = tokens.reshape(-1, tokens.shape[-1]) - mean[:, None]
     out.copy_(rows.sub_(low[:, None]).mul_(inverse_std[:, None]))
 
 
-@torch.library.register_fake("crepa_kernels::align_rows_backward")
-@torch.library.register_fake("crepa_kernels::normalize_rows")
+@torch.library.register_fake(add_op_namespace_prefix("align_rows_backward"))
+@torch.library.register_fake(add_op_namespace_prefix("normalize_rows"))
 def _normalize_rows_fake(*arguments: object) -> None:
     return None

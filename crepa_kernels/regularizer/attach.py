@@ -106,7 +106,8 @@ def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, o
     device = next((each for each in devices if each.type != "meta"), devices[0])
     projector.to(device=device, dtype=torch.float32).requires_grad_(True)
     model.add_module(owner.projector, projector)
-    model.save_pretrained = partial(_save_without, model, owner.projector)  # type: ignore[assignment]
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = partial(_save_without, model, owner.projector)  # type: ignore[assignment]
 
     # No closure: a copied regularizer detaches from its own copy of the model.
     return partial(_detach, model, owner.projector)
@@ -256,7 +257,8 @@ def check_reach(model: nn.Module, family: Family, index: int, states: torch.Tens
     later = {id(parameter) for block in family.blocks(model)[index + 1 :] for parameter in block.parameters()}
     projectors = {name for name, module in model.named_children() if isinstance(module, Projector)}
     skipped = {*family.after_blocks, *projectors}
-    reached = any(
+    # Where nobody knows what runs when, the states alone tell.
+    reached = family.knows_order and any(
         parameter.requires_grad and id(parameter) not in later and name.split(".", 1)[0] not in skipped
         for name, parameter in model.named_parameters()
     )

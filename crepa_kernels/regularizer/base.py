@@ -130,7 +130,7 @@ class Regularizer:
         student = family.block(model, self._block_index, key)
         self._threshold = settings.similarity_threshold
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
-        hidden_size = family.hidden_size(model.config)
+        hidden_size = family.hidden_size(getattr(model, "config", None))
         size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
         self.projector = make_projector(self.config, hidden_size, size)
         self._capture = Capture(model, family, blocks, self.projector, self.OWNER)

@@ -113,9 +113,10 @@ class _Hooks:
         self.gradients = torch.is_grad_enabled()
         self.finished = False
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        names = given if self._family.arguments is None else self._family.arguments
         self.arguments = {
-            name: given.get(name) if name == IMAGE_IDS else _described(given.get(name))
-            for name in self._family.arguments
+            name: given.get(name) if name == IMAGE_IDS and self._family.arguments else _described(given.get(name))
+            for name in names
         }
         if not torch.compiler.is_compiling():
             self._look_before()
@@ -292,7 +293,7 @@ class Capture:
         output = self._output(index)
         if output is None:
             raise ValueError(self._why_nothing(index))
-        layout = self._hooks.layout(self._transformer.config, output)
+        layout = self._hooks.layout(getattr(self._transformer, "config", None), output)
         tokens = layout.own(output)
         if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
             raise ValueError(

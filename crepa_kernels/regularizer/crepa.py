@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import nn
 from ..config.schema import CrepaConfig
 from ..inputs import check_mask
 from ..loss import crepa_loss, relational_loss, similarity_matrix
-from ..models.families import family_of
+from ..models.families import Family, family_for, family_of
+from ..models.layouts import Arguments, TokenLayout
 from ..projector import Projector
 from ..reduction import counted_frames
 from ..teachers import TeacherFeatures
@@ -23,6 +24,15 @@ from .attach import CREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
 from .teacher import ClipInputs, TeacherSource
+
+
+def _at_block(config: CrepaConfig | Mapping[str, Any], family: Family) -> CrepaConfig | Mapping[str, Any]:
+    """Settings whose block is the one that was given, where that is a block and no list of them."""
+    if family.knows_order:
+        return config
+    if isinstance(config, CrepaConfig):
+        return config.replace(crepa_block_index=0)
+    return {**config, "crepa_block_index": 0} if isinstance(config, Mapping) else config
 
 
 class CrepaRegularizer(Regularizer):
@@ -50,6 +60,11 @@ class CrepaRegularizer(Regularizer):
         max_train_steps: optimizer steps of the run; needed where the weight decays over the rest of the run.
         feature_size: E, where only the caller's features know it; else the encoder says it, or is asked once.
         vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
+        block, hidden_size, layout: of a transformer of no supported family, any ``nn.Module``: the block to align, or
+            its name in the module, or that of an ``nn.ModuleList`` in which ``crepa_block_index`` counts; the width D
+            of its tokens; and a callable from the arguments of the module's forward, by name and tensors as their
+            shapes, to (frames, height, width) in tokens, in raster order, or to a ``TokenLayout``. ``vae`` then is
+            any callable from latents (B, C, T, H, W) to pixels (B, P, 3, H, W) in [0, 1], or a VAE that a family has.
 
     Attributes:
         config: as given, but on a transformer of images without neighbours, and of a preset that names no family at
@@ -76,16 +91,24 @@ class CrepaRegularizer(Regularizer):
         *,
         feature_size: int | None = None,
         vae_encodes: bool = False,
+        block: nn.Module | str | None = None,
+        hidden_size: int | None = None,
+        layout: Callable[[Arguments], TokenLayout | Sequence[int]] | None = None,
     ) -> None:
         self.transformer = transformer
-        if not self._configure(config, transformer):
+        own = None
+        if block is not None and hidden_size is not None and layout is not None:
+            own = family_for(transformer, block, hidden_size, layout)
+        elif (block, hidden_size, layout) != (None, None, None):
+            raise ValueError("block=, hidden_size= and layout= go together: they say what no table knows of the model")
+        if not self._configure(config if own is None else _at_block(config, own), transformer):
             return
         if self.config.crepa_drop_vae_encoder and vae_encodes:
             raise ValueError(
                 "crepa_drop_vae_encoder = true, but the training loop still encodes clips with the VAE: "
                 "encode them before training, or set it to false"
             )
-        family = family_of(transformer)
+        family = own or family_of(transformer)
         self.config = self.config.of_family(family)
         keys = ["crepa_block_index"] + ["crepa_teacher_block_index"] * self.config.teacher.backbone
         blocks: dict[str, int] = {key: getattr(self.config, key) for key in keys}

@@ -154,6 +154,8 @@ class TeacherSource:
     def _check_frames(self, what: str, lengths: ClipLengths) -> None:
         ratio = lengths.layout.temporal_ratio
         factors = self.decoder.temporal_factors if ratio is None else (ratio,)
+        if not factors:  # of a class that is in no table
+            return
 
         def allowed(latents: int) -> list[range]:
             return [self._family.pixel_frames(latents, factor) for factor in factors]

@@ -250,6 +250,10 @@ class FrameEncoder:
             self._loaded = loaded
         return self._loaded
 
+    def take(self, loaded: FrozenEncoder) -> None:
+        """Uses what another one of the same source has loaded."""
+        self._loaded = loaded
+
     def unload(self) -> None:
         """Lets go of a model that was loaded here; the next frame loads it again."""
         if not isinstance(self._source, FrozenEncoder):
@@ -266,6 +270,45 @@ class FrameEncoder:
         if line not in self._told:
             self._told.add(line)
             logger.log(level, line)
+
+
+class DinoV2Teacher:
+    """DINOv2 as a function from frames to patch features, by itself; loaded at the first frames, on their device.
+
+    Args:
+        model: a name (``dinov2_vitg14`` ...), a local folder, a hub id, or a transformers DINOv2.
+        image_size: side in pixels of the square that a frame is resized to, a multiple of the patch size (14).
+        frames_batch_size: frames encoded at a time; <= 0: all at once.
+
+    Raises:
+        ValueError: as ``FrameEncoder``.
+    """
+
+    def __init__(
+        self, model: nn.Module | str = "dinov2_vitg14", *, image_size: int = 518, frames_batch_size: int = -1
+    ) -> None:
+        options: dict[str, Any] = {"image_size": image_size, "frames_batch_size": frames_batch_size}
+        self._square = FrameEncoder(model, **options)
+        self._by_grid = FrameEncoder(model, resize="grid", **options)
+        if not isinstance(self._square.encoder, DinoV2) and not is_dinov2(model):
+            raise ValueError(f"DinoV2Teacher needs a DINOv2, got {model!r}; any other encoder is a FrameEncoder")
+
+    def __call__(self, frames: torch.Tensor, grid: Grid | None = None) -> TeacherFeatures:
+        """Features (..., N, E) of frames (..., 3, H, W), uint8 or floating point in [0, 1], and their grid.
+
+        Args:
+            grid: (height, width) in patches that frames are resized to, such as the student's tokens; else the square.
+        """
+        if frames.dim() < 4 or frames.shape[-3] != 3:
+            raise ValueError(
+                f"frames must be (..., 3, H, W) with at least one axis in front, got {tuple(frames.shape)}"
+            )
+        encoder = self._square
+        if grid is not None:
+            encoder = self._by_grid
+            encoder.take(self._square.load(frames.device))
+        features, found = encoder.encode(frames.flatten(0, -4), grid or (1, 1), frames.device)
+        return TeacherFeatures(features.unflatten(0, frames.shape[:-3]), found)
 
 
 def resized(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

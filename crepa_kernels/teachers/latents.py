@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,10 +17,12 @@ from ..models.vaes import VAES, Vae, statistics
 from ..optional import require
 from ..regularizer.monitor import LatentMonitor
 from ..transfer import moved
+from .clips import check_pixels
+from .encoders import described, takes
 
 logger = logging.getLogger(__name__)
 
-VaeSource = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
+VaeSource = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module] | Callable[[torch.Tensor], torch.Tensor]
 
 
 class _FreedEncoder(nn.Module):
@@ -50,7 +52,8 @@ class LatentDecoder:
 
     Args:
         source: the VAE, a folder or hub id (of the VAE, or of a pipeline with a ``vae`` folder), a callable without
-            arguments that loads it, or None.
+            arguments that loads it, or None. Any other callable decodes: latents (B, C, T, H, W) to pixels
+            (B, P, 3, H, W), floating point in [0, 1].
         family: whose VAE it is.
         drop_encoder: free the VAE's encoder at the first decoding.
         owner: whose ``vae`` it is, for messages.
@@ -78,7 +81,9 @@ class LatentDecoder:
         self._dropped = False
         self._told_place = False
         self._monitor = LatentMonitor()
-        self._vae: Any = self._checked(source) if isinstance(source, nn.Module) else None
+        self._call = _as_call(source, family)
+        given = isinstance(source, nn.Module) and self._call is None
+        self._vae: Any = self._checked(source) if given else None
 
     def decode(self, latents: torch.Tensor, layout: TokenLayout, device: torch.device) -> torch.Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1], without gradient.
@@ -96,7 +101,13 @@ class LatentDecoder:
         if not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
             what = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a floating-point tensor (B, C, T, H, W), got {what}")
-        if latents.dim() != 5 or tuple(latents.shape[2:]) != layout.of_latents(latents.shape[2]).latent_shape:
+        if self._call is not None:
+            return self._called(self._call, latents, device)
+        # Of a class that is in no table nobody knows how latents become tokens.
+        is_known = bool(self._family.vaes)
+        if latents.dim() != 5 or (
+            is_known and tuple(latents.shape[2:]) != layout.of_latents(latents.shape[2]).latent_shape
+        ):
             raise ValueError(self._wrong_shape(latents, layout))
         vae = self._vae if self._vae is not None else self._load(device)
         rule = _rule_of(vae, self._family)
@@ -118,6 +129,22 @@ class LatentDecoder:
             if not self._monitor.done:
                 mean, std, scale = statistics(vae, place)
                 self._monitor.watch(here, mean, std / scale, pixels)
+        self.frames_decoded += pixels.shape[0] * pixels.shape[1]
+        return pixels
+
+    def _called(
+        self, decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """What the caller's own decoder gives, checked."""
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            pixels = decode(latents.detach())
+        shape = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5 or shape[:1] + shape[2:3] != (len(latents), 3):
+            raise ValueError(
+                f"vae={described(decode)} must decode latents of shape {tuple(latents.shape)} to pixels "
+                f"({len(latents)}, P, 3, H, W), got {shape}"
+            )
+        check_pixels(pixels, len(latents), look=self.frames_decoded == 0)
         self.frames_decoded += pixels.shape[0] * pixels.shape[1]
         return pixels
 
@@ -151,11 +178,15 @@ class LatentDecoder:
         if isinstance(self._source, str | os.PathLike):
             vae = self._from_pretrained(os.fspath(self._source), device)
         else:
-            vae = self._source()
+            vae = cast(Callable[[], nn.Module], self._source)()
         self._vae = self._checked(vae)
         return self._vae
 
     def _from_pretrained(self, source: str, device: torch.device) -> nn.Module:
+        if not self._family.vaes:
+            raise ValueError(
+                f"vae = {source}: {self._family.name} is in no table, so give the VAE itself, or a callable"
+            )
         diffusers = require("diffusers", "decoding latents")
         subfolder, name = _found(getattr(diffusers, self._family.vaes[0]), source)
         if name not in self._family.vaes:
@@ -173,6 +204,17 @@ class LatentDecoder:
         return vae.eval()
 
 
+def _as_call(source: VaeSource | None, family: Family) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A source that decodes by being called, which is neither a VAE of the tables nor a loader of one."""
+    if isinstance(source, nn.Module):
+        names = {base.__name__ for base in type(source).__mro__}
+        if family.vaes or names & VAES.keys():
+            return None
+        return source.eval().requires_grad_(False)
+    call: Any = source
+    return call if callable(call) and takes(call, torch.Tensor) and not takes(call) else None
+
+
 def _other_order(latents: torch.Tensor, layout: TokenLayout) -> str:
     """A hint where the axes of the latents are those of another order."""
     orders = {"(B, T, C, H, W)": ((1, 3, 4), ".transpose(1, 2)"), "(B, T, H, W, C)": ((1, 2, 3), ".movedim(-1, 1)")}
@@ -183,13 +225,13 @@ def _other_order(latents: torch.Tensor, layout: TokenLayout) -> str:
 
 
 def _either(family: Family) -> str:
-    return " or ".join(family.vaes)
+    return " or ".join(family.vaes or VAES)
 
 
 def _rule_of(vae: Any, family: Family) -> Vae:
-    """How ``vae`` is decoded; ValueError where it is none of the family's."""
+    """How ``vae`` is decoded; ValueError where it is none of the family's, or of any where that is not known."""
     names = {base.__name__ for base in type(vae).__mro__}
-    for name in family.vaes:
+    for name in family.vaes or VAES:
         if name in names:
             return VAES[name]
     raise ValueError(f"vae must be an {_either(family)} for {family.name}, got {type(vae).__name__}")

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from benches import table as measured_table
+from benches.eager import eager_neighbours, eager_transposed
 from benches.gpu import choices, results
 from benches.gpu.__main__ import AGAIN, CALLS, ENDED, TASKS, StartAgain, Table, entries, main, report
 from benches.gpu.gate import CASES, GateError, check
 from benches.gpu.measure import Dry, Gpu, commit, machine
 from benches.gpu.plot import plot
-from benches.peers import eager_neighbours, eager_transposed
 from benches.shapes import ON_A_GPU, RESAMPLED, Shape
 from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.backends.triton import projector, tiles

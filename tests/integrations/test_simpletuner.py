@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,35 +18,14 @@ import torch
 from torch import nn
 
 from benches.measure import kept_bytes
-from benches.peers import position_error, simpletuner_step
-from benches.simpletuner import give_features, module, regularizer, wheel
+from benches.peers import Inputs, position_error, simpletuner_peers
+from benches.simpletuner import give_features, regularizer
 from crepa_kernels.integrations import simpletuner
 
 LOGS = [
     "crepa_loss", "crepa_alignment_score", "crepa_similarity_self", "crepa_weight", "crepa_cutoff",
     "crepa_alignment_score_ema",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the wheel is kept for the next run, where pytest keeps anything."""
-    cache = getattr(request.config, "cache", None)
-    return tmp_path_factory.mktemp("simpletuner") if cache is None else Path(cache.mkdir("simpletuner"))
-
-
-@pytest.fixture(scope="session")
-def theirs(folder: Path) -> ModuleType:
-    try:
-        return module(wheel(folder))
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    yield
-    simpletuner.restore()
 
 
 @pytest.fixture
@@ -231,7 +210,9 @@ def test_what_cannot_be_taken_over_is_their_own_and_said_once(
 
 
 def test_a_third_of_the_bytes_is_kept_for_the_backward_pass(theirs: ModuleType, folder: Path) -> None:
-    own, line, grid = (kept_bytes(*simpletuner_step(spatial, folder, 2)[1:]) for spatial in (None, "line", "grid"))
+    inputs = Inputs.of(frames=2)
+    peers = simpletuner_peers(inputs, folder).values()
+    own, line, grid = (kept_bytes(peer.forward, inputs.leaves) for peer in peers)
     assert max(line, grid) <= 0.35 * own
 
 

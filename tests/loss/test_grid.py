@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import grid_weights
 
-from crepa_kernels import crepa_loss, resample_tokens
+from crepa_kernels import CrepaProjector, crepa_loss, relational_loss, resample_tokens, similarity_matrix
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.ops.resample import resample_tokens_adjoint_op, resample_tokens_op
 
@@ -243,3 +244,32 @@ def test_the_plain_filter_leaves_most_tokens_out() -> None:
     resample_tokens(tokens, (45, 80), (16, 16), antialias=False).sum().backward()
     ignored = (tokens.grad == 0).double().mean()
     assert ignored.item() == pytest.approx(0.86, abs=0.005)
+
+
+@pytest.mark.parametrize("call", [crepa_loss, relational_loss, similarity_matrix])
+def test_the_students_grid_is_that_of_the_latents(call: Any) -> None:
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(1, 2, 15, 8), torch.randn(1, 2, 4, 6)
+    sides = (hidden, teacher, CrepaProjector(8, 6))
+    found = call(*sides, latent_shape=(2, 6, 10), patch=(1, 2, 2), teacher_grid=(2, 2))
+    expected = call(*sides, student_grid=(3, 5), teacher_grid=(2, 2))
+    for one, other in [(found, expected)] if isinstance(found, torch.Tensor) else zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("grids", "said"),
+    [
+        ({}, "student_grid= is missing, or latent_shape="),
+        ({"latent_shape": (2, 6, 10)}, "student_grid= is missing"),
+        ({"student_grid": (3, 5), "patch": (1, 2, 2)}, "and not both"),
+        ({"latent_shape": (2, 6, 9), "patch": (1, 2, 2)}, "latents of 6 x 9 are no whole patches of 2 x 2"),
+        ({"latent_shape": (6, 10), "patch": (1, 2, 2)}, r"latent_shape must be \(frames, height, width\).*\(6, 10\)"),
+        ({"latent_shape": (2, 6, 10), "patch": (1, 2.0, 2)}, "patch must be"),
+        ({"latent_shape": (2, 6, 10), "patch": (0, 2, 2)}, "patch must be"),
+    ],
+)
+def test_a_grid_that_is_not_said_is_asked_for(grids: dict[str, Any], said: str) -> None:
+    hidden, teacher = torch.randn(1, 2, 15, 8), torch.randn(1, 2, 4, 6)
+    with pytest.raises(ValueError, match=said):
+        crepa_loss(hidden, teacher, CrepaProjector(8, 6), teacher_grid=(2, 2), **grids)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benches.peers import eager_transposed
+from benches.eager import eager_transposed
 from crepa_kernels import CrepaProjector, crepa_loss
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.loss import KEPT_BYTES

@@ -13,8 +13,8 @@ from oracle import row_norms
 from relational import PAIRS, Related, Tensors, relational_truth, simply_related
 from torch import nn
 
+from benches.eager import eager_relations
 from benches.measure import peak_bytes
-from benches.peers import eager_relations
 from crepa_kernels import CrepaProjector, relational_loss
 from crepa_kernels.ops import relation
 

@@ -241,6 +241,36 @@ def test_diffusers_offloads_a_model_with_a_projector(offload_type: str) -> None:
     torch.testing.assert_close(transformer(**wan_inputs())[0], expected)
 
 
+def offloads(transformer: Any) -> None:
+    here = torch.device("cpu")
+    transformer.enable_group_offload(here, here, offload_type="block_level", num_blocks_per_group=1)
+
+
+DOCUMENTED = [
+    (add_lora, fp8_storage, regularizer),
+    (offloads, add_lora, regularizer),
+    (add_lora, regularizer, offloads),
+]
+
+
+@pytest.mark.parametrize("order", DOCUMENTED, ids=lambda order: "-".join(each.__name__ for each in order))
+def test_a_base_of_fp8_and_an_offloaded_one_train_in_the_documented_order(order: Any) -> None:
+    transformer = tiny_wan().requires_grad_(False)
+    found = [prepare(transformer) for prepare in order]
+    (crepa,) = [each for each in found if each is not None]
+    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    assert any("lora_A" in name for name in trained)
+    optimizer = torch.optim.AdamW(trained.values())
+    crepa.check_optimizer(optimizer)
+    prediction = transformer(**wan_inputs())[0]
+    aux, _ = crepa.loss(step=0, features=features())
+    (prediction.square().mean() + aux).backward()
+    optimizer.step()
+    assert [name for name, parameter in trained.items() if torch.equal(parameter, before[name])] == []
+
+
 @pytest.mark.parametrize("elsewhere", ["patch_embedding", "blocks.0", "blocks.2", "blocks.1"])
 def test_the_projector_is_put_where_the_captured_block_is(elsewhere: str) -> None:
     transformer = tiny_wan()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,19 @@ def run_script(script: Path, *words: object, ranks: int = 1) -> str:
     done = processes.run(execute, script, [str(word) for word in words], ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def without_marked(text: str, mark: str) -> str:
+    """A script without the lines that end in `# mark`, and of those in `# mark: x` that have x themselves without x."""
+    lines = []
+    for line in text.splitlines():
+        code, marked, part = line.partition(f"  # {mark}")
+        addition = part.removeprefix(": ")
+        if not marked:
+            lines.append(line)
+        elif addition and addition in code:
+            lines.append(re.sub(rf"(, | )?{re.escape(addition)}", "", code))
+    return "\n".join(lines)
 
 
 def image_folder(folder: Path) -> Path:

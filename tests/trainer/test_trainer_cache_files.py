@@ -14,18 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from crepa_trainer.data import files as cache_files
-from crepa_trainer.data.files import (
-    ABANDONED,
-    SAMPLE,
-    DamagedFile,
-    check_whole,
-    content_identity,
-    file_name,
-    model_identity,
-    read_tensors,
-    remove_abandoned,
-    write_tensors,
-)
+from crepa_trainer.data.files import ABANDONED, SAMPLE, content_identity, model_identity, remove_abandoned
+
+from crepa_kernels.teachers.cache import DamagedFile, check_whole, file_name, read_tensors, write_tensors
 
 KINDS = {
     "bf16": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
@@ -127,7 +118,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path: Path) -> None:
 WRITER = """
 import itertools, sys, torch
 from pathlib import Path
-from crepa_trainer.data.files import write_tensors
+from crepa_kernels.teachers.cache import write_tensors
 for n in itertools.count():
     write_tensors(Path(sys.argv[1]) / "kind" / "file.safetensors", {"a": torch.full((1_000_000,), float(n))})
     print(n, flush=True)

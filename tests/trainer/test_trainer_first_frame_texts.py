@@ -13,7 +13,6 @@ import torch
 from crepa_trainer.data.cache import CachedClips, clip_of_prompt, prepare_cache
 from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import find_clips
-from crepa_trainer.data.files import file_name
 from crepa_trainer.data.names import FORMAT, CacheNames
 from crepa_trainer.data.video import DataError
 from crepa_trainer.families import TrainingFamily
@@ -26,6 +25,7 @@ from tiny_pipelines import save_tiny_wan_pipeline
 from videos import moving_square, write_video
 
 from crepa_kernels import CrepaConfig
+from crepa_kernels.teachers.cache import file_name
 
 CPU = torch.device("cpu")
 CAPTION = "a red square moves"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...grid import SpatialPlan, num_tokens
 from ...inputs import LossInputs, frames_at
+from ...ops.namespace import add_op_namespace_prefix, ops
 from ...ops.register import define, keeps_type
 from ...output import CrepaOutput
 from .call import CHANGES, SCHEMA, TENSORS, TYPES, Arguments, Call
@@ -24,8 +25,8 @@ define(
 )
 for _name in ("frame_alignment", "frame_alignment_backward"):
     keeps_type(_name)
-frame_alignment_op = torch.ops.crepa_kernels.frame_alignment.default
-frame_alignment_backward_op = torch.ops.crepa_kernels.frame_alignment_backward.default
+frame_alignment_op = ops.frame_alignment.default
+frame_alignment_backward_op = ops.frame_alignment_backward.default
 
 
 def crepa_triton(inputs: LossInputs) -> CrepaOutput:
@@ -113,7 +114,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-@torch.library.impl("crepa_kernels::frame_alignment", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("frame_alignment"), "CompositeExplicitAutograd")
 def _align(*arguments: Any) -> tuple[Tensor, ...]:
     """loss (), metrics (3,), frame_similarity (B, T), and seven tensors for the backward pass (``pipeline.Kept``)."""
     from .pipeline import forward
@@ -124,7 +125,7 @@ def _align(*arguments: Any) -> tuple[Tensor, ...]:
     return (loss, metrics, frame_similarity, *kept)
 
 
-@torch.library.register_fake("crepa_kernels::frame_alignment")
+@torch.library.register_fake(add_op_namespace_prefix("frame_alignment"))
 def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call.unpacked(arguments)
     width, features, dtype = call.hidden_size, call.feature_size, call.compute_dtype
@@ -140,7 +141,7 @@ def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-@torch.library.impl("crepa_kernels::frame_alignment_backward", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("frame_alignment_backward"), "CompositeExplicitAutograd")
 def _align_backward(grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of tokens, gamma, beta, weight and bias; an empty tensor in place of one that is not needed."""
     from .pipeline import Kept, Needs, backward
@@ -151,7 +152,7 @@ def _align_backward(grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *a
     return tuple(call.tokens.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@torch.library.register_fake("crepa_kernels::frame_alignment_backward")
+@torch.library.register_fake(add_op_namespace_prefix("frame_alignment_backward"))
 def _align_backward_fake(
     grad_loss: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any
 ) -> tuple[Tensor, ...]:
@@ -217,5 +218,5 @@ def _gradients_with_none(*arguments: Any) -> tuple[Tensor, ...]:
     return made
 
 
-torch.library.impl("crepa_kernels::frame_alignment", "Autograd")(_align_with_gradients)
-torch.library.impl("crepa_kernels::frame_alignment_backward", "Autograd")(_gradients_with_none)
+torch.library.impl(add_op_namespace_prefix("frame_alignment"), "Autograd")(_align_with_gradients)
+torch.library.impl(add_op_namespace_prefix("frame_alignment_backward"), "Autograd")(_gradients_with_none)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ...inputs import LossInputs
 from ...neighbours import Relation
+from ...ops.namespace import add_op_namespace_prefix, ops
 from ...ops.register import define, keeps_type
 from ...ops.relation import SCHEMA, Pairs, joined
 from ..torch.relational import relational_torch
 
 define("relate_tiles", SCHEMA)
 keeps_type("relate_tiles")
-relate_tiles_op = torch.ops.crepa_kernels.relate_tiles.default
+relate_tiles_op = ops.relate_tiles.default
 
 
 def relational_triton(inputs: LossInputs, relation: Relation) -> Tensor:
@@ -29,7 +30,7 @@ def relational_triton(inputs: LossInputs, relation: Relation) -> Tensor:
     return relational_torch(inputs, relation, relate_tiles_op, inputs.compute_dtype)
 
 
-@torch.library.impl("crepa_kernels::relate_tiles", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("relate_tiles"), "CompositeExplicitAutograd")
 def _relate_tiles(
     z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:
@@ -45,7 +46,7 @@ def _relate_tiles(
         return relate(z, d, into, of_offsets, margin, 2 / tokens) / tokens**2
 
 
-@torch.library.register_fake("crepa_kernels::relate_tiles")
+@torch.library.register_fake(add_op_namespace_prefix("relate_tiles"))
 def _relate_tiles_fake(
     z: Tensor, d: Tensor, offsets: Sequence[int], weights: Sequence[float], margin: float | None, gradient: Tensor
 ) -> Tensor:

@@ -26,7 +26,7 @@ class _AfterImport(MetaPathFinder):
                 from crepa_kernels.integrations.simpletuner import apply
 
                 run(module)
-                apply(os.environ["CREPA_SIMPLETUNER"], module.CrepaRegularizer)  # type: ignore[arg-type]
+                apply(os.environ["CREPA_SIMPLETUNER"])  # type: ignore[arg-type]
 
             spec.loader.exec_module = run_and_apply  # type: ignore[method-assign]
         return spec

@@ -16,20 +16,13 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from crepa_kernels.teachers.cache import DamagedFile, check_whole, file_name, read_tensors, write_tensors
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
 from .clips import read_clips
 from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, fit_again, listed, skip_video, tell_skipped
-from .files import (
-    DamagedFile,
-    check_whole,
-    file_name,
-    read_tensors,
-    remember_frames,
-    remove_abandoned,
-    write_tensors,
-)
+from .files import remember_frames, remove_abandoned
 from .names import CacheNames, ClipFiles, encoder_type, teacher_frames
 from .video import DataError, EndsEarly, VideoError
 

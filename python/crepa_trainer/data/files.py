@@ -1,4 +1,4 @@
-"""Encoded tensors as files that are whole or not there: names from what was encoded, atomic writing, checks."""
+"""What files of videos and models are known by, and what a cache keeps beside what is encoded."""
 
 from __future__ import annotations
 
@@ -7,33 +7,17 @@ import hashlib
 import json
 import os
 import time
-import zlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from crepa_kernels.regularizer.saving import replacing
+from crepa_kernels.teachers.cache import DamagedFile, file_name, read_tensors, write_tensors
 
-CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 SAMPLE = 1 << 16  # bytes read at each of three places of a video file
 READ_WHOLE = 1 << 26  # bytes up to which a model's file is read from end to end
 PIECE = 1 << 12  # bytes read at each of three places of a tensor in a larger one
 ABANDONED = 3600.0  # seconds after which an unfinished file belongs to nobody
-
-
-class DamagedFile(ValueError):
-    """A file of the cache does not hold what was written into it; the message says why."""
-
-
-def file_name(content: Mapping[str, Any]) -> str:
-    """The name of what is made from `content` (JSON values): another one wherever anything in it differs."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40] + ".safetensors"
 
 
 def content_identity(path: Path) -> str:
@@ -100,27 +84,6 @@ def _places(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     return places
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` with a checksum and the file's name.
-
-    `path` is either whole or as it was before, whatever happens meanwhile.
-    OSError naming `path` where the disk is full or cannot be written; nothing is left behind then.
-    """
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(kept, {CHECKSUM: f"{_checksum(path, kept)} {path.name}"})
-    with replacing(path) as file:
-        file.write_bytes(data)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote. DamagedFile where any byte of it is another, or it was written as another file."""
-    with _opened(path) as (file, checksum):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if checksum != _checksum(path, tensors):
-        raise DamagedFile(f"{path} is damaged: its checksum is not that of its bytes")
-    return tensors
-
-
 def remember_frames(folder: Path, video: str, fps: float | None, frames: int) -> None:
     """Keeps how many frames of a video can be shown, where its container says another number; `video`: its content."""
     write_tensors(_frames_file(folder, video, fps), {"frames": torch.tensor(frames)})
@@ -138,38 +101,9 @@ def _frames_file(folder: Path, video: str, fps: float | None) -> Path:
     return folder / "frames" / file_name({"video": video, "fps": fps})
 
 
-def check_whole(path: Path) -> None:
-    """DamagedFile where a file is cut off, is none of ours or another one; its header is read, its tensors are not."""
-    with _opened(path):
-        pass
-
-
 def remove_abandoned(folder: Path) -> None:
     """Removes unfinished files in the folders of `folder` that a killed process left."""
     for path in folder.glob("*/*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, str]]:
-    """A file and the checksum of its header, whose name tells it from another that was put in its place."""
-    try:
-        with safe_open(path, "pt") as file:
-            checksum, _, name = (file.metadata() or {}).get(CHECKSUM, "").partition(" ")
-            if not checksum:
-                raise DamagedFile(f"{path} is damaged: it has no checksum")
-            if name != path.name:
-                raise DamagedFile(f"{path} is damaged: it was written as {name}")
-            yield file, checksum
-    except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
-
-
-def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    value = zlib.crc32(path.name.encode())
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"

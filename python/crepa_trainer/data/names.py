@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crepa_kernels import frame_indices
+from crepa_kernels.teachers.cache import TeacherCache, file_name
 from crepa_kernels.teachers.encoding import NamedEncoder, named_encoder
 
 from .dataset import Bucket, ClipKey, FoundClips
-from .files import file_name, model_identity
+from .files import model_identity
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaConfig
@@ -77,7 +78,7 @@ class CacheNames:
             **self._rate,
         }
         latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
-        teacher = self.folder / "teacher" / file_name({**clip, **self._teacher(bucket)})
+        teacher = TeacherCache(self.folder / "teacher").path({**clip, **self._teacher(bucket)})
         return ClipFiles(latents, teacher if teacher_is_encoder(self.config) else None, self.text(key.caption, key))
 
     def text(self, prompt: str, key: ClipKey | None = None) -> Path:
