@@ -85,12 +85,21 @@ def test_thinning_keeps_extremes_and_gaps() -> None:
     assert kept[x.index(1234)] == 5.0
     assert kept[x.index(7777)] == -5.0
     assert None in kept
+    for length in (103, 199, 5_001):
+        noise = np.random.default_rng(length).normal(size=length)
+        at, some = thinned(np.arange(length), noise, 100)
+        assert at == sorted(set(at))
+        assert len(at) <= 102
+        assert some == noise[at].tolist()
+        assert {noise.argmin(), noise.argmax(), 0, length - 1} <= set(at)
     assert thinned(np.arange(3), np.array([1.0, np.inf, 2.0])) == ([0, 1, 2], [1.0, None, 2.0])
 
 
 def test_the_running_mean_is_the_mean_of_finite_values() -> None:
     values = np.array([1.0, 2.0, np.nan, 4.0, 100.0])
     assert running_mean(values, 3).tolist() == pytest.approx([1.5, 1.5, 3.0, 52.0, 52.0])
+    assert set(running_mean(np.full(50_000, 0.2), 1500)) == {0.2}
+    assert np.isnan(running_mean(np.full(3, np.inf), 3)).all()
 
 
 def test_the_threshold_is_drawn_on_the_similaritys_scale() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from crepa_trainer.reporting.runs import RunFolder
 from crepa_trainer.ui.form import check, read_json_text
 from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.starting import make_pair
 from PIL import Image
 from playwright.sync_api import Page, expect
 from run_folders import make_run
+from videos import moving_square, write_video
 from web_pages import PHONE, Server, page_server
 
 
@@ -113,6 +116,45 @@ def test_a_pair_differs_in_crepa_alone_and_shares_what_is_encoded(tmp_path: Path
     assert [check(values).is_usable for values in (ours, others)] == [True, True]
     with pytest.raises(ValueError, match=r"mine-with\.json is there already"):
         make_pair(Folders(tmp_path), "mine.json")
+
+
+@pytest.mark.slow
+def test_one_click_trains_with_crepa_and_without_it(models: Path, tmp_path: Path, visit: Callable[..., Page]) -> None:
+    videos, runs = tmp_path / "videos", tmp_path / "runs"
+    for folder in (videos, runs):
+        folder.mkdir()
+    write_video(videos / "a.mp4", moving_square(9, 48, 80))
+    (videos / "a.txt").write_text("a red square")
+    given = {
+        "model": str(models / "wan"),
+        "data": str(videos),
+        "output": str(runs / "mine"),
+        "resolutions": [[32, 48]],
+        "frame_counts": [5],
+        "max_train_steps": 2,
+        "lora_rank": 2,
+        "mixed_precision": "no",
+        "crepa_enabled": True,
+        "crepa_block_index": 1,
+        "crepa_encoder": str(models / "dinov2"),
+        "crepa_encoder_image_size": 28,
+    }
+    (runs / "mine.json").write_text(json.dumps(given))
+    with page_server(runs, "--folder", str(videos), folder=models) as server:
+        page = visit(f"{server.address}compare")
+        page.get_by_label("Settings file", exact=True).click()
+        page.get_by_role("option", name="mine.json").click()
+        page.get_by_role("button", name="Start it with and without CREPA").click()
+        expect(page.get_by_text("mine-with.json · mine-without.json was started")).to_be_visible()
+        folders = [runs / f"mine-{which}" for which in ("with", "without")]
+        end = time.monotonic() + 180
+        while any(RunFolder(folder).state().phase != "done" for folder in folders):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        page.goto(f"{server.address}compare?run=mine-with&run=mine-without")
+        expect(page.get_by_role("cell", name="crepa_enabled")).to_be_visible()
+        expect(page.locator(".legendtext").get_by_text("mine-without", exact=True).first).to_be_visible()
+        page.context.close()
 
 
 @pytest.mark.parametrize(

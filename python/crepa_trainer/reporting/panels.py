@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,16 +136,17 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[list[fl
     What is not finite becomes None, a gap.
     """
     if len(x) > points:
-        edges = np.linspace(0, len(x), points // 3 + 1).astype(int)
-        kept: set[int] = {0, len(x) - 1}
-        for start, end in pairwise(edges):
-            part = y[start:end]
-            finite = np.isfinite(part)
-            if not finite.all():
-                kept.add(int(start + finite.argmin()))  # a gap
-            if finite.any():
-                kept |= {int(start + np.nanargmin(part)), int(start + np.nanargmax(part))}
-        order = np.array(sorted(kept))
+        stretches = points // 3
+        size = -(-len(x) // stretches)
+        filled = np.full(stretches * size, np.nan)
+        filled[: len(y)] = y
+        table = filled.reshape(stretches, size)
+        finite, starts = np.isfinite(table), np.arange(stretches) * size
+        least, most = (starts + np.where(finite, sign * table, np.inf).argmin(1) for sign in (1, -1))
+        gaps = (starts + finite.argmin(1))[~finite.all(1)]
+        some = finite.any(1)
+        kept = np.concatenate([[0, len(x) - 1], least[some], most[some], gaps])
+        order = np.unique(kept[kept < len(x)])  # the last stretch is filled up
         x, y = x[order], y[order]
     return x.tolist(), [value if math.isfinite(value) else None for value in y.tolist()]
 
@@ -155,12 +155,14 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean over `window` values around each, fewer at the ends; values that are not finite do not count."""
     half = max(1, window // 2)
     finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    # Sums of differences: those of the values would make steps of what does not change.
+    middle = float(values[finite].mean()) if finite.any() else 0.0
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values - middle, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     low = np.clip(np.arange(len(values)) - half, 0, None)
     high = np.clip(np.arange(len(values)) + half + 1, None, len(values))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((sums[high] - sums[low]) / (counts[high] - counts[low]))
+        return np.asarray(middle + (sums[high] - sums[low]) / (counts[high] - counts[low]))
 
 
 def similarity_threshold(settings: Mapping[str, Any]) -> float | None:
