@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,19 @@ class Server:
 
 @contextmanager
 def page_server(runs: Path, *options: str, folder: Path | None = None) -> Iterator[Server]:
-    """`crepa-train ui` on a free port, stopped by SIGTERM at the end."""
+    """`crepa-train ui` on a free port, stopped by SIGTERM at the end. Whatever it was asked, it may not have failed."""
     others = [] if folder is None else ["--folder", str(folder)]
     command = [sys.executable, "-m", "crepa_trainer", "ui", "--runs", str(runs), "--port", "0", *others, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A pipe that nobody reads fills up.
+    with tempfile.TemporaryFile("w+") as wrong:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=wrong, text=True)
+        yield from _served(process, runs)
+        wrong.seek(0)
+        said = wrong.read()
+    assert "Traceback" not in said, said
+
+
+def _served(process: subprocess.Popen[str], runs: Path) -> Iterator[Server]:
     try:
         assert process.stdout is not None
         address = None
@@ -38,7 +48,7 @@ def page_server(runs: Path, *options: str, folder: Path | None = None) -> Iterat
             if found := re.search(r"open (http\S+)", line):
                 address = found[1]
                 break
-        assert address is not None, process.stderr.read() if process.stderr else ""
+        assert address is not None, f"the page ended with {process.wait()}"
         yield Server(address, runs, process)
     finally:
         process.send_signal(signal.SIGTERM)

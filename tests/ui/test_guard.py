@@ -141,6 +141,7 @@ def test_other_machines_need_the_token(tmp_path: Path, visit: Callable[..., Page
         page = visit(served.address.replace("0.0.0.0", "127.0.0.1"))
         expect(page.get_by_role("heading", level=1)).to_be_visible()
         assert "token" not in page.url
+        page.context.close()
 
 
 def test_a_token_of_ones_own_is_asked_for_on_this_machine_too(tmp_path: Path) -> None:

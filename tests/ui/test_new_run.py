@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from crepa_trainer.ui.form import FIELDS
 from playwright.sync_api import Page, expect
 from web_pages import PHONE, Server, page_server
 
@@ -133,3 +134,17 @@ def test_a_file_lies_in_the_folder_of_runs(server: Server, visit: Callable[..., 
         page.get_by_role("button", name="Close").click()
         expect(said).to_be_hidden()
     assert sorted(server.runs.parent.rglob("*")) == before
+
+
+ODD = ["[1, [2]]", '{"a": null}', "true", "-0.5", "null", '"<b>x</b>"', "1e400", '""', '"\\u0000"', "[[480, 832]]"]
+
+
+def test_any_value_of_any_field_is_shown_and_judged(server: Server, visit: Callable[..., Page]) -> None:
+    page = visit(f"{server.address}new")
+    for value in ODD:
+        fill(page, JSON, "{" + ", ".join(f'"{key}": {value}' for key in FIELDS) + "}")
+        expect(page.get_by_label(COMMAND)).to_have_value(re.compile("crepa_power"))
+        assert page.locator("b", has_text="x").count() == 0
+        # The page goes on.
+        fill(page, JSON, '{"crepa_lambda": 0.125}')
+        expect(page.get_by_label("Weight", exact=True)).to_have_value("0.125")
