@@ -49,10 +49,8 @@ class _Row:
                     self._button("Sample now", "movie", lambda: self._ask("sample")),
                     self._button("Stop", "stop", lambda: self._ask("stop")),
                 ]
-                self.over = [
-                    self._button("Resume", "play_arrow", self._resume),
-                    self._button("Export", "ios_share", self._export),
-                ]
+                self.resume = self._button("Resume", "play_arrow", self._resume)
+                self.export = self._button("Export", "ios_share", self._export)
                 self.report = ui.link(self.words("Report"), f"{self._file(REPORT)}", new_tab=True)
                 self._button("Log", "article", self._log)
         self.update()
@@ -80,8 +78,9 @@ class _Row:
         self.error.set_visibility(bool(state.error))
         for button in self.live:
             button.set_visibility(state.running)
-        for button in self.over:
-            button.set_visibility(not state.running and bool(self.run.checkpoints()))
+        is_over = not state.running and bool(self.run.checkpoints())
+        self.resume.set_visibility(is_over and phase != "done")
+        self.export.set_visibility(is_over)
         self.report.set_visibility((self.run.path / REPORT).is_file())
 
     def _ask(self, command: Command) -> None:
