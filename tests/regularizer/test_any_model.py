@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,7 +173,7 @@ class RegisteredDiT(SmallDiT):
     """A class of its own: registering lasts as long as the process."""
 
 
-def test_a_registered_family_is_one_of_the_table() -> None:
+def register_and_train() -> None:
     family = Family(
         name="small",
         transformer="RegisteredDiT",
@@ -197,6 +201,17 @@ def test_a_registered_family_is_one_of_the_table() -> None:
         register_family(Family(name="wan", transformer="Other", vaes=(), block_lists=("blocks",)))
     with pytest.raises(ValueError, match="register_family takes a Family, got dict"):
         register_family({})  # type: ignore[arg-type]
+
+
+def test_a_registered_family_is_one_of_the_table() -> None:
+    # In a process of its own: what is registered stays.
+    code = "import test_any_model; test_any_model.register_and_train()"
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(

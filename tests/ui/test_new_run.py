@@ -38,8 +38,10 @@ def test_the_quick_setup_of_crepas_documentation(server: Server, models: Path, v
     page = visit(f"{server.address}new")
     fill(page, "Model *", str(models / "wan"))
     page.get_by_label("Model *", exact=True).blur()
-    # From the model's configs; Wan's own size is none that these tiny ones can make, or it is filled in.
+    # From the model's configs: the family's block, and the size that its pipeline takes when none is given.
     expect_json(page, '"crepa_block_index": 8')
+    assert values_of(page)["resolutions"] == [[480, 832]]
+    assert values_of(page)["frame_counts"] == [81]
     fill(page, "Data *", str(server.runs / "videos"))
     fill(page, "Output *", str(server.runs / "first"))
     fill(page, "Max Train Steps *", "100")

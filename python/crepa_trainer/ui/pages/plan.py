@@ -35,7 +35,7 @@ async def _build(view: View) -> None:
             return
         waiting.delete()
         with box:
-            _table(rows)
+            _table([(words(key), value.split("; ") if key in _LISTS else [value]) for key, value in rows])
             ui.button(words("To the runs"), icon="play_arrow", on_click=lambda: _go(name))
 
     # The page is there first.
@@ -46,13 +46,13 @@ def _go(name: str) -> None:
     ui.navigate.to(f"/runs?file={quote(name)}")
 
 
-def _table(rows: list[tuple[str, str]]) -> None:
+def _table(rows: list[tuple[str, list[str]]]) -> None:
     with ui.element("dl").classes("grid grid-cols-1 sm:grid-cols-[10rem_1fr] gap-x-4 gap-y-1 w-full"):
-        for name, value in rows:
+        for name, lines in rows:
             with ui.element("dt").classes("font-medium"):
                 ui.label(name)
             with ui.element("dd"):
-                for line in value.split("; ") if name in _LISTS else [value]:
+                for line in lines:
                     ui.label(line)
 
 
