@@ -99,7 +99,7 @@ class Family:
 
 
 # What `register_family` was given, by name.
-_REGISTERED: dict[str, Family] = {}
+REGISTERED: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> None:
@@ -116,7 +116,7 @@ def register_family(family: Family) -> None:
             raise ValueError(f"{family.name} ({family.transformer}) is {row.name} ({row.transformer}), which is known")
     if not family.name or not family.transformer or not family.block_lists:
         raise ValueError(f"a family needs a name, a transformer class and block_lists, got {family}")
-    _REGISTERED[family.name] = family
+    REGISTERED[family.name] = family
 
 
 def family_for(
@@ -177,7 +177,7 @@ def _given(value: int, config: Any) -> int:
 
 def known_families() -> tuple[Family, ...]:
     """The table's rows, and those that were registered."""
-    return (*FAMILIES, *_REGISTERED.values())
+    return (*FAMILIES, *REGISTERED.values())
 
 
 def _no_extra_channels(config: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -333,11 +333,13 @@ class Capture:
 
 
 def _described(value: Any) -> Any:
-    """What is kept of an argument until the loss: of a tensor its shape, of a mapping what is no tensor."""
+    """What is kept of an argument until the loss: of tensors their shapes, of a mapping what is no tensor."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     if isinstance(value, dict):
         return {key: one for key, one in value.items() if not isinstance(one, torch.Tensor)}
+    if isinstance(value, list | tuple) and any(isinstance(one, torch.Tensor) for one in value):
+        return [_described(one) for one in value]
     return value
 
 
@@ -355,12 +357,26 @@ class _ZeroOf(torch.autograd.Function):
 
 
 def _add_to_sample(output: Any, scalar: torch.Tensor) -> Any:
-    """A diffusers transformer's output (a tensor, a tuple or an output class) with a scalar added to its sample."""
+    """A model's output with a scalar added to its sample: itself, the first of several, or what is called so.
+
+    Raises:
+        ValueError: for an output in which no tensor is found.
+    """
     if isinstance(output, torch.Tensor):
         return _sum(output, scalar)
-    if isinstance(output, tuple):
-        return (_sum(output[0], scalar), *output[1:])
-    return replace(output, sample=_sum(output.sample, scalar))
+    if isinstance(output, tuple | list) and output:
+        several = [_add_to_sample(output[0], scalar), *output[1:]]
+        return several if isinstance(output, list) else tuple(several)
+    if is_dataclass(output) and not isinstance(output, type):
+        name = "sample" if hasattr(output, "sample") else fields(output)[0].name
+        return replace(output, **{name: _add_to_sample(getattr(output, name), scalar)})
+    if isinstance(output, dict) and output:
+        key = "sample" if "sample" in output else next(iter(output))
+        return {**output, key: _add_to_sample(output[key], scalar)}
+    raise ValueError(
+        "the model must return a tensor, or a tuple, list, mapping or dataclass with one in its first place or as "
+        f"sample, got {type(output).__name__}: its graph would not reach the projector"
+    )
 
 
 def _sum(sample: torch.Tensor, scalar: torch.Tensor) -> torch.Tensor:

@@ -358,6 +358,7 @@ print(crepa.compute_loss.__globals__["__name__"])
 def test_the_page_says_what_to_type(theirs: ModuleType) -> None:
     page = (Path(__file__).parents[2] / "docs" / "other-trainers.md").read_text()
     own = theirs.CrepaRegularizer.compute_loss
-    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+    (section,) = re.findall(r"^## SimpleTuner\n((?:(?!^## ).*\n)*)", page, flags=re.MULTILINE)
+    for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
         exec(block, {})
     assert theirs.CrepaRegularizer.compute_loss is not own
