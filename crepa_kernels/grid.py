@@ -27,13 +27,16 @@ def as_grid(grid: Sequence[int], name: str) -> Grid:
 
 
 def grid_of(
-    student_grid: Sequence[int] | None, latent_shape: Sequence[int] | None, patch: Sequence[int] | None
+    student_grid: Sequence[int] | None,
+    latent_shape: Sequence[int] | None,
+    patch: Sequence[int] | None,
+    hidden_states: torch.Tensor,
 ) -> Sequence[int]:
     """The student's grid as it is given, or of latents (frames, height, width) cut into patches of (t, h, w).
 
     Raises:
-        ValueError: where both or neither are given, for other than three positive integers each, or sides that are no
-            multiple of the patch's.
+        ValueError: where both or neither are given, for other than three positive integers each, sides that are no
+            multiple of the patch's, or another number of frames than ``hidden_states`` (B, T, P, D) have.
     """
     if student_grid is not None:
         if latent_shape is not None or patch is not None:
@@ -41,7 +44,14 @@ def grid_of(
         return student_grid
     if latent_shape is None or patch is None:
         raise ValueError("student_grid= is missing, or latent_shape= (frames, height, width) with patch= (t, h, w)")
-    (_, height, width), (_, rows, columns) = as_sizes(latent_shape, "latent_shape"), as_sizes(patch, "patch")
+    frames, height, width = as_sizes(latent_shape, "latent_shape")
+    depth, rows, columns = as_sizes(patch, "patch")
+    # What is missing of the last patch is padded. Other shapes are checked by the number of their tokens.
+    if hidden_states.dim() == 4 and hidden_states.shape[1] != -(-frames // depth):
+        raise ValueError(
+            f"hidden_states have {hidden_states.shape[1]} frames of tokens, latents of {frames} frames in patches of "
+            f"{depth} have {-(-frames // depth)}: latent_shape {tuple(latent_shape)}, patch {tuple(patch)}"
+        )
     if height % rows or width % columns:
         raise ValueError(
             f"latents of {height} x {width} are no whole patches of {rows} x {columns}: "

@@ -155,7 +155,7 @@ def crepa_loss(
             are not floating point, devices that differ, and options out of range; the message holds the numbers.
     """
     neighbours = Neighbours(distance, tau, cumulative, normalize_neighbour_sum)
-    grid = grid_of(student_grid, latent_shape, patch)
+    grid = grid_of(student_grid, latent_shape, patch, hidden_states)
 
     def run() -> CrepaOutput:
         inputs = check_inputs(
@@ -236,7 +236,7 @@ def relational_loss(
         ValueError: as ``crepa_loss``, and for other ``pairs``, or a margin that is not a number of at least 0.
     """
     relation = Relation(pairs, distance, tau, margin)
-    grid = grid_of(student_grid, latent_shape, patch)
+    grid = grid_of(student_grid, latent_shape, patch, hidden_states)
 
     def run() -> torch.Tensor:
         inputs = check_inputs(
@@ -294,7 +294,7 @@ def similarity_matrix(
     """
     if unknown := loss_options.keys() - _ONLY_IN_THE_LOSS:
         raise TypeError(f"similarity_matrix() got unexpected arguments: {', '.join(sorted(unknown))}")
-    grid = grid_of(student_grid, latent_shape, patch)
+    grid = grid_of(student_grid, latent_shape, patch, hidden_states)
 
     def run() -> torch.Tensor:
         inputs = check_inputs(

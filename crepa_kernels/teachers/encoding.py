@@ -186,20 +186,24 @@ class FrameEncoder:
         return self._image_size // patch, self._image_size // patch
 
     @torch.no_grad()
-    def encode(self, frames: torch.Tensor, student_grid: Grid, device: torch.device) -> TeacherFeatures:
+    def encode(
+        self, frames: torch.Tensor, student_grid: Grid, device: torch.device, *, resize: str | None = None
+    ) -> TeacherFeatures:
         """Features (K, N, E) of frames (K, 3, H, W), uint8 or floating point in [0, 1], and their grid.
 
         Args:
             frames: any size; each is resized.
             student_grid: (height, width) of the student's tokens, which ``resize="grid"`` follows.
             device: where a model that is loaded now goes, and where the features are returned.
+            resize: in the place of the constructor's.
 
         Raises:
             ValueError: for an answer of the encoder that is no such features, by its shape, type, or a gradient.
         """
         encoder = self._loaded if self._loaded is not None else self.load(device)
         patch, size = encoder.patch_size, (self._image_size, self._image_size)
-        if patch is not None and self._resize == "grid":
+        resize = resize or self._resize
+        if patch is not None and resize == "grid":
             size = (patch * student_grid[0], patch * student_grid[1])
         place = encoder.place(device)
         if place.type != device.type:
@@ -207,7 +211,7 @@ class FrameEncoder:
                 logging.WARNING,
                 f"the teacher runs on {place} while the model trains on {device}: slow if not meant",
             )
-        if patch is None and self._resize == "grid":
+        if patch is None and resize == "grid":
             self._tell(
                 logging.INFO, f"{encoder.name} says no patch size: frames are {size[0]} x {size[1]}, not by the grid"
             )
@@ -250,10 +254,6 @@ class FrameEncoder:
             self._loaded = loaded
         return self._loaded
 
-    def take(self, loaded: FrozenEncoder) -> None:
-        """Uses what another one of the same source has loaded."""
-        self._loaded = loaded
-
     def unload(self) -> None:
         """Lets go of a model that was loaded here; the next frame loads it again."""
         if not isinstance(self._source, FrozenEncoder):
@@ -288,9 +288,8 @@ class DinoV2Teacher:
         self, model: nn.Module | str = "dinov2_vitg14", *, image_size: int = 518, frames_batch_size: int = -1
     ) -> None:
         options: dict[str, Any] = {"image_size": image_size, "frames_batch_size": frames_batch_size}
-        self._square = FrameEncoder(model, **options)
-        self._by_grid = FrameEncoder(model, resize="grid", **options)
-        if not isinstance(self._square.encoder, DinoV2) and not is_dinov2(model):
+        self._encoder = FrameEncoder(model, **options)
+        if not isinstance(self._encoder.encoder, DinoV2) and not is_dinov2(model):
             raise ValueError(f"DinoV2Teacher needs a DINOv2, got {model!r}; any other encoder is a FrameEncoder")
 
     def __call__(self, frames: torch.Tensor, grid: Grid | None = None) -> TeacherFeatures:
@@ -303,11 +302,8 @@ class DinoV2Teacher:
             raise ValueError(
                 f"frames must be (..., 3, H, W) with at least one axis in front, got {tuple(frames.shape)}"
             )
-        encoder = self._square
-        if grid is not None:
-            encoder = self._by_grid
-            encoder.take(self._square.load(frames.device))
-        features, found = encoder.encode(frames.flatten(0, -4), grid or (1, 1), frames.device)
+        resize = "square" if grid is None else "grid"
+        features, found = self._encoder.encode(frames.flatten(0, -4), grid or (1, 1), frames.device, resize=resize)
         return TeacherFeatures(features.unflatten(0, frames.shape[:-3]), found)
 
 

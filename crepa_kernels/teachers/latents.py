@@ -82,6 +82,8 @@ class LatentDecoder:
         self._told_place = False
         self._monitor = LatentMonitor()
         self._call = _as_call(source, family)
+        if self._call is not None and drop_encoder:
+            logger.warning("crepa_drop_vae_encoder does nothing: vae=%s is no VAE of a family", described(self._call))
         given = isinstance(source, nn.Module) and self._call is None
         self._vae: Any = self._checked(source) if given else None
 

@@ -108,7 +108,10 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
         check_videos(checkpoint, found)
     identity["videos"] = videos_identity(found)
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
-    given = settings.model_dump(mode="json", exclude_unset=True) | config.model_dump(mode="json", exclude_unset=True)
+    # Where a run goes on from is said at each start; it is none of its own settings.
+    given = settings.model_dump(mode="json", exclude_unset=True, exclude={"resume"}) | config.model_dump(
+        mode="json", exclude_unset=True
+    )
     about = {"family": family.name, "model": settings.model, "device": str(accelerator.device)}
     control.describe(given, {**about, "processes": accelerator.num_processes, "versions": export.versions()})
     control.phase("encoding")

@@ -263,6 +263,10 @@ def test_the_students_grid_is_that_of_the_latents(call: Any) -> None:
         ({}, "student_grid= is missing, or latent_shape="),
         ({"latent_shape": (2, 6, 10)}, "student_grid= is missing"),
         ({"student_grid": (3, 5), "patch": (1, 2, 2)}, "and not both"),
+        (
+            {"latent_shape": (3, 6, 10), "patch": (1, 2, 2)},
+            "hidden_states have 2 frames of tokens, latents of 3 frames",
+        ),
         ({"latent_shape": (2, 6, 9), "patch": (1, 2, 2)}, "latents of 6 x 9 are no whole patches of 2 x 2"),
         ({"latent_shape": (6, 10), "patch": (1, 2, 2)}, r"latent_shape must be \(frames, height, width\).*\(6, 10\)"),
         ({"latent_shape": (2, 6, 10), "patch": (1, 2.0, 2)}, "patch must be"),

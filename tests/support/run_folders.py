@@ -1,4 +1,4 @@
-"""Folders as runs leave them, with made-up numbers."""
+"""Folders as runs leave them, with made-up numbers, and the settings of runs that make real ones."""
 
 from __future__ import annotations
 
@@ -35,3 +35,20 @@ def make_run(folder: Path, steps: int = 40, **settings: Any) -> Path:
     look = {"clip": "</script><script>document.title='x'</script>", "matrix": [[0.9, 0.1], [0.2, None]]}
     (folder / "looks" / "step-00000010.json").write_text(json.dumps(look))
     return folder
+
+
+def run_settings(models: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    """As a file holds them, of a small LoRA with CREPA on the models of the fixture `models`."""
+    settings = {
+        "model": str(models / "wan"),
+        "data": str(data),
+        "resolutions": [[32, 48]],
+        "frame_counts": [5],
+        "lora_rank": 2,
+        "mixed_precision": "no",
+        "crepa_enabled": True,
+        "crepa_block_index": 1,
+        "crepa_encoder": str(models / "dinov2"),
+        "crepa_encoder_image_size": 28,
+    }
+    return {**settings, **changes}

@@ -17,6 +17,7 @@ import pytest
 from crepa_trainer.cli import main
 from crepa_trainer.control import QUEUE, RunControl, ask, is_running, places, start, turn
 from crepa_trainer.reporting.trackers import read_metrics
+from run_folders import run_settings
 from videos import moving_square, write_video
 
 SECONDS = 180
@@ -29,24 +30,16 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "videos").mkdir()
     write_video(folder / "videos" / "a.mp4", moving_square(9, 48, 80))
     (folder / "videos" / "a.txt").write_text("a red square")
-    settings = {
-        "model": str(models / "wan"),
-        "data": str(folder / "videos"),
-        "cache": str(folder / "cache"),
-        "resolutions": [[32, 48]],
-        "frame_counts": [5],
-        "max_train_steps": 100_000,
-        "lora_rank": 2,
-        "mixed_precision": "no",
-        "checkpoints_kept": 10,
-        "crepa_enabled": True,
-        "crepa_block_index": 1,
-        "crepa_encoder": str(models / "dinov2"),
-        "crepa_encoder_image_size": 28,
-        "validation_prompts": ["a blue square"],
-        "validation_every": 0,
-        "validation_steps": 1,
-    }
+    settings = run_settings(
+        models,
+        folder / "videos",
+        cache=str(folder / "cache"),
+        max_train_steps=100_000,
+        checkpoints_kept=10,
+        validation_prompts=["a blue square"],
+        validation_every=0,
+        validation_steps=1,
+    )
     (folder / "long.json").write_text(json.dumps(settings))
     return folder
 

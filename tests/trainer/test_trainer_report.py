@@ -196,11 +196,26 @@ def test_one_file_holds_all_of_several_runs(tmp_path: Path, capsys: pytest.Captu
     assert "is no run's output folder" in capsys.readouterr().err
 
 
-def test_clips_beyond_a_reports_room_are_strips_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", ["a clip and a strip", "none"])
+def test_clips_beyond_a_reports_room_are_strips_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
     run = make_run(tmp_path / "run")
-    size = (run / "validation" / "step-00000020" / "prompt-0.mp4").stat().st_size
-    monkeypatch.setattr("crepa_trainer.reporting.report.MOST_VIDEO", size + 20)
+    newest = run / "validation" / "step-00000020" / "prompt-0"
+    sizes = [newest.with_suffix(suffix).stat().st_size for suffix in (".mp4", ".png")]
+    monkeypatch.setattr("crepa_trainer.reporting.report.MOST_VIDEO", max(sizes) if room != "none" else 0)
     said = write_report([run], run / "report.html")
     html = (run / "report.html").read_text()
-    assert html.count("data:video/mp4;base64,") == 1
-    assert ("left out" in said or "too many" in said) == ("data:image/png" not in html)
+    some = int(room != "none")
+    assert html.count("data:video/mp4;base64,") == some
+    assert html.count('<img alt="a &lt;b&gt;cat&lt;/b&gt;" src="data:image/png;base64,') == some
+    assert said.endswith("report.html" if some else "; 2 clips are too many for one file")
+
+
+def test_a_folder_of_an_older_version_is_shown_as_unknown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "old")
+    for name in ("status.json", "run.json", "settings.json"):
+        (run / name).unlink()
+    assert RunFolder(run).state().phase == ""
+    write_report([run], run / "report.html")
+    assert ">unknown<" in (run / "report.html").read_text()

@@ -58,8 +58,9 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("request", asked)
         page.goto(address)
         if origin.startswith("http") and "/files/" not in address:
-            # What is typed before that is lost, as on every page that a server draws.
+            # What is typed before that is lost, as on every page that a server draws: some of it comes late.
             page.wait_for_function("window.did_handshake === true")
+            page.wait_for_load_state("networkidle")
         return page
 
     yield open_page

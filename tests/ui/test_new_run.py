@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from crepa_trainer.ui.form import FIELDS
+from crepa_trainer.ui.guard import Folders
+from crepa_trainer.ui.starting import save_settings
 from playwright.sync_api import Page, expect
 from web_pages import PHONE, Server, page_server
 
@@ -125,20 +127,27 @@ def test_the_keyboard_alone_fills_in_and_saves(server: Server, visit: Callable[.
     assert values_of(page) == {"max_train_steps": 7, "crepa_enabled": True}
 
 
-def test_a_file_lies_in_the_folder_of_runs(server: Server, visit: Callable[..., Page]) -> None:
+def test_a_file_without_a_name_is_not_saved(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new")
-    before = sorted(server.runs.parent.rglob("*"))
-    for name in ("../out.json", "a/b.json", ".hidden", "/etc/x.json"):
-        fill(page, "File name", name)
-        page.get_by_role("button", name="Save").click()
-        said = page.get_by_text("Give a file name without folders")
-        expect(said).to_be_visible()
-        page.get_by_role("button", name="Close").click()
-        expect(said).to_be_hidden()
-    assert sorted(server.runs.parent.rglob("*")) == before
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("Give a file name")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    fill(page, "File name", "../out")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("../out.json: must be a file name without folders")).to_be_visible()
 
 
-ODD = ["[1, [2]]", '{"a": null}', "true", "-0.5", "null", '"<b>x</b>"', "1e400", '""', '"\\u0000"', "[[480, 832]]"]
+@pytest.mark.parametrize("name", ["../out.json", "a/b.json", ".hidden.json", "/etc/x.json", "", "..", "link.json"])
+def test_a_file_lies_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link.json").symlink_to(tmp_path / "outside.json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"without folders|outside the folders"):
+        save_settings(Folders(tmp_path / "runs"), name, {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+ODD = ["[1, [2]]", '{"a": null}', '"<b>x</b>"', "1e400"]
 
 
 def test_any_value_of_any_field_is_shown_and_judged(server: Server, visit: Callable[..., Page]) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Page, expect
+from run_folders import run_settings
 from test_guard import ask
 from tiny import CHANNELS
 from videos import moving_square, write_video
@@ -29,19 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(data: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     runs = tmp_path_factory.mktemp("runs")
-    settings = {
-        "model": str(models / "wan"),
-        "data": str(data),
-        "output": str(runs / "first"),
-        "resolutions": [[32, 48]],
-        "frame_counts": [5],
-        "max_train_steps": 10,
-        "lora_rank": 2,
-        "crepa_enabled": True,
-        "crepa_block_index": 1,
-        "crepa_encoder": str(models / "dinov2"),
-        "crepa_encoder_image_size": 28,
-    }
+    settings = run_settings(models, data, output=str(runs / "first"), max_train_steps=10)
     (runs / "good.json").write_text(json.dumps(settings))
     (runs / "wrong.json").write_text(json.dumps({**settings, "crepa_block_index": 77}))
     (runs / "outside.json").write_text(json.dumps({**settings, "data": str(runs.parent)}))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from crepa_trainer.control import is_running
 from playwright.sync_api import Page, expect
-from run_folders import make_run
+from run_folders import make_run, run_settings
 from videos import moving_square, write_video
 from web_pages import Server, page_server
 
@@ -28,23 +28,8 @@ def settings(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("data")
     write_video(folder / "a.mp4", moving_square(9, 48, 80))
     (folder / "a.txt").write_text("a red square")
-    return {
-        "model": str(models / "wan"),
-        "data": str(folder),
-        "resolutions": [[32, 48]],
-        "frame_counts": [5],
-        "max_train_steps": 100_000,
-        "lora_rank": 2,
-        "mixed_precision": "no",
-        "crepa_enabled": True,
-        "crepa_block_index": 1,
-        "crepa_encoder": str(models / "dinov2"),
-        "crepa_encoder_image_size": 28,
-        "validation_prompts": ["a blue square"],
-        "validation_every": 0,
-        "validation_steps": 1,
-        "matrix_every": 5,
-    }
+    sampled = {"validation_prompts": ["a blue square"], "validation_every": 0, "validation_steps": 1}
+    return run_settings(models, folder, max_train_steps=100_000, matrix_every=5, **sampled)
 
 
 @pytest.fixture(scope="module")

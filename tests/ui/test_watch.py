@@ -15,7 +15,7 @@ from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.starting import make_pair
 from PIL import Image
 from playwright.sync_api import Page, expect
-from run_folders import make_run
+from run_folders import make_run, run_settings
 from videos import moving_square, write_video
 from web_pages import PHONE, Server, page_server
 
@@ -125,20 +125,7 @@ def test_one_click_trains_with_crepa_and_without_it(models: Path, tmp_path: Path
         folder.mkdir()
     write_video(videos / "a.mp4", moving_square(9, 48, 80))
     (videos / "a.txt").write_text("a red square")
-    given = {
-        "model": str(models / "wan"),
-        "data": str(videos),
-        "output": str(runs / "mine"),
-        "resolutions": [[32, 48]],
-        "frame_counts": [5],
-        "max_train_steps": 2,
-        "lora_rank": 2,
-        "mixed_precision": "no",
-        "crepa_enabled": True,
-        "crepa_block_index": 1,
-        "crepa_encoder": str(models / "dinov2"),
-        "crepa_encoder_image_size": 28,
-    }
+    given = run_settings(models, videos, output=str(runs / "mine"), max_train_steps=2)
     (runs / "mine.json").write_text(json.dumps(given))
     with page_server(runs, "--folder", str(videos), folder=models) as server:
         page = visit(f"{server.address}compare")

@@ -31,8 +31,7 @@ def write_report(folders: Sequence[Path], output: Path, language: str = "en") ->
         raise ValueError(f"language {language}: must be one of {', '.join(LANGUAGES)}")
     runs = [RunFolder(folder) for folder in folders]
     for run in runs:
-        state = run.state()
-        if not state.phase:
+        if not run.exists:
             raise ValueError(f"{run.path} is no run's output folder")
     html, left_out = render(runs, language)
     with replacing(output) as file:
@@ -84,7 +83,7 @@ def _about(name: str, run: RunFolder) -> dict[str, Any]:
     model = about.get("model")
     return {
         "name": name,
-        "phase": state.phase,
+        "phase": state.phase or "unknown",
         "step": state.step,
         "total": state.total,
         "error": state.error,

@@ -66,6 +66,11 @@ class RunFolder:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def exists(self) -> bool:
+        """Whether a run was ever in the folder."""
+        return _is_run(self.path)
+
     @classmethod
     def found_in(cls, folder: Path, depth: int = 3) -> list[RunFolder]:
         """The runs below a folder, newest first; links are not followed."""
@@ -84,7 +89,8 @@ class RunFolder:
         running = is_running(self.path)
         phase = _text(said.get("phase"))
         if not running and phase not in ENDED:
-            phase = KILLED if phase or (self.path / METRICS_FILE).exists() else ""
+            # An older version said nothing, however its runs ended.
+            phase = KILLED if (self.path / STATUS_FILE).exists() else ""
         return RunState(
             phase,
             _whole(said.get("step")),

@@ -81,7 +81,7 @@ JAPANESE = {
     "Diffusion loss": "拡散損失",
     "File name": "ファイル名",
     "Filled in from the model: {what}": "モデルから入力：{what}",
-    "Give a file name without folders": "フォルダーを含まないファイル名を入力してください",
+    "Give a file name": "ファイル名を入力してください",
     "Memory": "メモリー",
     "Menu": "メニュー",
     "Model": "モデル",

@@ -31,7 +31,9 @@ def read_settings(folders: Folders, name: str) -> Values:
 
 
 def save_settings(folders: Folders, name: str, values: Mapping[str, Any]) -> Path:
-    """Writes one of them. ValueError where it cannot be written."""
+    """Writes one of them. ValueError for a name with folders or a hidden one, and where it cannot be written."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"{name}: must be a file name without folders")
     path = folders.inside_runs(folders.runs / name)
     try:
         with replacing(path) as file:

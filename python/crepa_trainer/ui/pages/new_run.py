@@ -155,8 +155,8 @@ class _NewRun:
 
     async def _save(self) -> bool:
         name = (self.name.value or "").strip()
-        if not name or Path(name).name != name or name.startswith("."):
-            self.view.problem(self.words("Give a file name without folders"))
+        if not name:
+            self.view.problem(self.words("Give a file name"))
             return False
         name = name if name.endswith(".json") else f"{name}.json"
         if (self.view.folders.runs / name).exists() and name != self.opened and not await self._confirmed(name):
