@@ -119,6 +119,12 @@ class RunSettings(LayerSyncKeys, Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="whether each of several processes keeps the whole model or, by blocks, its share of weights, "
+        'gradients and optimizer; must be "none" or "fsdp2"',
+    )
+    step_timeout: Integer = integer(600, "seconds that processes wait for each other in a step before all stop", ge=1)
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -170,6 +176,9 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.training == "full" and self.lora_format != "diffusers":
             rule = 'training = "full" trains all weights and has no LoRA'
             yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        if self.sharding == "fsdp2" and self.mixed_precision == "fp16":
+            rule = 'sharding = "fsdp2" has no gradient scaler: use "bf16" or "no"'
+            yield {"mixed_precision", "sharding"}, describe("mixed_precision", self.mixed_precision, rule)
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant":
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'

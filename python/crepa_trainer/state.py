@@ -14,6 +14,8 @@ from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
 from .comfyui import original_layers
+from .ranks import wait_for_all
+from .sharding import is_sharded, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,8 +51,8 @@ def make_state(
 ) -> TrainState:
     """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
 
-    Frozen weights are in the type of `mixed_precision`. ValueError for LoRA targets that the model lacks, and as
-    CrepaRegularizer and LayerSync.
+    Frozen weights are in the type of `mixed_precision`. With `sharding` each process has its share of all of them.
+    ValueError for LoRA targets that the model lacks, and as CrepaRegularizer and LayerSync.
     """
     from diffusers.optimization import get_scheduler
 
@@ -60,7 +62,9 @@ def make_state(
         transformer.requires_grad_(True)
     else:
         add_lora(transformer, family, settings)
-    transformer.to(accelerator.device)
+    sharded = settings.sharding == "fsdp2"
+    if not sharded:  # which moves block by block: a device need not hold the whole model
+        transformer.to(accelerator.device)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     crepa = None
@@ -69,6 +73,9 @@ def make_state(
     layersync = LayerSync(settings.layersync, transformer) if settings.layersync_enabled else None
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)
+    wait_for_all()  # one may load for longer than a step may take
+    if sharded:
+        shard(transformer, accelerator.device)
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
@@ -79,7 +86,12 @@ def make_state(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
-    transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    if sharded:
+        # Autocast alone, without DistributedDataParallel.
+        transformer = accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
+        optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    else:
+        transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
     return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
@@ -153,4 +165,6 @@ def make_ema(transformer: nn.Module, decay: float | None) -> EMAModel | None:
 
     if decay is None:
         return None
-    return EMAModel(trained_parameters(transformer).values(), decay=decay, foreach=True)
+    # torch copies lists of shares in no one call.
+    foreach = not is_sharded(transformer)
+    return EMAModel(trained_parameters(transformer).values(), decay=decay, foreach=foreach)
