@@ -15,7 +15,7 @@ _SETTING = 'use sharding = "fsdp2" in the settings, and distributed_type MULTI_G
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, whose engine keeps the backward, clipping, the optimizer and its "
     f"checkpoints to itself; FSDP2 shards what ZeRO does: {_SETTING}",
-    "ACCELERATE_USE_FSDP": f"accelerate's FSDP, which does not know CREPA's projector: {_SETTING}",
+    "ACCELERATE_USE_FSDP": f"FSDP by accelerate, which makes no unit of CREPA's projector: {_SETTING}",
     "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM, which has no diffusers transformers: {_SETTING}",
     "ACCELERATE_USE_PARALLELISM_CONFIG": f"a parallelism config: {_SETTING}",
 }

@@ -79,5 +79,11 @@ def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path)
     assert process.returncode == 0, process.stderr
     rows, expected = (metrics_rows(tmp_path / run) for run in ("killed", "whole"))
     assert rows == expected
+    (tmp_path / "killed" / FOLDER / "step-00000008").rename(tmp_path / "step-00000008")
+    # The same micro-batches a step.
+    alone = train_elsewhere(resumed.model_copy(update={"gradient_accumulation_steps": 2}), config)
+    assert alone.returncode == 0, alone.stderr
+    for row, one in zip(expected, metrics_rows(tmp_path / "killed"), strict=True):
+        assert row == pytest.approx(one, abs=CLOSE, rel=CLOSE, nan_ok=True)
     alone = train_elsewhere(resumed, config)
     assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]
