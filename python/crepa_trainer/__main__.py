@@ -9,5 +9,5 @@ if "TORCHELASTIC_ERROR_FILE" in os.environ:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # torchrun then ends with the traceback of the process that failed first.
-    main = record(main)
+    sys.exit(record(main)())
 sys.exit(main())

@@ -41,7 +41,7 @@ def shard(transformer: nn.Module, device: torch.device) -> None:
     """
     if not dist.is_initialized():
         # A run of one process: what several wrote goes on there too.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     projectors = [each for each in transformer.children() if isinstance(each, Projector)]
     # Also the rest again after its use: otherwise it is whole, and no share, until a backward that sampling lacks.
