@@ -185,6 +185,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_warmup_steps": 11, "lr_scheduler": "cosine"}, ["lr_warmup_steps = 11: ", "at most max_train_steps = 10"]),
     ({"max_grad_norm": 0}, ["max_grad_norm = 0: "]),
     ({"mixed_precision": "fp8"}, ['mixed_precision = "fp8": ']),
+    ({"sharding": "zero2"}, ['sharding = "zero2": must be "none" or "fsdp2"']),
+    (
+        {"sharding": "fsdp2", "mixed_precision": "fp16"},
+        ['mixed_precision = "fp16": sharding = "fsdp2" has no gradient scaler'],
+    ),
     ({"gradient_checkpointing": 1}, ["gradient_checkpointing = 1: ", "true or false"]),
     ({"ema_decay": 1}, ["ema_decay = 1: ", "[0, 1)"]),
     ({"fps": 0}, ["fps = 0: ", "> 0, at most 1000"]),
