@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from crepa_trainer.sharding import shard, whole
+from crepa_trainer.sharding import shard, whole, whole_copy
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_families import FAMILIES, TinyFamily
 from torch import Tensor
@@ -47,7 +47,10 @@ def gradients_alone(case: str) -> dict[str, Tensor]:
 
 
 def sharded_gradients(folder: str) -> None:
-    """The same of every family in RANKS processes, of which each has a sample; the first writes `folder`/NAME.pt."""
+    """The same of every family in RANKS processes, of which each has a sample; the first writes `folder`/NAME.pt.
+
+    And what it gets of a transformer to write it is what was shared out, as from `from_pretrained`.
+    """
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for case, tiny in FAMILIES.items():
@@ -56,5 +59,15 @@ def sharded_gradients(folder: str) -> None:
         found = {name: whole(each) for name, each in _backward(tiny, transformer, crepa, [rank], 1.0).items()}
         if rank == 0:
             torch.save(found, Path(folder) / f"{case}.pt")
+        transformer = tiny.make()
+        shard(transformer, torch.device("cpu"))
+        copy = whole_copy(transformer)
+        assert (copy is not None) == (rank == 0)
+        if copy is not None:
+            assert type(copy) is tiny.model
+            copy.save_pretrained(Path(folder) / case)
+            saved, expected = tiny.model.from_pretrained(Path(folder) / case).state_dict(), tiny.make().state_dict()
+            assert saved.keys() == expected.keys()
+            assert all(torch.equal(saved[name], expected[name]) for name in expected)
     dist.barrier()
     dist.destroy_process_group()

@@ -185,7 +185,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_warmup_steps": 11, "lr_scheduler": "cosine"}, ["lr_warmup_steps = 11: ", "at most max_train_steps = 10"]),
     ({"max_grad_norm": 0}, ["max_grad_norm = 0: "]),
     ({"mixed_precision": "fp8"}, ['mixed_precision = "fp8": ']),
-    ({"sharding": "zero2"}, ['sharding = "zero2": must be "none" or "fsdp2"']),
+    ({"sharding": "zero2"}, ['sharding = "zero2": ', 'must be "none" or "fsdp2"']),
     (
         {"sharding": "fsdp2", "mixed_precision": "fp16"},
         ['mixed_precision = "fp16": sharding = "fsdp2" has no gradient scaler'],
