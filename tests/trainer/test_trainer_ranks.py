@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
+from crepa_trainer.ranks import anywhere, wait_for_all
+from processes import run
 from safetensors.torch import load_file
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
@@ -46,6 +51,29 @@ def test_two_processes_log_and_learn_what_one_does(models: Path, tmp_path: Path)
     alone, shared = run_both(models, tmp_path, {"crepa_cutoff_step": 10})
     assert [row["crepa_cutoff"] for row in alone] == [0.0] * 10 + [1.0] * 10
     assert_alike(alone, shared, tmp_path)
+
+
+def one_is_late() -> None:
+    """The others wait for it longer than a step's collectives would."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    rank = dist.get_rank()
+    if rank == 0:
+        time.sleep(2)
+    wait_for_all()
+    if rank == 1:
+        time.sleep(2)
+    assert anywhere(rank == 1)
+    assert not anywhere(False)
+    if rank == 1:
+        time.sleep(3)
+        return
+    with pytest.raises(RuntimeError, match="Timed out"):
+        dist.barrier()
+
+
+def test_processes_wait_for_one_that_encodes_or_writes_longer_than_in_a_step() -> None:
+    done = run(one_is_late, ranks=2, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -57,17 +57,17 @@ def assert_weights_alike(one: Path, other: Path) -> None:
 
 
 def test_two_processes_that_share_a_model_learn_what_one_does(models: Path, tmp_path: Path) -> None:
-    crepa = {"crepa_warmup_steps": 1, "crepa_cutoff_step": 3}
-    common = {"max_train_steps": 5, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_every": 4}
+    crepa = {"crepa_warmup_steps": 1, "crepa_cutoff_step": 2}
+    common = {"max_train_steps": 4, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_every": 3}
     alone = run_alone(models, tmp_path / "one", crepa, **common, gradient_accumulation_steps=4)
     shared = run_sharded(models, tmp_path / "two", crepa, 2, **common, gradient_accumulation_steps=2)
-    assert [row["crepa_cutoff"] for row in shared] == [0.0] * 3 + [1.0] * 2
+    assert [row["crepa_cutoff"] for row in shared] == [0.0] * 2 + [1.0] * 2
     assert_rows_alike(alone, shared)
     for part in (f"trained/{LORA}", f"trained/ema/{LORA}", "trained/crepa_projector.safetensors"):
         assert_weights_alike(tmp_path / "one" / part, tmp_path / "two" / part)
     # From the shares that each of them wrote.
     assert main(["export", str(tmp_path / "two")]) == 0
-    exported = tmp_path / "two" / EXPORTED / "step-00000005" / LORA
+    exported = tmp_path / "two" / EXPORTED / "step-00000004" / LORA
     assert_weights_alike(tmp_path / "two" / "trained" / LORA, exported)
 
 
@@ -165,7 +165,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(models: Path, tmp
     began = time.monotonic()
     killed = torchrun(command(settings, config, processes=2, kill_at=5, kill_rank=1))
     assert killed.returncode != 0
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 120
     assert "Signal 9 (SIGKILL) received" in killed.stderr
     newest = newest_checkpoint(settings.output)
     assert newest is not None
@@ -182,7 +182,7 @@ def test_a_process_that_hangs_ends_all_after_the_time_limit(models: Path, tmp_pa
     began = time.monotonic()
     hung = torchrun(command(settings, tiny_config(models), processes=2, **clips))
     assert hung.returncode != 0
-    assert time.monotonic() - began < 120  # torchrun waits half a minute before it kills what does not end
+    assert time.monotonic() - began < 200  # torchrun waits half a minute before it kills what does not end
     assert "Timed out" in hung.stderr
     newest = newest_checkpoint(settings.output)
     assert newest is not None
