@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,18 @@ from interpreter import remember_builtins
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU every new shape, type and stride is a compilation: what brings no new variant of a kernel is slow."""
+    """What is left out of CI beside what is marked slow.
+
+    On a GPU every new shape, type and stride is a compilation: what brings no new variant of a kernel is slow. Of the
+    cases of a test that says `every(n)` all but each n-th are.
+    """
+    cases: Counter[str] = Counter()
     for item in items:
+        if (mark := item.get_closest_marker("every")) and not item.get_closest_marker("gpu"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[name] += 1
         if isinstance(item, pytest.Function) and item.get_closest_marker("gpu"):
             for mark in item.iter_markers("few_on_a_gpu"):
                 if not any(part in item.callspec.id for part in mark.args):

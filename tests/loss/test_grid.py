@@ -144,6 +144,7 @@ def test_derivatives(source: Grid, target: Grid, antialias: bool) -> None:
     assert torch.autograd.gradgradcheck(lambda t: resample(t).square(), tokens)
 
 
+@pytest.mark.every(5)
 @filters
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("source", "target"), SMALL, ids=ids(SMALL))

@@ -321,6 +321,7 @@ def check_compiled(case: Case, loss_backend: str, **how: Any) -> None:
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every(5)
 @both_backends
 @varied
 def test_compiled_without_a_graph_break(case: Case, backend: str) -> None:

@@ -357,6 +357,7 @@ def test_tokens_whose_variance_overflows_have_no_finite_loss(
     assert all(gradient.isnan().any() for gradient in gradients[1:])
 
 
+@pytest.mark.every(5)
 @ANYWHERE
 @pytest.mark.parametrize("grid", [GRID, TEACHER_GRID], ids=["equal", "resampled"])
 @pytest.mark.parametrize("wrong", [-1, T])

@@ -137,6 +137,7 @@ def test_shards_of_a_sequence_add_up(distance: int, backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(total, h)[0], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.every(5)
 @losses
 @varied
 def test_compiled_without_a_graph_break(case: Case, loss: Callable[..., torch.Tensor]) -> None:

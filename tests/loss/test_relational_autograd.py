@@ -292,6 +292,7 @@ def check_compiled(related: Related, loss_backend: str, **how: Any) -> None:
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every(3)
 @varied
 def test_compiled_without_a_graph_break(related: Related) -> None:
     """Also where masked frames hold NaN, which the compiled loss cannot skip."""

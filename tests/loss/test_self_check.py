@@ -87,6 +87,7 @@ def raising(error: Exception) -> Change:
     return change
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("way", "sizes"),
@@ -134,6 +135,7 @@ WRONG: dict[str, tuple[str, Change, Way]] = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_kernel_that_is_wrong_is_caught(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def loss_of(case: Case, h: torch.Tensor, tensors: dict[str, Any], **options: Any
     return crepa_loss(h, tensors["y"], projector, backend="triton", **case.options, **options).loss
 
 
+@pytest.mark.every(2)
 @on_each_device
 @ways
 def test_opcheck(case: Case, recompute: bool, dtype: torch.dtype, device: str, operator_calls: list[Any]) -> None:
@@ -140,6 +141,7 @@ def test_the_frame_tables_are_one_launch_instead_of_many(masks: dict[str, Any], 
     assert len(launches) - 1 == 11
 
 
+@pytest.mark.every(2)
 @on_each_device
 @ways
 def test_two_runs_are_bitwise_equal_also_where_new_memory_holds_nan(
@@ -215,6 +217,7 @@ def all_gradients(align: str, grid: tuple[int, int], dtype: torch.dtype, device:
     return triton_results(case, to(device, case.tensors(dtype)))
 
 
+@pytest.mark.every(3)
 @on_each_device
 @pytest.mark.parametrize("subset", range(2 ** len(GRADIENTS)))
 def test_each_subset_of_gradients(subset: int, device: str) -> None:
@@ -231,6 +234,7 @@ def test_each_subset_of_gradients(subset: int, device: str) -> None:
         assert torch.allclose(found[name], everything[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.every(3)
 @on_each_device
 @ways
 def test_compiled_without_a_graph_break_and_with_dynamic_shapes(
@@ -329,6 +333,7 @@ def test_an_index_outside_the_teacher_is_nan_and_not_another_frame(
     assert output.frame_similarity[:, :3].isfinite().all()
 
 
+@pytest.mark.every(5)
 @pytest.mark.few_on_a_gpu("plain-triton-torch.bfloat16")
 @on_each_device
 @half_or_single

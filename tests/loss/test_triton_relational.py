@@ -96,6 +96,7 @@ def in_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("crepa_kernels.backends.triton.pair_tiles.choose_pair_tiles", lambda *_: choice)
 
 
+@pytest.mark.every(5)
 @pytest.mark.usefixtures("in_tiles", "nan_in_new_memory")
 @pytest.mark.parametrize("pairs", ["frame", "neighbours"])
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def resampled(grids: str, masked: bool = False) -> Case:
     return replace(case, frame_mask=mask, garbage=True)
 
 
+@pytest.mark.every(3)
 @on_each_device
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("extension", [True, False])

@@ -33,6 +33,7 @@ def whole_packs(dtype: torch.dtype, packs: int) -> int:
     return packs * 16 // dtype.itemsize
 
 
+@pytest.mark.every(5)
 @each_type
 @each_filter
 @pytest.mark.parametrize("pair", ODD, ids=pair_id)
@@ -51,6 +52,7 @@ def test_rows_of_one_channel_and_of_one_pack(operators: Any, antialias: bool, dt
         assert_close(operators.resample_tokens_adjoint(grad, *geometry), exact_adjoint(grad, *geometry), torch.float32)
 
 
+@pytest.mark.every(3)
 @each_type
 @each_filter
 @pytest.mark.parametrize("channels", [7, 16])

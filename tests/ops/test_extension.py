@@ -23,6 +23,7 @@ each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)
 each_filter = pytest.mark.parametrize("antialias", [True, False], ids=["antialias", "plain"])
 
 
+@pytest.mark.every(3)
 @needs_extension
 @each_filter
 @each_pair
@@ -37,6 +38,7 @@ def test_a_resampled_token_is_the_exact_weighted_sum(pair: tuple[Grid, Grid], an
         assert_rounded(out, exact(tokens, source, target, antialias), scale, terms=12)
 
 
+@pytest.mark.every(3)
 @needs_extension
 @each_filter
 @each_pair

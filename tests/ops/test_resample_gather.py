@@ -79,6 +79,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
+@pytest.mark.every(3)
 @each_filter
 @each_pair_and_device
 def test_every_row_is_the_exact_sum_rounded_once(pair: tuple[Grid, Grid], antialias: bool, device: str) -> None:

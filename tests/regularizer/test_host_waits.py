@@ -177,6 +177,7 @@ def steps(
         yield crepa, step
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("no_values")
 @pytest.mark.parametrize("given_on", ["meta", "cpu"])
 @pytest.mark.parametrize(("source", "setting", "masks"), CASES)
@@ -371,6 +372,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return addresses
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("no_values", "one_thread")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_of_the_trainer_waits_for_nothing(

@@ -71,6 +71,7 @@ class Run:
         self.crepa.load_state_dict(state["crepa"])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(mode: str) -> None:
     whole = Run(MODES[mode])

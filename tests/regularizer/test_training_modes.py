@@ -107,6 +107,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
         torch.testing.assert_close([logs[key] for logs in found[1]], [logs[key] for logs in expected[1]], **tolerance)
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)

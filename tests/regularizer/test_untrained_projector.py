@@ -215,6 +215,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_wrapped_models_are_seen_to_train_or_not(one_process: None, said: Any, wrap: str, fused: bool) -> None:

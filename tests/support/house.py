@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def _targets(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
         yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Of each module, those of the two packages that it imports: also where only a type checker or a call does."""
     sources = dict(_sources())

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def _start_server() -> None:
         os.environ.update(before)
 
 
-def _child(function: Callable[..., None], arguments: tuple[Any, ...], given: Mapping[str, str], output: str) -> None:
+def _child(
+    function: Callable[..., None], arguments: tuple[Any, ...], given: Mapping[str, str], out: str, err: str
+) -> None:
     os.environ.clear()
     os.environ.update(given)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
     gc.freeze()  # what the server imported stays: no collection of garbage need look through it
     # Its own children begin as those of any other program, and are its own.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
@@ -60,6 +63,14 @@ def _ranks(number: int) -> Iterator[dict[str, str]]:
     for rank in map(str, range(number)):
         sizes = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
         yield {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **sizes}
+
+
+def begin(function: Callable[..., None], *arguments: Any, log: Path) -> BaseProcess:
+    """Begins ``function(*arguments)`` elsewhere and waits for nothing; what it prints is added to ``log``."""
+    _start_server()
+    child = _context.Process(target=_child, args=(function, arguments, environment(), str(log), str(log)))
+    child.start()
+    return child
 
 
 def run(
@@ -78,7 +89,9 @@ def run(
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         children = [
-            _context.Process(target=_child, args=(function, arguments, variables, f"{folder}/{rank}"))
+            _context.Process(
+                target=_child, args=(function, arguments, variables, f"{folder}/{rank}.out", f"{folder}/{rank}.err")
+            )
             for rank, variables in enumerate(each)
         ]
         files = [f"{folder}/{rank}.{name}" for rank in range(ranks) for name in ("out", "err")]

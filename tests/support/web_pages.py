@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from processes import begin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # No calls to the browser's maker, whose refusal a closed network would log.
@@ -23,37 +25,33 @@ DESKTOP, PHONE = (1440, 900), (390, 844)
 class Server:
     address: str
     runs: Path
-    process: subprocess.Popen[str]
+    process: BaseProcess
+
+
+def _serve(words: Sequence[str]) -> None:
+    from crepa_trainer.cli import main
+
+    sys.exit(main(words))
 
 
 @contextmanager
 def page_server(runs: Path, *options: str, folder: Path | None = None) -> Iterator[Server]:
     """`crepa-train ui` on a free port, stopped by SIGTERM at the end. Whatever it was asked, it may not have failed."""
     others = [] if folder is None else ["--folder", str(folder)]
-    command = [sys.executable, "-m", "crepa_trainer", "ui", "--runs", str(runs), "--port", "0", *others, *options]
-    # A pipe that nobody reads fills up.
-    with tempfile.TemporaryFile("w+") as wrong:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=wrong, text=True)
-        yield from _served(process, runs)
-        wrong.seek(0)
-        said = wrong.read()
-    assert "Traceback" not in said, said
-
-
-def _served(process: subprocess.Popen[str], runs: Path) -> Iterator[Server]:
-    try:
-        assert process.stdout is not None
-        address = None
-        for line in process.stdout:
-            if found := re.search(r"open (http\S+)", line):
-                address = found[1]
-                break
-        assert address is not None, f"the page ended with {process.wait()}"
-        yield Server(address, runs, process)
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = begin(_serve, ["ui", "--runs", str(runs), "--port", "0", *others, *options], log=Path(said.name))
         try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
+            address = None
+            while address is None:
+                alive = process.is_alive()
+                said.seek(0)
+                address = re.search(r"open (http\S+)", text := said.read())
+                assert address or alive, f"the page ended with {process.exitcode}: {text}"
+                time.sleep(0.05)
+            yield Server(address[1], runs, process)
+        finally:
+            process.terminate()
+            process.join(20)
             process.kill()
-            process.communicate()
+        said.seek(0)
+        assert "Traceback" not in (text := said.read()), text

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crepa_trainer.cli import main
-from crepa_trainer.control import QUEUE, RunControl, ask, is_running, places, start, turn
+from crepa_trainer.control import QUEUE, RunControl, ask, is_running, places, turn
 from crepa_trainer.reporting.trackers import read_metrics
+from processes import begin, run
 from run_folders import run_settings
 from videos import moving_square, write_video
 
@@ -44,21 +46,26 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(words: Sequence[str]) -> None:
+    sys.exit(main(words))
+
+
 @pytest.fixture
 def started(folder: Path) -> Iterator[Callable[..., Path]]:
-    """started(name, *options) starts a run as the page does, and waits for nothing; all are killed at the end."""
-    processes: list[int] = []
+    """started(name, *options) begins a run whose folder has a log, and waits for nothing; all are killed at the end."""
+    processes: list[BaseProcess] = []
 
-    def begin(name: str, *options: str) -> Path:
+    def start(name: str, *options: str) -> Path:
         output = folder / name
-        words = ["--config", str(folder / "long.json"), "--output", str(output), *options]
-        processes.append(start(words, output))
+        output.mkdir()
+        words = ["run", "--config", str(folder / "long.json"), "--output", str(output), *options]
+        processes.append(begin(command, words, log=output / "run.log"))
         return output
 
-    yield begin
+    yield start
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
+        process.kill()
+        process.join()
 
 
 def wait(ready: Callable[[], Any], output: Path) -> None:
@@ -125,8 +132,7 @@ def test_a_run_saves_samples_and_stops_when_it_is_asked(
         ask(output, "save")
     done = ended["step"]
     words = ["run", "--config", str(output / "settings.json"), "--resume", "latest", "--max_train_steps", str(done + 1)]
-    again = [sys.executable, "-m", "crepa_trainer", *words]
-    ended_again = subprocess.run(again, capture_output=True, text=True, timeout=SECONDS)
+    ended_again = run(command, words, timeout=SECONDS)
     assert ended_again.returncode == 0, ended_again.stderr
     assert status(output)["phase"] == "done"
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(done + 1))

@@ -98,7 +98,9 @@ def _add(page: Page, pages: Sequence[Page], folders: Folders) -> None:
 
 def _frame(page: Page, pages: Sequence[Page], view: View) -> None:
     words = view.words
-    with ui.left_drawer(value=None).props("breakpoint=1023 width=220 bordered") as drawer, ui.list().classes("w-full"):
+    # show-if-above alone: left to itself the drawer asks the browser, and complains where that is slow.
+    drawer = ui.left_drawer(value=False).props("show-if-above breakpoint=1023 width=220 bordered")
+    with drawer, ui.list().classes("w-full"):
         for each in pages:
             here = each is page
             with ui.link(target=each.path).classes("w-full"), ui.item().classes("text-primary" if here else ""):
