@@ -31,7 +31,7 @@ from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
-from .ranks import wait_for_all
+from .ranks import PATIENCE, limit_waits, wait_for_all
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
@@ -155,7 +155,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         log_with=["tensorboard", MetricsTracker(settings.output / METRICS_FILE, first_step)],
         project_dir=settings.output,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.step_timeout)),
+            InitProcessGroupKwargs(timeout=PATIENCE),
             # Else the whole model in the lower precision would stay until the forward ends.
             AutocastKwargs(cache_enabled=settings.sharding == "none"),
         ],
@@ -211,6 +211,7 @@ def train_on(
     # TensorBoard then leaves out what a run that was killed has logged from there on.
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
+    limit_waits(timedelta(seconds=settings.step_timeout))
     stopped = trained.steps(first_step, console)
     if stopped is None and (accelerator.is_main_process or is_sharded(transformer)):
         folder = settings.output / export.FOLDER
