@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 from .data.cache import fill_share, prepare_cache
-from .data.dataset import find_clips
+from .data.dataset import find_clips, tell_skipped
 from .families import TrainingFamily
 from .folders import check_folders
 from .launcher import check_launcher, launched_processes, training_device
@@ -39,6 +39,8 @@ def fill_cache(settings: RunSettings, config: CrepaConfig, share: Share | None, 
         device_type = training_device()
         plan = make_plan(settings, config, family, found, processes=launched_processes(), device_type=device_type)
         print_rows(console, data_rows(plan))
+    else:
+        tell_skipped(found.skipped, len(found.skipped))
     state = PartialState(cpu=training_device() == "cpu", timeout=PATIENCE)
     if share is None:
         prepare_cache(settings, config, family, state.device, console, found)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from crepa_trainer.cli import main
+from crepa_trainer.data.shares import Share
 from crepa_trainer.reporting.progress import training_progress
 from crepa_trainer.terminal import plain
 from processes import run
@@ -185,7 +186,13 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.Captur
     assert done.returncode == 0, done.stderr
     plan = done.stdout
     assert f"{PLAIN}.mp4 3 times" in plan  # enlarged, in the plan's table
-    assert f"skipped {data}/{PLAIN} short.mp4: 3 frames" in " ".join(plan.split())  # a line of the log
+    assert plan.count(PLAIN) == 2
+    assert f"{PLAIN} short.mp4 (3 frames, the shortest clip needs 9)" in " ".join(plan.split())
+    both = f"{WILD} short.mp4", f"{WILD}.mp4"
+    share = next(share for share in (Share(n, 64) for n in range(1, 65)) if [*map(share.has, both)] == [True, False])
+    assert main(["cache", *words[1:-1], f"--shard={share}"]) == 0
+    logged = " ".join(capsys.readouterr().out.split())
+    assert f"skipped {data}/{PLAIN} short.mp4: 3 frames, the shortest clip needs 9 1 of 1 video skipped" in logged
     (data / f"{WILD}.txt").unlink()
     assert main(words) == 2
     missing = capsys.readouterr().err
@@ -194,7 +201,7 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.Captur
         main(["export", "nowhere", "--dtype", "\x1b[31m"])
     unknown = capsys.readouterr().err
     assert r"\x1b[31m" in unknown
-    for text in (plan, missing, unknown):
+    for text in (plan, logged, missing, unknown):
         assert not set("\x1b\x9b\u202e") & set(text)
 
 

@@ -111,7 +111,7 @@ def prepare_cache(
     devices the text encoder and the teacher in bf16. A damaged or half-written file is named and made again. A video
     that cannot be decoded is named, skipped and counted.
 
-    found: the result of `find_clips`, where it is at hand.
+    found: the result of `find_clips`, where it is at hand and what it skipped has been said.
 
     Raises:
         ValueError: as `find_clips`; with `settings.strict` also a video that cannot be decoded, or of which the VAE or
@@ -119,7 +119,9 @@ def prepare_cache(
             share.
         OSError: the folder cannot be written.
     """
-    found = find_clips(settings, family) if found is None else found
+    if found is None:
+        found = find_clips(settings, family)
+        tell_skipped(found.skipped, found.videos + len(found.skipped))
     names = CacheNames(settings, config, family, device, found)
     filler = _Filler(PartialState(), console, names)
     clips, skipped = filler.encode_clips()

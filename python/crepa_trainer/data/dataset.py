@@ -41,7 +41,7 @@ class Bucket:
     frames: int
 
     def __str__(self) -> str:
-        return f"{self.frames} frames of {self.height}x{self.width}"
+        return f"{several(self.frames, 'frame')} of {self.height}x{self.width}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_clips(settings: RunSettings, family: TrainingFamily, share: Share | Non
     """Clips of the videos below `settings.data`; of each video its first frame is decoded and no other.
 
     A video takes the resolution of the nearest aspect ratio, of those the largest that it fills, and the largest
-    frame count that it has. One that cannot be used is named and skipped, or with `settings.strict` a VideoError.
+    frame count that it has. One that cannot be used is skipped, or with `settings.strict` a VideoError.
 
     share: of which alone videos are opened, and which may have none; None for all.
 
@@ -128,7 +128,6 @@ def find_clips(settings: RunSettings, family: TrainingFamily, share: Share | Non
             skip_video(skipped, path, error, strict=settings.strict)
             continue
         contents[name], infos[name] = content, info
-    tell_skipped(skipped, len(videos))
     if not keys and share is None:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise DataError(f"no usable clip in {several(len(videos), 'video')}: {reasons or settings.data}")
@@ -162,7 +161,8 @@ def fit_again(found: FoundClips, lengths: Mapping[str, int], settings: RunSettin
             skip_video(skipped, path, error, strict=settings.strict)
         else:
             bucket = clips[name][0].bucket
-            logger.warning("%s shows %d frames, its container says %d: its clips are %s", path, frames, said, bucket)
+            shown = several(frames, "frame")
+            logger.warning("%s shows %s, its container says %d: its clips are %s", path, shown, said, bucket)
     keys = tuple(key for each in clips.values() for key in each)
     return replace(found, keys=keys, infos=infos, skipped=skipped)
 
@@ -179,7 +179,7 @@ def tell_skipped(skipped: Mapping[str, str], videos: int) -> None:
     for path, reason in skipped.items():
         logger.warning("skipped %s: %s", path, reason)
     if skipped:
-        logger.warning("%d of %d videos skipped", len(skipped), videos)
+        logger.warning("%d of %s skipped", len(skipped), several(videos, "video"))
 
 
 def _check_buckets(settings: RunSettings, family: TrainingFamily) -> None:
@@ -199,7 +199,7 @@ def _check_captions(captions: Mapping[Path, str], family: TrainingFamily) -> Non
     problems = {caption_file(path): _problem(family.check_prompt, text) for path, text in captions.items()}
     found = [f"{file}: {problem}" for file, problem in problems.items() if problem]
     if found:
-        raise DataError(f"{len(found)} of {len(captions)} captions cannot be used: {listed(found)}")
+        raise DataError(f"{len(found)} of {several(len(captions), 'caption')} cannot be used: {listed(found)}")
 
 
 def _problem(check: Callable[[T], None], value: T) -> str | None:
@@ -235,7 +235,8 @@ def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
         except (OSError, ValueError) as error:
             problems.append(f"{file} {error.strerror if isinstance(error, OSError) else error}")
     if problems:
-        raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {listed(problems)}")
+        of = several(len(videos), "video")
+        raise DataError(f"no caption beside {len(problems)} of {of}: {listed(problems)}")
     return captions
 
 
@@ -266,7 +267,7 @@ def choose_bucket(info: VideoInfo, resolutions: Sequence[tuple[int, int]], frame
     """
     counts = [count for count in frame_counts if count <= info.frames]
     if not counts:
-        raise VideoError(f"{info.frames} frames, the shortest clip needs {min(frame_counts)}")
+        raise VideoError(f"{several(info.frames, 'frame')}, the shortest clip needs {min(frame_counts)}")
 
     def preference(size: tuple[int, int]) -> tuple[float, bool, int]:
         height, width = size

@@ -49,7 +49,7 @@ def _model_rows(plan: Plan) -> Rows:
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
-    size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"
+    size = f"{several(family.blocks, 'block')} of width {family.hidden_size}, {_number(plan.parameters)} parameters"
     return [
         ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
         ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
@@ -65,7 +65,7 @@ def data_rows(plan: Plan, named: int = NAMED) -> Rows:
     ]
     for each in plan.buckets:
         height, width = each.grid
-        tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
+        tokens = f"{several(each.tokens_per_frame, 'token')} a frame ({height}x{width}), {each.tokens:,} a clip"
         clips = several(each.clips, "clip")
         rows.append(("bucket", f"{each.bucket}: {clips}, {several(each.latent_frames, 'latent frame')}, {tokens}"))
     cache = ("cache", f"{readable_bytes(plan.cached)} in {plan.settings.cache_folder}, and the captions' embeddings")
@@ -94,12 +94,12 @@ def _footage_rows(found: FoundClips, fps: float | None, named: int) -> Rows:
 
 def _cut_rows(plan: Plan, named: int) -> Rows:
     """Captions whose ends train nothing."""
-    several = len(plan.family.text_limits) > 1
     rows = []
     for part, limit in plan.family.text_limits.items():
+        of = f" of {part}" if len(plan.family.text_limits) > 1 else ""
         cut = listed((f"{each.name} ({each.tokens:,})" for each in plan.cut if each.tokenizer == part), named)
         if cut:
-            rows.append(("captions cut", f"at {limit} tokens{f' of {part}' if several else ''}: {cut}"))
+            rows.append(("captions cut", f"at {several(limit, 'token')}{of}: {cut}"))
     return rows
 
 
