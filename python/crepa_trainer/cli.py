@@ -175,20 +175,18 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 
     console = _console(given.debug)
     settings, config = load_settings(given.config, given_values(given), rest=rest)
+    from .run import check_resume, plan_run, run, show_plan
+
+    if given.json or given.plan:
+        check_resume(settings, config)
     if given.json:
         from .reporting.table import plan_rows
-        from .run import plan_run
 
         print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
-        return
-    if given.plan:
-        from .run import show_plan
-
+    elif given.plan:
         show_plan(settings, config, console)
-        return
-    from .run import run
-
-    run(settings, config, console, given.queue)
+    else:
+        run(settings, config, console, given.queue)
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -127,6 +127,12 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
     return plan.family, plan.found
 
 
+def check_resume(settings: RunSettings, config: CrepaConfig) -> None:
+    """ValueError where `resume` names no checkpoint, or one that the run cannot go on from."""
+    if settings.resume is not None:
+        find_checkpoint(settings, run_identity(settings, config, launched_processes()))
+
+
 def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     """What the run will do, from configs and the videos' first frames.
 

@@ -221,7 +221,7 @@ def test_many_missing_captions_are_counted(tmp_path: Path, family: TrainingFamil
     (tmp_path / "data").mkdir()
     for n in range(60):
         (tmp_path / "data" / f"{n:02}.mp4").touch()
-    with pytest.raises(DataError, match=r"60 of 60 videos .*00\.txt is missing;.*49\.txt is missing; and 10 more$"):
+    with pytest.raises(DataError, match=r"60 of 60 videos: .*00\.txt is missing;.*49\.txt is missing; and 10 more$"):
         find_clips(settings(tmp_path), family)
 
 

@@ -51,8 +51,8 @@ class CogVideoXFamily(TrainingFamily):
         fits = (bucket.frames, bucket.height, bucket.width) == (frames, height, width)
         if config["use_learned_positional_embeddings"] and not fits:
             raise ValueError(
-                f"{bucket.height}x{bucket.width} with {several(bucket.frames, 'frame')}: {self.model} has learned positions "
-                f"for {height}x{width} with {frames} frames alone"
+                f"{bucket.height}x{bucket.width} with {several(bucket.frames, 'frame')}: {self.model} has learned "
+                f"positions for {height}x{width} with {frames} frames alone"
             )
 
     @property
