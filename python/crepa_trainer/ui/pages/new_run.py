@@ -29,7 +29,7 @@ from ..form import (
     shown_value,
 )
 from ..form_words import field_help, field_label
-from ..model_sizes import suggested
+from ..model_sizes import is_cached, suggested
 from ..shell import Page, View
 from ..starting import read_settings, save_settings, settings_files
 
@@ -220,11 +220,14 @@ class _NewRun:
 
     async def _fill_from_model(self) -> None:
         model, expert = self.values.get("model"), self.values.get("expert")
-        if not isinstance(model, str) or not Path(model).expanduser().is_dir():
+        if not isinstance(model, str):
             return
         try:
-            folder = self.view.folders.inside(model)
-            found = await run.io_bound(suggested, str(folder), self.values.get("task", "text2video"), expert)
+            if Path(model).expanduser().is_dir():
+                model = str(self.view.folders.inside(model))
+            elif not await run.io_bound(is_cached, model):
+                return
+            found = await run.io_bound(suggested, model, self.values.get("task", "text2video"), expert)
         except ValueError as error:
             self.model_says.set_text(str(error))
             return
