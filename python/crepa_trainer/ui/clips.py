@@ -104,6 +104,6 @@ def readers_of(folders: Folders, video: Path) -> list[str]:
         run.name
         for run in all_runs(folders)
         if isinstance(data := run.settings().get("data"), str)
-        and video.is_relative_to(Path(data).resolve())
+        and video.is_relative_to((run.started_in / Path(data).expanduser()).resolve())
         and run.state().running
     ]

@@ -6,7 +6,6 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-
 _CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json")
 
 

@@ -6,13 +6,13 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from crepa_kernels.regularizer.saving import replacing
 
-from ..control import RUN_FILE, SETTINGS_FILE, is_running, start
+from ..control import SETTINGS_FILE, is_running, start
+from ..reporting.runs import RunFolder
 from .form import Values, check, json_text, read_json_text
 from .guard import Folders
 
@@ -62,8 +62,9 @@ def start_run(folders: Folders, name: str, *, queued: bool) -> Path:
 
 
 def resume_run(folders: Folders, output: Path, *, queued: bool) -> Path:
-    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings, whose relative paths
-    are those of the folder that it was started in.
+    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings.
+
+    Their relative paths are those of the folder that it was started in.
     """
     output = folders.inside_runs(output)
     file = output / SETTINGS_FILE
@@ -71,21 +72,12 @@ def resume_run(folders: Folders, output: Path, *, queued: bool) -> Path:
         values = read_json_text(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{output.name} has no {SETTINGS_FILE} that can be read: {error}") from error
-    moved = _absolute(values, _started_in(output))
+    moved = _absolute(values, RunFolder(output).started_in)
     if check_folders(folders, {**values, **moved}) != output:
         raise ValueError(f"{output.name}: its {SETTINGS_FILE} is of another folder, {values['output']}")
     return _started(
         folders, file, output, queued, "--resume", "latest", *(f"--{key}={path}" for key, path in moved.items())
     )
-
-
-def _started_in(output: Path) -> Path:
-    """The folder in which a run was started; the page's own where nothing says so, or that is gone."""
-    with suppress(OSError, ValueError):
-        said = read_json_text((output / RUN_FILE).read_text(encoding="utf-8")).get("folder")
-        if isinstance(said, str) and Path(said).is_dir():
-            return Path(said)
-    return Path.cwd()
 
 
 def _absolute(values: Mapping[str, Any], folder: Path) -> Values:
