@@ -38,7 +38,7 @@ from .reporting.trackers import MetricsTracker, peak_memory
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
-from .terminal import say
+from .terminal import say, several
 from .validation import Sampling, sample_clips, save_clip, save_index
 
 if TYPE_CHECKING:
@@ -127,6 +127,12 @@ def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> t
     return plan.family, plan.found
 
 
+def check_resume(settings: RunSettings, config: CrepaConfig) -> None:
+    """ValueError where `resume` names no checkpoint, or one that the run cannot go on from."""
+    if settings.resume is not None:
+        find_checkpoint(settings, run_identity(settings, config, launched_processes()))
+
+
 def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     """What the run will do, from configs and the videos' first frames.
 
@@ -158,7 +164,8 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     )
     if accelerator.num_processes != launched_processes():
         raise ValueError(
-            f"launched as {launched_processes()} processes, of which each knows {accelerator.num_processes}"
+            f"launched as {several(launched_processes(), 'process', 'es')}, "
+            f"of which each knows {accelerator.num_processes}"
         )
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
@@ -264,7 +271,7 @@ class TrainingRun:
         positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
         device = self.accelerator.device
         with (
-            stop_kept() as asked,
+            stop_kept(lambda line: say(console, line)) as asked,
             training_progress(console, total, first_step) as show,
             StepReports(self.state, lambda step, values: self._report(step, values, show)) as late,
             micro_batches(
@@ -376,7 +383,7 @@ class TrainingRun:
                 strip = save_clip(clip, folder, f"prompt-{number}")
                 self._tensorboard().add_image(f"validation/{number}", strip, done, dataformats="HWC")
             save_index(folder, self.settings.validation_prompts, sampling)
-            say(console, f"step {done}: {len(clips)} clip{'s' if len(clips) != 1 else ''} sampled into {folder}")
+            say(console, f"step {done}: {several(len(clips), 'clip')} sampled into {folder}")
         self.accelerator.wait_for_everyone()
 
     def _sampling(self) -> Sampling:

@@ -373,7 +373,7 @@ def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     cut_off_while_playing(folder)
-    with pytest.raises(DataError, match=r"no usable clip in 1 video\(s\): .*cut\.mp4: damaged or cut off"):
+    with pytest.raises(DataError, match=r"no usable clip in 1 video: .*cut\.mp4: damaged or cut off"):
         prepare(settings(models, folder, frame_counts=(37,), clips_per_video=1), crepa(models))
 
 

@@ -292,7 +292,7 @@ def test_what_becomes_of_pictures_and_times_is_said(folder: Path, tmp_path: Path
     text = printed(planned(folder, CrepaConfig(), **sizes))
     for words in (
         "5 clips of 5 videos",
-        "passed over 1 captions without a video",
+        "passed over captions without a video: 1",
         "frame rates 25 (3 videos), 60 (1 video), variable (1 video) a second; frame by frame",
         "cropped portrait.mp4 loses 62% of its picture",
         "enlarged small.mp4 2 times",

@@ -76,9 +76,17 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
 
     @classmethod
     def of(
-        cls, model: str, task: str = "text2video", family: str | None = None, expert: str | None = None
+        cls,
+        model: str,
+        task: str = "text2video",
+        family: str | None = None,
+        expert: str | None = None,
+        *,
+        cached: bool = False,
     ) -> TrainingFamily:
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
+
+        cached: those of a hub id are read from the cache on this machine alone.
 
         Raises:
             ValueError: not a pipeline, a part or a file of weights that is missing, a transformer or VAE class of no
@@ -87,7 +95,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
-        index = read_config(model)
+        index = read_config(model, cached=cached)
         transformer = index.get("transformer") or [None, None]
         found = {each.transformer_class: each for each in cls.known.values()}.get(transformer[1])
         if found is None:
@@ -117,10 +125,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         vaes, vae = next(row.vaes for row in FAMILIES if row.name == found.name), index["vae"][1]
         if vae not in vaes:
             raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
-        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler")}
+        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler", cached=cached)}
         for part, folder, kind in (("transformer", trained, found.transformer_class), ("vae", "vae", vae)):
             # A folder that was saved by an older diffusers lacks what was added since.
-            configs[part] = {**constructor_defaults(kind), **read_config(model, folder)}
+            configs[part] = {**constructor_defaults(kind), **read_config(model, folder, cached=cached)}
             # diffusers would give it random weights where the names differ.
             if (own := configs[part].get("_class_name", kind)) != kind:
                 raise ValueError(f"{model}: {folder} is an {own}, where its model_index.json has {kind}")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..terminal import several
 from .base import TrainingFamily
 from .noise import NoisyLatents
 from .sizes import ClipSize
@@ -50,8 +51,8 @@ class CogVideoXFamily(TrainingFamily):
         fits = (bucket.frames, bucket.height, bucket.width) == (frames, height, width)
         if config["use_learned_positional_embeddings"] and not fits:
             raise ValueError(
-                f"{bucket.height}x{bucket.width} with {bucket.frames} frames: {self.model} has learned positions for "
-                f"{height}x{width} with {frames} frames alone"
+                f"{bucket.height}x{bucket.width} with {several(bucket.frames, 'frame')}: {self.model} has learned "
+                f"positions for {height}x{width} with {frames} frames alone"
             )
 
     @property

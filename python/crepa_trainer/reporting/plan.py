@@ -19,6 +19,7 @@ from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import teacher_frames, teacher_is_encoder
 from ..state import PRECISIONS, add_lora
+from ..terminal import several
 
 if TYPE_CHECKING:
     from ..families import CutText, TrainingFamily
@@ -183,8 +184,8 @@ def check_blocks(settings: RunSettings, config: CrepaConfig, family: TrainingFam
     for key, index in indices.items():
         if index is not None and index >= family.blocks:
             raise ValueError(
-                f"{key} = {index}: the {family.transformer_class} of {family.model} has {family.blocks} blocks, "
-                f"valid are 0 to {family.blocks - 1}"
+                f"{key} = {index}: the {family.transformer_class} of {family.model} has "
+                f"{several(family.blocks, 'block')}, valid are 0 to {family.blocks - 1}"
             )
 
 

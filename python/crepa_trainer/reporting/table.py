@@ -14,7 +14,7 @@ from ..data.listing import counted
 from ..data.names import teacher_is_encoder
 from ..data.sampler import MADE_AHEAD
 from ..data.video import VideoInfo
-from ..terminal import plain
+from ..terminal import plain, several
 from .plan import BucketPlan, Plan
 
 Rows = list[tuple[str, str]]
@@ -25,16 +25,20 @@ MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
 
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table of names and values."""
+    print_rows(console, plan_rows(plan))
+
+
+def print_rows(console: Console, rows: Rows) -> None:
+    """Names and values as a table."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in plan_rows(plan):
+    for name, text in rows:
         table.add_row(name, plain(text))
     console.print(table, highlight=False, markup=False)
 
 
 def plan_rows(plan: Plan, named: int = NAMED) -> Rows:
     """The plan's names and values. named: how many files one value lists."""
-    data = _data_rows(plan, named)
-    return [*_model_rows(plan), *data, *_crepa_rows(plan), *_layersync_rows(plan), *_step_rows(plan)]
+    return [*_model_rows(plan), *data_rows(plan, named), *_crepa_rows(plan), *_layersync_rows(plan), *_step_rows(plan)]
 
 
 def _model_rows(plan: Plan) -> Rows:
@@ -45,24 +49,25 @@ def _model_rows(plan: Plan) -> Rows:
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
-    size = f"{family.blocks} blocks of width {family.hidden_size}, {_number(plan.parameters)} parameters"
+    size = f"{several(family.blocks, 'block')} of width {family.hidden_size}, {_number(plan.parameters)} parameters"
     return [
         ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
         ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
     ]
 
 
-def _data_rows(plan: Plan, named: int) -> Rows:
+def data_rows(plan: Plan, named: int = NAMED) -> Rows:
+    """Those of the plan that say what is encoded."""
     found = plan.found
     skipped = f", {len(found.skipped)} skipped" if found.skipped else ""
     rows = [
-        ("data", f"{found.folder}: {_several(len(found.keys), 'clip')} of {_several(found.videos, 'video')}{skipped}")
+        ("data", f"{found.folder}: {several(len(found.keys), 'clip')} of {several(found.videos, 'video')}{skipped}")
     ]
     for each in plan.buckets:
         height, width = each.grid
-        tokens = f"{each.tokens_per_frame:,} tokens a frame ({height}x{width}), {each.tokens:,} a clip"
-        clips = _several(each.clips, "clip")
-        rows.append(("bucket", f"{each.bucket}: {clips}, {_several(each.latent_frames, 'latent frame')}, {tokens}"))
+        tokens = f"{several(each.tokens_per_frame, 'token')} a frame ({height}x{width}), {each.tokens:,} a clip"
+        clips = several(each.clips, "clip")
+        rows.append(("bucket", f"{each.bucket}: {clips}, {several(each.latent_frames, 'latent frame')}, {tokens}"))
     cache = ("cache", f"{readable_bytes(plan.cached)} in {plan.settings.cache_folder}, and the captions' embeddings")
     return [*rows, cache, *_footage_rows(found, plan.settings.fps, named), *_cut_rows(plan, named)]
 
@@ -89,18 +94,18 @@ def _footage_rows(found: FoundClips, fps: float | None, named: int) -> Rows:
 
 def _cut_rows(plan: Plan, named: int) -> Rows:
     """Captions whose ends train nothing."""
-    several = len(plan.family.text_limits) > 1
     rows = []
     for part, limit in plan.family.text_limits.items():
+        of = f" of {part}" if len(plan.family.text_limits) > 1 else ""
         cut = listed((f"{each.name} ({each.tokens:,})" for each in plan.cut if each.tokenizer == part), named)
         if cut:
-            rows.append(("captions cut", f"at {limit} tokens{f' of {part}' if several else ''}: {cut}"))
+            rows.append(("captions cut", f"at {several(limit, 'token')}{of}: {cut}"))
     return rows
 
 
 def _rates(infos: Sequence[VideoInfo], fps: float | None) -> str:
     kinds = Counter("variable" if not info.constant else f"{info.rate:.5g}" for info in infos)
-    found = ", ".join(f"{rate} ({_several(number, 'video')})" for rate, number in sorted(kinds.items()))
+    found = ", ".join(f"{rate} ({several(number, 'video')})" for rate, number in sorted(kinds.items()))
     if fps is not None:
         return f"taken at {fps:g} a second; found: {found}"
     mixed = "; frame by frame, whatever lies between: fps takes all at one rate" if len(kinds) > 1 else ""
@@ -167,18 +172,18 @@ def _step_rows(plan: Plan) -> Rows:
     rows = [
         ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:,.2f} epochs"),
         ("workers", _workers(plan)),
-        ("checkpoints", f"{plan.checkpoints}, every {_several(every, 'step')} and at the end, the last {kept} kept"),
+        ("checkpoints", f"{plan.checkpoints}, every {several(every, 'step')} and at the end, the last {kept} kept"),
     ]
     if plan.validations:
-        prompts = _several(len(settings.validation_prompts), "prompt")
-        rows.append(("validation", f"{_several(plan.validations, 'time')}, {prompts}"))
+        prompts = several(len(settings.validation_prompts), "prompt")
+        rows.append(("validation", f"{several(plan.validations, 'time')}, {prompts}"))
     return rows
 
 
 def _clips_a_step(plan: Plan) -> str:
     sizes = set(plan.batch_sizes)
     if len(sizes) == 1:
-        return f"{_several(round(plan.clips_a_step), 'clip')} a step"
+        return f"{several(round(plan.clips_a_step), 'clip')} a step"
     return f"{plan.clips_a_step:.3g} clips a step on average, in micro-batches of {min(sizes)} to {max(sizes)}"
 
 
@@ -186,12 +191,8 @@ def _workers(plan: Plan) -> str:
     if not plan.workers:
         return "none: clips are read and noise is drawn in the training process"
     whose = " for each process" if plan.processes > 1 else ""
-    ahead = _several(plan.workers * MADE_AHEAD, "micro-batch", "es")
+    ahead = several(plan.workers * MADE_AHEAD, "micro-batch", "es")
     return f"{plan.workers}{whose}, which read clips and draw noise, at most {ahead} ahead"
-
-
-def _several(number: int, thing: str, plural: str = "s") -> str:
-    return f"{number:,} {thing}{plural * (number != 1)}"
 
 
 def _number(value: int) -> str:

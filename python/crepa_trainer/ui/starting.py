@@ -12,8 +12,12 @@ from typing import Any
 from crepa_kernels.regularizer.saving import replacing
 
 from ..control import SETTINGS_FILE, is_running, start
+from ..reporting.runs import RunFolder
 from .form import Values, check, json_text, read_json_text
 from .guard import Folders
+
+_FOLDERS = ("data", "output", "cache")
+_MODELS = ("model", "crepa_encoder", "crepa_model")
 
 
 def settings_files(folders: Folders) -> list[str]:
@@ -58,16 +62,34 @@ def start_run(folders: Folders, name: str, *, queued: bool) -> Path:
 
 
 def resume_run(folders: Folders, output: Path, *, queued: bool) -> Path:
-    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings."""
+    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings.
+
+    Their relative paths are those of the folder that it was started in.
+    """
     output = folders.inside_runs(output)
     file = output / SETTINGS_FILE
     try:
         values = read_json_text(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{output.name} has no {SETTINGS_FILE} that can be read: {error}") from error
-    if check_folders(folders, values) != output:
+    moved = _absolute(values, RunFolder(output).started_in)
+    if check_folders(folders, {**values, **moved}) != output:
         raise ValueError(f"{output.name}: its {SETTINGS_FILE} is of another folder, {values['output']}")
-    return _started(folders, file, output, queued, "--resume", "latest")
+    return _started(
+        folders, file, output, queued, "--resume", "latest", *(f"--{key}={path}" for key, path in moved.items())
+    )
+
+
+def _absolute(values: Mapping[str, Any], folder: Path) -> Values:
+    """Those of a run's settings that are paths from `folder` on, as absolute ones."""
+    paths = {key: values.get(key) for key in (*_FOLDERS, *_MODELS)}
+    relative = {key: path for key, path in paths.items() if isinstance(path, str) and path and path[0] not in "~/"}
+    return {
+        key: str(folder / path)
+        for key, path in relative.items()
+        # A hub id is no folder, nor is a name of an encoder.
+        if key in _FOLDERS or (folder / path).exists()
+    }
 
 
 def _started(folders: Folders, file: Path, output: Path, queued: bool, *options: str) -> Path:
@@ -83,7 +105,7 @@ def check_folders(folders: Folders, values: Mapping[str, Any]) -> Path:
     for key in ("data", "cache"):
         if isinstance(values.get(key), str):
             folders.inside(values[key])
-    for key in ("model", "crepa_encoder", "crepa_model", "resume"):
+    for key in (*_MODELS, "resume"):
         value = values.get(key)
         # A hub id is no folder, nor is a name of an encoder.
         if isinstance(value, str) and (Path(value).expanduser().exists() or Path(value).is_absolute()):
