@@ -1,4 +1,4 @@
-"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a JSON file and the command line."""
+"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a file and the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, Urep
 from crepa_kernels.config.base import Integer, Settings, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
-from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
+from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
 def load_settings(
     config_file: Path | None, cli_overrides: Mapping[str, Any], *, rest: Sequence[str] = ()
 ) -> tuple[RunSettings, CrepaConfig]:
-    """Settings of a flat JSON file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
+    """Settings of a flat file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
 
     A missing `crepa_block_index` of an enabled configuration becomes the one recommended for the model's family,
     which is logged; for that alone the model's configs are read.
@@ -234,10 +234,11 @@ def load_settings(
     rest: words of a command line that its parser did not know.
 
     Raises:
-        ConfigError: (a ValueError) a file that is not one JSON object; every wrong, missing and unknown key.
+        ConfigError: (a ValueError) a file that is not one mapping of keys to values; every wrong, missing and unknown
+            key.
         ValueError: a model that is not a pipeline, where its family must be known, as `TrainingFamily.of`.
     """
-    from_file = {} if config_file is None else read_json(config_file)
+    from_file = {} if config_file is None else read_settings(config_file)
     problems = _unknown_words(rest)
     ours, crepa = _split(from_file, cli_overrides, problems)
     settings = config = None
