@@ -31,6 +31,7 @@ from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
+from .optimizers import weights_for_use
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
@@ -212,7 +213,8 @@ def train_on(
         folder = settings.output / export.FOLDER
         control.phase("exporting")
         described = checkpoints.described(folder, settings.max_train_steps)
-        export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
+        with weights_for_use(state.optimizer):
+            export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
         say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
@@ -369,7 +371,7 @@ class TrainingRun:
         self.control.phase("validating")
         if self.accelerator.is_main_process:
             sampling = self._sampling()
-            with export.ema_weights(self.transformer, self.ema):
+            with weights_for_use(self.state.optimizer), export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
             folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):

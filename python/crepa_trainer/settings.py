@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
 from crepa_kernels.config.base import Integer, Settings, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
+
+from .optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,19 @@ Folder = Annotated[
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments as a value of settings, equal and hashed by what they say; nobody changes them."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _arguments(value: Any) -> Any:
+    return Arguments({key: _tuples(each) for key, each in value.items()}) if isinstance(value, dict) else value
+
+
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
 
 
@@ -51,7 +67,6 @@ class RunSettings(LayerSyncKeys, Settings):
     PREFIXES = ("",)  # none
     UNKNOWN = MappingProxyType(
         {
-            "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
             "caption_dropout": "unknown key; captions are not dropped",
             "config": "the file of settings is given on the command line, as --config FILE",
             **dict.fromkeys(
@@ -104,9 +119,40 @@ class RunSettings(LayerSyncKeys, Settings):
     max_train_steps: Integer = Field(ge=1, description="optimiser steps; must be an integer >= 1, required")
     batch_size: Integer = integer(1, "clips of a micro-batch on each process", ge=1)
     gradient_accumulation_steps: Integer = integer(1, "micro-batches of an optimiser step", ge=1)
+    optimizer: Literal[
+        "adamw",
+        "adam",
+        "nadam",
+        "radam",
+        "adamax",
+        "adagrad",
+        "adafactor",
+        "rmsprop",
+        "sgd",
+        "muon",
+        "adamw8bit",
+        "adam8bit",
+        "ademamix8bit",
+        "lion8bit",
+        "paged_adamw8bit",
+        "lion",
+        "prodigy",
+        "adamw_schedulefree",
+        "radam_schedulefree",
+        "sgd_schedulefree",
+    ] = Field(
+        "adamw",
+        description="of torch, or of the package that its name says; must be one of "
+        + ", ".join(f'"{name}"' for name in OPTIMIZERS),
+    )
+    optimizer_args: Annotated[dict[str, Any], AfterValidator(_arguments)] = Field(
+        Arguments(),
+        description="more arguments of the optimizer, by its own names; must be a mapping such as "
+        '{"betas": [0.9, 0.99]}',
+    )
     learning_rate: float = Field(1e-4, gt=0, description="must be a number > 0")
     projector_learning_rate: float | None = number(None, "of CREPA's projector, learning_rate when null", gt=0)
-    weight_decay: float = number(1e-2, "of AdamW", ge=0)
+    weight_decay: float = number(1e-2, "of the optimizer", ge=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field(
@@ -170,8 +216,9 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.training == "full" and self.lora_format != "diffusers":
             rule = 'training = "full" trains all weights and has no LoRA'
             yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        yield from self._optimizer_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
-        if warm_up and self.lr_scheduler == "constant":
+        if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
             yield {"lr_warmup_steps", "lr_scheduler"}, describe("lr_warmup_steps", warm_up, rule)
         if warm_up > most:
@@ -187,6 +234,31 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
+
+    def _optimizer_problems(self) -> Iterator[tuple[set[str], str]]:
+        kind, name = OPTIMIZERS[self.optimizer], self.optimizer
+        try:
+            json.dumps(self.optimizer_args)
+        except (TypeError, ValueError):  # a date of TOML
+            rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
+            yield {"optimizer_args"}, describe("optimizer_args", self.optimizer_args, rule)
+        if kind.schedule_free:
+            own = 'has no schedule: its own warm-up is optimizer_args = {"warmup_steps": ...}'
+            for key, value in (("lr_scheduler", self.lr_scheduler), ("lr_warmup_steps", self.lr_warmup_steps)):
+                if value not in ("constant", 0):
+                    yield {"optimizer", key}, describe(key, value, f"{name} {own}")
+            if self.ema_decay is not None:
+                rule = f"{name} averages the weights itself"
+                yield {"optimizer", "ema_decay"}, describe("ema_decay", self.ema_decay, rule)
+        if kind.one_rate:
+            keys = {"optimizer", "learning_rate", "projector_learning_rate"}
+            if "learning_rate" not in self.model_fields_set:
+                rule = f"{name} finds the step itself and takes a factor of it: give one, as a rule 1"
+                yield keys, describe("learning_rate", self.learning_rate, rule)
+            rate = self.projector_learning_rate
+            if rate is not None and rate != self.learning_rate:
+                rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
+                yield keys, describe("projector_learning_rate", rate, rule)
 
     @property
     def layersync(self) -> LayerSyncConfig:

@@ -14,6 +14,7 @@ from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
 from .comfyui import original_layers
+from .optimizers import make_optimizer, start_training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +73,7 @@ def make_state(
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(settings, groups)
     scheduler = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -80,6 +81,7 @@ def make_state(
         num_training_steps=settings.max_train_steps,
     )
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    start_training(optimizer)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
     return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)

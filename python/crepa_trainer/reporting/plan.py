@@ -18,6 +18,7 @@ from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import teacher_frames, teacher_is_encoder
+from ..optimizers import check_optimizer
 from ..state import PRECISIONS, add_lora
 
 if TYPE_CHECKING:
@@ -137,9 +138,11 @@ def make_plan(
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read, settings or a device that the family cannot be trained with, a backend that cannot run there.
+            read, settings or a device that the family cannot be trained with, a backend that cannot run there, an
+            optimizer that is not installed or refuses its arguments.
     """
     check_blocks(settings, config, family)
+    check_optimizer(settings, device_type)
     family.check_run(settings.batch_size, device_type)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(
