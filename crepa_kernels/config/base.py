@@ -43,7 +43,7 @@ def flag(default: bool, text: str) -> Any:
 
 def _is_text(kind: Any) -> bool:
     """Whether values of a field of this type are text in every case: a folder may be named 2024."""
-    return kind in (str, Path) or (get_origin(kind) is not tuple and any(map(_is_text, get_args(kind))))
+    return kind in (str, Path) or (get_origin(kind) not in (tuple, dict) and any(map(_is_text, get_args(kind))))
 
 
 class Settings(BaseModel):

@@ -92,17 +92,27 @@ class RunSettings(LayerSyncKeys, Settings):
         'model has one; must be "high" or "low"',
     )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
-    lora_rank: Integer = integer(16, "rank of the LoRA, and its alpha", ge=1)
+    lora_type: Literal["lora", "dora", "rslora", "loha", "lokr"] = Field(
+        "lora",
+        description='the adapter that is trained, as peft has it; must be "lora", "dora", "rslora", "loha" or "lokr"',
+    )
+    lora_rank: Integer = integer(16, "rank of the LoRA", ge=1)
+    lora_alpha: float | None = number(
+        None, "of the LoRA, whose product is multiplied by it and divided by the rank, lora_rank when null", gt=0
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the LoRA's inputs that are left out in training; must be in [0, 1)"
+    )
     lora_targets: Words | None = Field(
         None,
         min_length=1,
         description="layers that get a LoRA, the attention's projections when null; "
         'must be a list of names such as ["to_q", "to_v"]',
     )
-    lora_format: Literal["diffusers", "comfyui", "both"] = Field(
+    lora_format: Literal["diffusers", "comfyui", "both", "peft"] = Field(
         "diffusers",
-        description="the file of the trained LoRA, for stock diffusers or by the original names for ComfyUI; must be "
-        '"diffusers", "comfyui" or "both"',
+        description="the file of the trained LoRA, for stock diffusers, by the original names for ComfyUI, the two, or "
+        'for peft; must be "diffusers", "comfyui", "both" or "peft"',
     )
     resolutions: Sizes = Field(
         ((480, 832),),
@@ -213,9 +223,7 @@ class RunSettings(LayerSyncKeys, Settings):
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
         """Settings that contradict each other, or of which one would do nothing."""
         yield from self.layersync_problems()
-        if self.training == "full" and self.lora_format != "diffusers":
-            rule = 'training = "full" trains all weights and has no LoRA'
-            yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        yield from self._lora_problems()
         yield from self._optimizer_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
@@ -235,6 +243,25 @@ class RunSettings(LayerSyncKeys, Settings):
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
 
+    def _lora_problems(self) -> Iterator[tuple[set[str], str]]:
+        given = {key: getattr(self, key) for key in ("lora_type", "lora_alpha", "lora_dropout", "lora_format")}
+        if self.training == "full":
+            rule = 'training = "full" trains all weights and has no LoRA'
+            for key, value in given.items():
+                if value != type(self).model_fields[key].default:
+                    yield {"training", key}, describe(key, value, rule)
+        elif self.lora_type in ("loha", "lokr"):
+            kind = f'lora_type = "{self.lora_type}"'
+            if self.lora_dropout:
+                rule = f"{kind} has none in peft, leave it out"
+                yield {"lora_type", "lora_dropout"}, describe("lora_dropout", self.lora_dropout, rule)
+            if self.lora_format in ("diffusers", "both"):
+                rule = f'pipelines of stock diffusers load no {kind}: must be "peft" or "comfyui"'
+                yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        elif self.lora_type == "dora" and self.lora_format in ("comfyui", "both"):
+            rule = 'ComfyUI reads lora_type = "dora" otherwise than it was trained: must be "diffusers" or "peft"'
+            yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
+
     def _optimizer_problems(self) -> Iterator[tuple[set[str], str]]:
         kind, name = OPTIMIZERS[self.optimizer], self.optimizer
         try:
@@ -243,7 +270,7 @@ class RunSettings(LayerSyncKeys, Settings):
             rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
             yield {"optimizer_args"}, describe("optimizer_args", self.optimizer_args, rule)
         if kind.schedule_free:
-            own = 'has no schedule: its own warm-up is optimizer_args = {"warmup_steps": ...}'
+            own = 'needs no schedule, and any warm-up is its own: optimizer_args = {"warmup_steps": ...}'
             for key, value in (("lr_scheduler", self.lr_scheduler), ("lr_warmup_steps", self.lr_warmup_steps)):
                 if value not in ("constant", 0):
                     yield {"optimizer", key}, describe(key, value, f"{name} {own}")

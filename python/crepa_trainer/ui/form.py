@@ -36,7 +36,7 @@ SECTIONS = (MODEL, DATA, OPTIMIZATION, LOSSES, VALIDATION, CHECKPOINTS)
 _SECTION_OF = {
     key: section
     for section, keys in (
-        (MODEL, "model family task expert training lora_rank lora_targets"),
+        (MODEL, "model family task expert training lora_type lora_rank lora_alpha lora_dropout lora_targets"),
         (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache cache_teacher vae_tiling workers"),
         (CHECKPOINTS, "output checkpoint_every checkpoints_kept resume lora_format"),
     )

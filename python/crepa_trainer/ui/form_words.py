@@ -16,7 +16,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
         "2 つの transformer のうち学習する方（高ノイズ・低ノイズ）。1 つだけのモデルでは空。「high」または「low」",
     ),
     "training": ("学習方式", "学習する重み。「lora」または「full」"),
-    "lora_rank": ("LoRA ランク", "LoRA のランク（alpha も同じ値）。1 以上の整数"),
+    "lora_type": ("LoRA の種類", "学習するアダプター。peft のもの"),
+    "lora_rank": ("LoRA ランク", "LoRA のランク。1 以上の整数"),
+    "lora_alpha": ("LoRA の alpha", "LoRA の積に掛ける値（ランクで割る）。空ならランクと同じ。0 より大きい数"),
+    "lora_dropout": ("LoRA のドロップアウト", "学習中に落とす LoRA の入力の割合。0 以上 1 未満"),
     "lora_targets": ("LoRA の対象", 'LoRA を付ける層。空なら注意機構の射影。["to_q", "to_v"] のような名前のリスト'),
     # Data
     "data": ("データ", "動画とキャプションのフォルダー（name.mp4 と name.txt）。必須"),
@@ -133,7 +136,7 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "matrix_every": ("類似度行列の間隔", "類似度行列の間のステップ数。0 なら行わない"),
     # Checkpoints
     "output": ("出力", "チェックポイント・ログ・学習した重みのフォルダー。必須"),
-    "lora_format": ("LoRA の形式", "学習した LoRA のファイル。標準の diffusers 用、ComfyUI 用、または両方"),
+    "lora_format": ("LoRA の形式", "学習した LoRA のファイル。標準の diffusers 用、ComfyUI 用、両方、または peft 用"),
     "checkpoint_every": ("チェックポイントの間隔", "チェックポイントの間のステップ数。1 以上の整数"),
     "checkpoints_kept": ("残すチェックポイント数", "残す新しいチェックポイントの数。1 以上の整数"),
     "resume": ("再開", "「latest」またはチェックポイントのフォルダーから続ける"),
