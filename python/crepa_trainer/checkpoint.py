@@ -61,6 +61,7 @@ _FREE = {
     "validation_guidance",
     "validation_seed",
     "matrix_every",
+    "report_to",
     "strict",
     "workers",
     "crepa_backend",

@@ -9,15 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from crepa_kernels.config.rules import describe, nearest
-
-if TYPE_CHECKING:
-    from .settings import RunSettings
 
 # Arguments that settings of their own say.
 _SAID_BY = {"lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -75,34 +72,33 @@ OPTIMIZERS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def check_optimizer(settings: RunSettings, device_type: str) -> None:
-    """Tries the optimizer of the settings on two parameters; on a CPU for a step as well.
+def check_optimizer(name: str, arguments: Mapping[str, Any], weight_decay: float, device_type: str) -> None:
+    """Tries an optimizer on two parameters; on a CPU for a step as well.
 
     ValueError where its package is missing, or naming the argument that it does not have or does not take.
     """
-    kind = OPTIMIZERS[settings.optimizer]
+    kind = OPTIMIZERS[name]
     try:
         known = inspect.signature(kind.load()).parameters
     except ModuleNotFoundError as error:
-        raise ValueError(f"optimizer = {settings.optimizer}: {error}: pip install {kind.package}") from error
-    others = [name for name in known if name not in ("params", *_SAID_BY)]
-    for name in settings.optimizer_args:
-        if name in _SAID_BY and name in known:
-            raise ValueError(f"optimizer_args: {name} of {kind.title} is what {_SAID_BY[name]} says")
-        if name not in others:
-            match = nearest(name, others)
+        raise ValueError(f"optimizer = {name}: {error}: pip install {kind.package}") from error
+    others = [each for each in known if each not in ("params", *_SAID_BY)]
+    for each in arguments:
+        if each in _SAID_BY:
+            raise ValueError(f"optimizer_args: {each} of {kind.title} is what {_SAID_BY[each]} says")
+        if each not in others:
+            match = nearest(each, others)
             hint = f"did you mean {match}?" if match else f"it takes {', '.join(others)}"
-            raise ValueError(f"optimizer_args: {name} is no argument of {kind.title}; {hint}")
+            raise ValueError(f"optimizer_args: {each} is no argument of {kind.title}; {hint}")
     tried = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,))]
+    groups: list[dict[str, Any]] = [{"params": [each], "lr": 1e-3} for each in tried]
     try:
-        optimizer = make_optimizer(settings, [{"params": [each], "lr": settings.learning_rate} for each in tried])
+        optimizer = make_optimizer(name, groups, arguments, weight_decay)
         if device_type == "cpu":
             _step_once(optimizer, tried)
     except Exception as error:  # of any kind: each package has its own way to refuse
         line = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{describe('optimizer_args', settings.optimizer_args, f'{kind.title} refuses it')}: {line}"
-        ) from error
+        raise ValueError(f"{describe('optimizer_args', arguments, f'{kind.title} refuses it')}: {line}") from error
 
 
 def _step_once(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -113,13 +109,13 @@ def _step_once(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Paramet
     optimizer.step()
 
 
-def make_optimizer(settings: RunSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer of the settings on groups of parameters, of which each has its learning rate."""
-    # Arguments of JSON are lists where Python's are tuples.
-    arguments: dict[str, Any] = {**settings.optimizer_args, "weight_decay": settings.weight_decay}
-    kind: Any = OPTIMIZERS[settings.optimizer].load()
+def make_optimizer(
+    name: str, groups: list[dict[str, Any]], arguments: Mapping[str, Any], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer of a name on groups of parameters, each with its learning rate; arguments: by its own names."""
+    kind: Any = OPTIMIZERS[name].load()
     with redirect_stdout(io.StringIO()):  # Prodigy prints
-        return kind(groups, lr=settings.learning_rate, **arguments)
+        return kind(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **arguments)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -58,6 +58,7 @@ def _arguments(value: Any) -> Any:
 
 
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
+WordOrWords = Annotated[Words, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class RunSettings(LayerSyncKeys, Settings):
@@ -200,7 +201,12 @@ class RunSettings(LayerSyncKeys, Settings):
     validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
     validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
     validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
-    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and TensorBoard, 0 for never", ge=0)
+    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and in trackers, 0 for never", ge=0)
+    report_to: WordOrWords = Field(
+        ("tensorboard",),
+        description="where values are logged beside metrics.jsonl, by accelerate's names for its trackers; "
+        'must be a name or a list of names such as ["tensorboard", "wandb"]',
+    )
     fps: float | None = Field(
         None,
         gt=0,

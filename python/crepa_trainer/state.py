@@ -73,7 +73,7 @@ def make_state(
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
-    optimizer = make_optimizer(settings, groups)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args, settings.weight_decay)
     scheduler = get_scheduler(
         settings.lr_scheduler,
         optimizer,

@@ -36,9 +36,8 @@ ARGUMENTS |= {"sgd": {"momentum": 0.9}, "adamw": {"amsgrad": True}, "prodigy": {
 ARGUMENTS |= {"radam_schedulefree": {"silent_sgd_phase": False}}
 
 
-def settings_of(name: str, **changes: Any) -> RunSettings:
-    arguments = {"optimizer": name, "optimizer_args": ARGUMENTS.get(name, {}), **changes}
-    return tiny_settings(Path("models"), Path("output"), **arguments)
+def made(name: str, groups: list[dict[str, Any]], **arguments: Any) -> torch.optim.Optimizer:
+    return make_optimizer(name, groups, arguments or ARGUMENTS.get(name, {}), 1e-2)
 
 
 class Model(nn.Module):
@@ -61,7 +60,7 @@ def state_of(name: str) -> TrainState:
     accelerator, model = Accelerator(cpu=True), Model()
     rate = 1.0 if OPTIMIZERS[name].one_rate else 1e-2
     groups = parameter_groups(model, rate, rate if OPTIMIZERS[name].one_rate else 2 * rate)
-    optimizer = make_optimizer(settings_of(name, learning_rate=rate), groups)
+    optimizer = made(name, groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     prepared: Any = accelerator.prepare(model, optimizer, scheduler)
     start_training(prepared[1])
@@ -128,7 +127,7 @@ def test_a_checkpoint_has_the_weights_that_a_schedule_free_optimizer_means_for_u
 
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     model = Model()
-    optimizer = make_optimizer(settings_of("muon"), parameter_groups(model, 1e-2, 1e-1))
+    optimizer = made("muon", parameter_groups(model, 1e-2, 1e-1))
     assert isinstance(optimizer, MuonAndAdamW)
     taken = [[p.ndim for p in group["params"]] for group in optimizer.param_groups]
     assert taken == [[2], [1, 5, 1], [2], [1, 1, 1]]
@@ -173,14 +172,14 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "arguments", "said"), REFUSED)
 def test_arguments_that_an_optimizer_does_not_take(name: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
-        check_optimizer(settings_of(name, optimizer_args=arguments), "cpu")
+        check_optimizer(name, arguments, 1e-2, "cpu")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_refuses_its_own_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check_optimizer(settings_of(name), "cpu")
-    check_optimizer(settings_of(name), "cuda")
+    check_optimizer(name, {}, 1e-2, "cpu")
+    check_optimizer(name, {}, 1e-2, "cuda")
     assert capsys.readouterr().out == ""
 
 
@@ -190,13 +189,12 @@ def test_no_optimizer_refuses_its_own_defaults(name: str, capsys: pytest.Capture
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, OPTIMIZERS[name].module, None)
     with pytest.raises(ValueError, match=rf"optimizer = {name}: .*: pip install {package}$"):
-        check_optimizer(settings_of(name), "cpu")
+        check_optimizer(name, {}, 1e-2, "cpu")
 
 
 def test_prodigys_logged_learning_rate_is_the_step_that_it_has_found() -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    settings = settings_of("prodigy", learning_rate=0.5, optimizer_args={"d0": 1e-3})
-    optimizer = make_optimizer(settings, [{"params": [parameter], "lr": 0.5}])
+    optimizer = made("prodigy", [{"params": [parameter], "lr": 0.5}], d0=1e-3)
     rates = [learning_rate(optimizer)]
     for _ in range(10):
         parameter.grad = -torch.ones(2)

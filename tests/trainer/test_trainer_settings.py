@@ -170,6 +170,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"expert": "middle"}, ['expert = "middle": ', '"high" or "low"']),
     ({"training": "Lora"}, ['training = "Lora": ', '"lora" or "full"']),
     ({"lora_rank": 0}, ["lora_rank = 0: ", ">= 1"]),
+    ({"report_to": [1]}, ["report_to = [1]: ", "a list of names such as"]),
     ({"lora_type": "lora+"}, ['lora_type = "lora+": ', '"lora", "dora", "rslora", "loha" or "lokr"']),
     ({"lora_alpha": 0}, ["lora_alpha = 0: ", "a number > 0"]),
     ({"lora_dropout": 1}, ["lora_dropout = 1: ", "[0, 1)"]),

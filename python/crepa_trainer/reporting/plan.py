@@ -20,6 +20,7 @@ from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import teacher_frames, teacher_is_encoder
 from ..optimizers import check_optimizer
 from ..state import PRECISIONS, add_lora
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from ..families import CutText, TrainingFamily
@@ -139,10 +140,11 @@ def make_plan(
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
             read, settings or a device that the family cannot be trained with, a backend that cannot run there, an
-            optimizer that is not installed or refuses its arguments.
+            optimizer or tracker that is not installed, or an optimizer that refuses its arguments.
     """
     check_blocks(settings, config, family)
-    check_optimizer(settings, device_type)
+    check_optimizer(settings.optimizer, settings.optimizer_args, settings.weight_decay, device_type)
+    check_trackers(settings.report_to)
     family.check_run(settings.batch_size, device_type)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(

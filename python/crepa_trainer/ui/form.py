@@ -133,7 +133,7 @@ def _all_fields() -> Iterator[FormField]:
 def _section(key: str) -> str:
     if key.startswith(("crepa_", "irepa_", "layersync_")):
         return LOSSES
-    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_")) else OPTIMIZATION)
+    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_", "report_")) else OPTIMIZATION)
 
 
 def _words(key: str) -> str:

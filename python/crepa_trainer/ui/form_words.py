@@ -134,6 +134,7 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "validation_guidance": ("検証のガイダンス", "サンプルのガイダンススケール。0 以上の数"),
     "validation_seed": ("検証のシード", "サンプルのノイズの乱数。0 以上の整数"),
     "matrix_every": ("類似度行列の間隔", "類似度行列の間のステップ数。0 なら行わない"),
+    "report_to": ("記録先", 'metrics.jsonl のほかに値を記録する先。["tensorboard", "wandb"] のように書く'),
     # Checkpoints
     "output": ("出力", "チェックポイント・ログ・学習した重みのフォルダー。必須"),
     "lora_format": ("LoRA の形式", "学習した LoRA のファイル。標準の diffusers 用、ComfyUI 用、両方、または peft 用"),
