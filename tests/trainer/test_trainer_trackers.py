@@ -82,7 +82,7 @@ def test_wandb_has_every_value_and_picture_without_a_network(
     history: dict[int, dict[str, Any]] = {}
     for record in found:
         if record.HasField("history"):
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             history.setdefault(record.history.step.num, {}).update(items)
     for row in rows:
         at = history[row["step"]]
