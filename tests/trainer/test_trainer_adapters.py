@@ -26,9 +26,12 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from said import everything_said
-from tiny_pipelines import save_tiny_hunyuan_pipeline
+from tiny_hub_folders import save_tiny_cogvideox, save_tiny_kandinsky
+from tiny_pipelines import save_tiny_hunyuan_pipeline, save_tiny_ltx_pipeline, save_tiny_sana_pipeline
 from torch import Tensor, nn
 from training_runs import TinyClips, tiny_config, tiny_settings, train
+
+from crepa_kernels import CrepaConfig
 
 TYPES = ("lora", "dora", "rslora", "loha", "lokr")
 # A scale that is not 1, nor a power of 2.
@@ -99,6 +102,34 @@ def test_a_file_gives_the_trained_model_again(models: Path, tmp_path: Path, kind
                 fresh = pipeline.transformer
             torch.testing.assert_close(outputs(fresh), expected)
     assert said == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_tiny_ltx_pipeline,
+        save_tiny_hunyuan_pipeline,
+        save_tiny_kandinsky,
+        save_tiny_cogvideox,
+        save_tiny_sana_pipeline,
+    ],
+)
+def test_the_stock_pipeline_of_each_family_adds_what_was_trained(tmp_path: Path, save: Any, kind: str) -> None:
+    family = family_of(save(tmp_path / "model"))
+    settings = tiny_settings(Path("models"), Path("output"), **given(kind), lora_dropout=0.25)
+    transformer = adapted(family, settings)
+    identity = run_identity(settings, CrepaConfig.from_dict({}), 1)
+    save_lora(family, transformer, Checkpoint(tmp_path, 1, identity, "model"))
+    pipeline = getattr(diffusers, family.pipelines[family.task]).from_pretrained(family.model)
+    with everything_said() as said:
+        pipeline.load_lora_weights(tmp_path)
+    assert said == []
+    expected, found = merged(transformer), merged(pipeline.transformer)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=name)
 
 
 def _slow(kind: str) -> Any:
