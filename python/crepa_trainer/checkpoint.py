@@ -24,6 +24,7 @@ from crepa_kernels.teachers.encoding import named_encoder
 from .data.dataset import listed
 from .data.files import model_identity
 from .data.names import teacher_is_encoder
+from .optimizers import OPTIMIZERS, SHAPED_OTHERWISE, weights_for_use
 from .state import trained_parameters
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
+# Of a schedule-free optimizer, which trains others than are to be used.
+UNAVERAGED_FILE = "unaveraged_weights.safetensors"
 _WRITING = ".writing-"
 _EMA = "average"  # in the names of files, where earlier checkpoints have it
 _ANEW = "start anew in another output"
@@ -58,6 +61,7 @@ _FREE = {
     "validation_guidance",
     "validation_seed",
     "matrix_every",
+    "report_to",
     "strict",
     "workers",
     "crepa_backend",
@@ -237,7 +241,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
-    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
+    Optimizer, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
     trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
     checkpoint that somebody else made runs none of their code.
 
@@ -266,6 +270,7 @@ class Checkpoints:
         self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
+        self._schedule_free = OPTIMIZERS[identity["optimizer"]].schedule_free
         self._random_file = f"random_state_{state.accelerator.process_index}.safetensors"
 
     def described(self, folder: Path, step: int) -> Checkpoint:
@@ -289,7 +294,7 @@ class Checkpoints:
     def load(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as it was. ValueError naming a file that is of another model or run."""
         folder = checkpoint.folder
-        self._load_weights(folder / WEIGHTS_FILE)
+        self._load_weights(folder / (UNAVERAGED_FILE if self._schedule_free else WEIGHTS_FILE))
         for name, part in self._parts().items():
             file = folder / f"{name}.safetensors"
             state = read_state(file)
@@ -342,13 +347,18 @@ class Checkpoints:
         write_state(temporary / self._random_file, random_state(self._state.accelerator.device))
         if not self._state.accelerator.is_main_process:
             return
-        trained = trained_parameters(self._transformer)
-        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
-        save_file(tensors, temporary / WEIGHTS_FILE)
-        if self._save_lora is not None:
-            self._save_lora(self.described(temporary, step))
         for name, state in states.items():
             write_state(temporary / f"{name}.safetensors", state)
+        if self._schedule_free:
+            self._save_weights(temporary / UNAVERAGED_FILE)
+        with weights_for_use(self._state.optimizer):
+            self._save_weights(temporary / WEIGHTS_FILE)
+            if self._save_lora is not None:
+                self._save_lora(self.described(temporary, step))
+
+    def _save_weights(self, file: Path) -> None:
+        trained = trained_parameters(self._transformer)
+        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}, file)
 
     def _finish(self, temporary: Path, target: Path, step: int) -> None:
         if not self._state.accelerator.is_main_process:
@@ -403,14 +413,16 @@ def _give(name: str, part: Any, state: dict[str, Any]) -> None:
 def _numbered(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimiser's state with its parameters numbered again (JSON has text for keys).
 
-    ValueError where a moment is not of its parameter's shape.
+    ValueError where a moment is not of its parameter's shape, or larger where it need not be.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {int(number): each for number, each in state["state"].items()}
     for number, tensors in moments.items():
         shape = parameters[number].shape
-        if any(isinstance(each, Tensor) and each.ndim and each.shape != shape for each in tensors.values()):
-            raise ValueError(f"its parameter {number} is not of the shape {tuple(shape)}")
+        found = {name: each for name, each in tensors.items() if isinstance(each, Tensor) and each.ndim}
+        for name, each in found.items():
+            if each.numel() > shape.numel() or (each.shape != shape and name not in SHAPED_OTHERWISE):
+                raise ValueError(f"its parameter {number} is not of the shape {tuple(shape)}")
     return {**state, "state": moments}
 
 

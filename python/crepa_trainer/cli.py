@@ -161,7 +161,7 @@ def _run(argv: Sequence[str]) -> int:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     from . import settings
 
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="file of settings: JSON, TOML or YAML")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--json", action="store_true", help="print the plan's names and values as JSON, and stop")
     parser.add_argument(

@@ -29,12 +29,13 @@ from .data.dataset import ClipKey, FoundClips, find_clips
 from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .data.video import VideoError
 from .families import TrainingFamily
-from .folders import METRICS_FILE, check_folders, one_run_in
+from .folders import check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
+from .optimizers import weights_for_use
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
-from .reporting.trackers import MetricsTracker, peak_memory
+from .reporting.trackers import log_picture, make_trackers, peak_memory, start_trackers
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
@@ -42,6 +43,7 @@ from .terminal import say, several
 from .validation import Sampling, sample_clips, save_clip, save_index
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers.training_utils import EMAModel
 
     from crepa_kernels import CrepaConfig
@@ -158,7 +160,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=["tensorboard", MetricsTracker(settings.output / METRICS_FILE, first_step)],
+        log_with=make_trackers(settings, first_step),
         project_dir=settings.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -211,15 +213,15 @@ def train_on(
         checkpoints.load(checkpoint)
     elif settings.resume is not None:
         say(console, "there is no checkpoint yet: starting at step 0")
-    # TensorBoard then leaves out what a run that was killed has logged from there on.
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
+    start_trackers(accelerator, settings.model_dump(mode="json") | config.to_dict())
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
     stopped = trained.steps(first_step, console)
     if stopped is None and accelerator.is_main_process:
         folder = settings.output / export.FOLDER
         control.phase("exporting")
         described = checkpoints.described(folder, settings.max_train_steps)
-        export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
+        with weights_for_use(state.optimizer):
+            export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
         say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
@@ -260,6 +262,7 @@ class TrainingRun:
         self._stopped: int | None = None  # the signal that has reached any of several processes
         self._asked: set[Command] = set()  # of all of them, at the same step
         self._seconds = 0.0  # that the last step took
+        self._pictures: dict[int, np.ndarray] = {}  # of steps whose values are under way
 
     def steps(self, first_step: int, console: Console) -> Stopped | None:
         """All steps from `first_step` on, with their checkpoints and validations; or up to a signal, with a checkpoint.
@@ -328,6 +331,9 @@ class TrainingRun:
         self._asked |= {command for command, bit in _BITS.items() if bits & bit}
         measured = {"time": time.time(), "seconds": self._seconds, "memory": peak_memory(self.accelerator.device)}
         self.accelerator.log({**values, **measured}, step=step)
+        # Not before the values of its step: some trackers take nothing of an earlier step than the last.
+        if (picture := self._pictures.pop(step, None)) is not None:
+            log_picture(self.accelerator.trackers, "similarity_matrix", picture, step)
         show(step, values)
 
     def _step(self, step: int, batches: Iterator[MicroBatch]) -> StepValues:
@@ -352,10 +358,9 @@ class TrainingRun:
 
     def _keep_look(self, step: int, clip: int, look: AlignedClip, config: CrepaConfig) -> None:
         from .reporting.looks import save_look
-        from .reporting.plots import similarity_figure
+        from .reporting.plots import figure_pixels, similarity_figure
 
-        figure = similarity_figure({f"step {step}": look.matrix})
-        self._tensorboard().add_figure("similarity_matrix", figure, step)
+        self._pictures[step] = figure_pixels(similarity_figure({f"step {step}": look.matrix}))
         key = self.clips.keys[clip]
         frames = teacher_frames(config, key.bucket.frames, len(look.matrix))
         save_look(self.settings.output, step, key.name, frames, self._frames(key, frames), look)
@@ -376,12 +381,12 @@ class TrainingRun:
         self.control.phase("validating")
         if self.accelerator.is_main_process:
             sampling = self._sampling()
-            with export.ema_weights(self.transformer, self.ema):
+            with weights_for_use(self.state.optimizer), export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
             folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, folder, f"prompt-{number}")
-                self._tensorboard().add_image(f"validation/{number}", strip, done, dataformats="HWC")
+                log_picture(self.accelerator.trackers, f"validation/{number}", strip, done)
             save_index(folder, self.settings.validation_prompts, sampling)
             say(console, f"step {done}: {several(len(clips), 'clip')} sampled into {folder}")
         self.accelerator.wait_for_everyone()
@@ -402,6 +407,3 @@ class TrainingRun:
             tiling=settings.vae_tiling,
             clips=given,
         )
-
-    def _tensorboard(self) -> Any:
-        return self.accelerator.get_tracker("tensorboard", unwrap=True)

@@ -1,8 +1,9 @@
-"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a JSON file and the command line."""
+"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a file and the command line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
 from crepa_kernels.config.base import Integer, Settings, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
-from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
+from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
+
+from .optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,21 @@ Folder = Annotated[
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments as a value of settings, equal and hashed by what they say; nobody changes them."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _arguments(value: Any) -> Any:
+    return Arguments({key: _tuples(each) for key, each in value.items()}) if isinstance(value, dict) else value
+
+
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
+WordOrWords = Annotated[Words, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class RunSettings(LayerSyncKeys, Settings):
@@ -51,7 +68,6 @@ class RunSettings(LayerSyncKeys, Settings):
     PREFIXES = ("",)  # none
     UNKNOWN = MappingProxyType(
         {
-            "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
             "caption_dropout": "unknown key; captions are not dropped",
             "config": "the file of settings is given on the command line, as --config FILE",
             **dict.fromkeys(
@@ -77,17 +93,27 @@ class RunSettings(LayerSyncKeys, Settings):
         'model has one; must be "high" or "low"',
     )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
-    lora_rank: Integer = integer(16, "rank of the LoRA, and its alpha", ge=1)
+    lora_type: Literal["lora", "dora", "rslora", "loha", "lokr"] = Field(
+        "lora",
+        description='the adapter that is trained, as peft has it; must be "lora", "dora", "rslora", "loha" or "lokr"',
+    )
+    lora_rank: Integer = integer(16, "rank of the LoRA", ge=1)
+    lora_alpha: float | None = number(
+        None, "of the LoRA, whose product is multiplied by it and divided by the rank, lora_rank when null", gt=0
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the LoRA's inputs that are left out in training; must be in [0, 1)"
+    )
     lora_targets: Words | None = Field(
         None,
         min_length=1,
         description="layers that get a LoRA, the attention's projections when null; "
         'must be a list of names such as ["to_q", "to_v"]',
     )
-    lora_format: Literal["diffusers", "comfyui", "both"] = Field(
+    lora_format: Literal["diffusers", "comfyui", "both", "peft"] = Field(
         "diffusers",
-        description="the file of the trained LoRA, for stock diffusers or by the original names for ComfyUI; must be "
-        '"diffusers", "comfyui" or "both"',
+        description="the file of the trained LoRA, for stock diffusers, by the original names for ComfyUI, the two, or "
+        'for peft; must be "diffusers", "comfyui", "both" or "peft"',
     )
     resolutions: Sizes = Field(
         ((480, 832),),
@@ -104,9 +130,40 @@ class RunSettings(LayerSyncKeys, Settings):
     max_train_steps: Integer = Field(ge=1, description="optimiser steps; must be an integer >= 1, required")
     batch_size: Integer = integer(1, "clips of a micro-batch on each process", ge=1)
     gradient_accumulation_steps: Integer = integer(1, "micro-batches of an optimiser step", ge=1)
+    optimizer: Literal[
+        "adamw",
+        "adam",
+        "nadam",
+        "radam",
+        "adamax",
+        "adagrad",
+        "adafactor",
+        "rmsprop",
+        "sgd",
+        "muon",
+        "adamw8bit",
+        "adam8bit",
+        "ademamix8bit",
+        "lion8bit",
+        "paged_adamw8bit",
+        "lion",
+        "prodigy",
+        "adamw_schedulefree",
+        "radam_schedulefree",
+        "sgd_schedulefree",
+    ] = Field(
+        "adamw",
+        description="of torch, or of the package that its name says; must be one of "
+        + ", ".join(f'"{name}"' for name in OPTIMIZERS),
+    )
+    optimizer_args: Annotated[dict[str, Any], AfterValidator(_arguments)] = Field(
+        Arguments(),
+        description="more arguments of the optimizer, by its own names; must be a mapping such as "
+        '{"betas": [0.9, 0.99]}',
+    )
     learning_rate: float = Field(1e-4, gt=0, description="must be a number > 0")
     projector_learning_rate: float | None = number(None, "of CREPA's projector, learning_rate when null", gt=0)
-    weight_decay: float = number(1e-2, "of AdamW", ge=0)
+    weight_decay: float = number(1e-2, "of the optimizer", ge=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field(
@@ -144,7 +201,12 @@ class RunSettings(LayerSyncKeys, Settings):
     validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
     validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
     validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
-    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and TensorBoard, 0 for never", ge=0)
+    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and in trackers, 0 for never", ge=0)
+    report_to: WordOrWords = Field(
+        ("tensorboard",),
+        description="where values are logged beside metrics.jsonl, by accelerate's names for its trackers; "
+        'must be a name or a list of names such as ["tensorboard", "wandb"]',
+    )
     fps: float | None = Field(
         None,
         gt=0,
@@ -167,11 +229,10 @@ class RunSettings(LayerSyncKeys, Settings):
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
         """Settings that contradict each other, or of which one would do nothing."""
         yield from self.layersync_problems()
-        if self.training == "full" and self.lora_format != "diffusers":
-            rule = 'training = "full" trains all weights and has no LoRA'
-            yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        yield from self._lora_problems()
+        yield from self._optimizer_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
-        if warm_up and self.lr_scheduler == "constant":
+        if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
             yield {"lr_warmup_steps", "lr_scheduler"}, describe("lr_warmup_steps", warm_up, rule)
         if warm_up > most:
@@ -187,6 +248,50 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
+
+    def _lora_problems(self) -> Iterator[tuple[set[str], str]]:
+        given = {key: getattr(self, key) for key in ("lora_type", "lora_alpha", "lora_dropout", "lora_format")}
+        if self.training == "full":
+            rule = 'training = "full" trains all weights and has no LoRA'
+            for key, value in given.items():
+                if value != type(self).model_fields[key].default:
+                    yield {"training", key}, describe(key, value, rule)
+        elif self.lora_type in ("loha", "lokr"):
+            kind = f'lora_type = "{self.lora_type}"'
+            if self.lora_dropout:
+                rule = f"{kind} has none in peft, leave it out"
+                yield {"lora_type", "lora_dropout"}, describe("lora_dropout", self.lora_dropout, rule)
+            if self.lora_format in ("diffusers", "both"):
+                rule = f'pipelines of stock diffusers load no {kind}: must be "peft" or "comfyui"'
+                yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        elif self.lora_type == "dora" and self.lora_format in ("comfyui", "both"):
+            rule = 'ComfyUI reads lora_type = "dora" otherwise than it was trained: must be "diffusers" or "peft"'
+            yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
+
+    def _optimizer_problems(self) -> Iterator[tuple[set[str], str]]:
+        kind, name = OPTIMIZERS[self.optimizer], self.optimizer
+        try:
+            json.dumps(self.optimizer_args)
+        except (TypeError, ValueError):  # a date of TOML
+            rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
+            yield {"optimizer_args"}, describe("optimizer_args", self.optimizer_args, rule)
+        if kind.schedule_free:
+            own = 'needs no schedule, and any warm-up is its own: optimizer_args = {"warmup_steps": ...}'
+            for key, value in (("lr_scheduler", self.lr_scheduler), ("lr_warmup_steps", self.lr_warmup_steps)):
+                if value not in ("constant", 0):
+                    yield {"optimizer", key}, describe(key, value, f"{name} {own}")
+            if self.ema_decay is not None:
+                rule = f"{name} averages the weights itself"
+                yield {"optimizer", "ema_decay"}, describe("ema_decay", self.ema_decay, rule)
+        if kind.one_rate:
+            keys = {"optimizer", "learning_rate", "projector_learning_rate"}
+            if "learning_rate" not in self.model_fields_set:
+                rule = f"{name} finds the step itself and takes a factor of it: give one, as a rule 1"
+                yield keys, describe("learning_rate", self.learning_rate, rule)
+            rate = self.projector_learning_rate
+            if rate is not None and rate != self.learning_rate:
+                rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
+                yield keys, describe("projector_learning_rate", rate, rule)
 
     @property
     def layersync(self) -> LayerSyncConfig:
@@ -226,7 +331,7 @@ def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
 def load_settings(
     config_file: Path | None, cli_overrides: Mapping[str, Any], *, rest: Sequence[str] = ()
 ) -> tuple[RunSettings, CrepaConfig]:
-    """Settings of a flat JSON file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
+    """Settings of a flat file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
 
     A missing `crepa_block_index` of an enabled configuration becomes the one recommended for the model's family,
     which is logged; for that alone the model's configs are read.
@@ -234,10 +339,11 @@ def load_settings(
     rest: words of a command line that its parser did not know.
 
     Raises:
-        ConfigError: (a ValueError) a file that is not one JSON object; every wrong, missing and unknown key.
+        ConfigError: (a ValueError) a file that is not one mapping of keys to values; every wrong, missing and unknown
+            key.
         ValueError: a model that is not a pipeline, where its family must be known, as `TrainingFamily.of`.
     """
-    from_file = {} if config_file is None else read_json(config_file)
+    from_file = {} if config_file is None else read_settings(config_file)
     problems = _unknown_words(rest)
     ours, crepa = _split(from_file, cli_overrides, problems)
     settings = config = None

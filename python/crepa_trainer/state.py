@@ -13,7 +13,9 @@ from torch import nn
 from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
-from .comfyui import original_layers
+from .adapters import Adapter, adapter_layers
+from .comfyui import check_layers
+from .optimizers import make_optimizer, start_training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 # torch 2.13's C++ code gave wrong gradients: with convolutions laid out otherwise one of SANA-Video's first block, 100
 # times too large; with vector instructions some of HunyuanVideo's, 1.6 % off.
 COMPILER_ON_CPU = {"layout_optimization": False, "cpp.simdlen": 1}
-_TAKE_A_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -72,7 +73,7 @@ def make_state(
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.optimizer_args, settings.weight_decay)
     scheduler = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -80,6 +81,7 @@ def make_state(
         num_training_steps=settings.max_train_steps,
     )
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    start_training(optimizer)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
     return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
@@ -97,31 +99,30 @@ def parameter_groups(
 
 
 def add_lora(transformer: Any, family: TrainingFamily, settings: RunSettings) -> None:
-    """A LoRA in fp32 on the layers of `lora_targets`, or on those that the family names.
+    """The adapter of `lora_type` in fp32 on the layers of `lora_targets`, or on those that the family names.
 
-    ValueError for one that the model lacks, or that has no name in the file that `lora_format` asks for.
+    ValueError for one that the model lacks, that takes no such adapter, or that has no name in the file that
+    `lora_format` asks for.
     """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
 
+    adapter = Adapter.of(settings.model_dump())
     targets = list(settings.lora_targets or family.lora_targets)
     for target in targets:
         found = [each for name, each in transformer.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise ValueError(f"lora_targets: {target} is no layer of {type(transformer).__name__}")
         # peft's own words show the whole layer.
-        wrong = next((type(each).__name__ for each in found if not isinstance(each, _TAKE_A_LORA)), None)
+        wrong = next((type(each).__name__ for each in found if not isinstance(each, adapter.takes)), None)
         if wrong is not None:
-            raise ValueError(f"lora_targets: {target} is a {wrong}, and only linear and convolution layers take a LoRA")
-    transformer.add_adapter(
-        LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets, init_lora_weights=True)
-    )
+            which = "linear and convolution layers take a LoRA"
+            if not adapter.is_lora:
+                which = f"linear layers and convolutions of images take lora_type = {adapter.kind}"
+            raise ValueError(f"lora_targets: {target} is a {wrong}, and only {which}")
+    transformer.add_adapter(adapter.config(targets))
     cast_training_params(transformer, dtype=torch.float32)
-    if settings.lora_format != "diffusers":
-        original_layers(
-            family,
-            (name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")),
-        )
+    if settings.lora_format in ("comfyui", "both"):
+        check_layers(family, adapter, adapter_layers(trained_parameters(transformer)))
 
 
 def compile_blocks(transformer: Any, **options: Any) -> None:

@@ -18,6 +18,7 @@ from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
 
 from .alignment import AlignedClip
+from .optimizers import learning_rate
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaRegularizer
@@ -75,7 +76,7 @@ def training_step(
             # What clipping divided by, so that these are as large as they were before it, as the norm is.
             scale = (norm / state.max_grad_norm).clamp(min=1)
             logs |= {name: value * scale for name, value in gradient_norms(state).items()}
-            logs["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+            logs["learning_rate"] = learning_rate(state.optimizer)
         state.optimizer.step()
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()

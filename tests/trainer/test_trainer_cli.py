@@ -68,7 +68,7 @@ def test_it_starts_as_a_module_for_launchers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model": ', "{file}: not JSON: Expecting value: line 1 column 11 (char 10)"),
+        ('{"model": ', '{file}: not JSON: Expecting value: line 1 column 11 (char 10): {{"model":'),
         ('{"seed": 1, "seed": 2}', "{file}: each key may appear once; repeated: seed"),
         (
             '{"model": "wan", "data": "d", "output": "o", "max_train_step": 1, "crepa_lambda": -1}',
@@ -104,12 +104,15 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
 
     needed = {"model": "a/b", "data": "d", "output": str(tmp_path / "run"), "max_train_steps": 1}
     (tmp_path / "config.json").write_text(json.dumps(needed))
-    (tmp_path / "config.yaml").write_text("model: wan\n")
     assert error("--config", f"{tmp_path}/confg.json") == (
         f"{tmp_path}/confg.json: no such file; did you mean {tmp_path}/config.json?"
     )
     assert error("--config", str(tmp_path)) == f"{tmp_path}: is a folder, not a file of settings"
-    assert error("--config", f"{tmp_path}/config.yaml").endswith("settings are read from JSON, not from .yaml files")
+    (tmp_path / "config.yaml").write_text("model: a/b\ndata: [d\noutput: o\n")
+    assert error("--config", f"{tmp_path}/config.yaml") == (
+        f"{tmp_path}/config.yaml: not YAML: while parsing a flow sequence, expected ',' or ']', but got ':': "
+        "line 3 column 7: output: o"
+    )
     given = ("--config", f"{tmp_path}/config.json")
     assert "--optimizer: unknown key; it is AdamW: see learning_rate" in error(*given, "--optimizer", "prodigy")
     assert error(*given, "--caption_dropout", "0.1").endswith(

@@ -61,6 +61,9 @@ def test_a_file_gives_both_settings(tmp_path: Path) -> None:
 def test_settings_are_an_immutable_value() -> None:
     settings = RunSettings(**REQUIRED)
     assert hash(settings) == hash(RunSettings(**REQUIRED))
+    given = RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6})
+    assert (hash(given), given != settings) == (hash(RunSettings(**json.loads(given.model_dump_json()))), True)
+    assert pickle.loads(pickle.dumps(given)) == given
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert RunSettings(**settings.model_dump()) == settings
     assert RunSettings(**json.loads(settings.model_dump_json())) == settings
@@ -79,11 +82,13 @@ def test_every_key_is_an_option_over_the_file(tmp_path: Path) -> None:
         *("--ema_decay", "0.9"),
         *("--validation_prompts", '["a red square"]', "--validation_every", "2"),
         *("--resume", "latest"),
+        *("--optimizer", "lion", "--optimizer_args", '{"betas": [0.9, 0.99]}'),
         *("--crepa_lambda", "0.125"),
         config=file,
     )
     assert (settings.seed, settings.resolutions, settings.frame_counts) == (7, ((32, 48),), (5,))
     assert (settings.strict, settings.gradient_checkpointing, settings.ema_decay) == (True, False, 0.9)
+    assert (settings.optimizer, settings.optimizer_args) == ("lion", {"betas": (0.9, 0.99)})
     assert (settings.validation_prompts, settings.resume) == (("a red square",), "latest")
     assert (config.crepa_lambda, config.crepa_adjacent_distance) == (0.125, 2)
     options = {f"--{key}" for key in RunSettings.model_fields}
@@ -165,8 +170,33 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"expert": "middle"}, ['expert = "middle": ', '"high" or "low"']),
     ({"training": "Lora"}, ['training = "Lora": ', '"lora" or "full"']),
     ({"lora_rank": 0}, ["lora_rank = 0: ", ">= 1"]),
+    ({"report_to": [1]}, ["report_to = [1]: ", "a list of names such as"]),
+    ({"lora_type": "lora+"}, ['lora_type = "lora+": ', '"lora", "dora", "rslora", "loha" or "lokr"']),
+    ({"lora_alpha": 0}, ["lora_alpha = 0: ", "a number > 0"]),
+    ({"lora_dropout": 1}, ["lora_dropout = 1: ", "[0, 1)"]),
+    ({"lora_type": "dora", "training": "full"}, ['lora_type = "dora": training = "full" trains all weights']),
+    ({"lora_alpha": 2, "training": "full"}, ['lora_alpha = 2.0: training = "full" trains all weights']),
+    ({"lora_dropout": 0.1, "lora_type": "lokr", "lora_format": "peft"}, ["lora_dropout = 0.1: ", "has none in peft"]),
+    ({"lora_type": "loha"}, ['lora_format = "diffusers": pipelines of stock', 'must be "peft" or "comfyui"']),
+    (
+        {"lora_type": "dora", "lora_format": "both"},
+        ['lora_format = "both": ComfyUI reads lora_type = "dora"'],
+    ),
+    ({"optimizer": "adamv"}, ['optimizer = "adamv": ', '"adamw", "adam", ']),
+    ({"optimizer_args": [1]}, ["optimizer_args = [1]: ", "a mapping such as"]),
+    ({"optimizer": "prodigy"}, ["learning_rate = 0.0001: prodigy finds the step itself", "as a rule 1"]),
+    (
+        {"optimizer": "prodigy", "learning_rate": 1, "projector_learning_rate": 2},
+        ["projector_learning_rate = 2.0: prodigy has one for all", "learning_rate = 1"],
+    ),
+    ({"optimizer": "adamw_schedulefree", "lr_warmup_steps": 3}, ["lr_warmup_steps = 3: ", '{"warmup_steps": ...}']),
+    (
+        {"optimizer": "sgd_schedulefree", "lr_scheduler": "cosine"},
+        ['lr_scheduler = "cosine": sgd_schedulefree needs no'],
+    ),
+    ({"optimizer": "adamw_schedulefree", "ema_decay": 0.9}, ["ema_decay = 0.9: ", "averages the weights itself"]),
     ({"lora_targets": []}, ["lora_targets = []: "]),
-    ({"lora_format": "kohya"}, ['lora_format = "kohya": ', '"diffusers", "comfyui" or "both"']),
+    ({"lora_format": "kohya"}, ['lora_format = "kohya": ', '"diffusers", "comfyui", "both" or "peft"']),
     ({"lora_format": "both", "training": "full"}, ['lora_format = "both": training = "full" trains all weights']),
     ({"lora_targets": "to_q"}, ['lora_targets = "to_q": ', '["to_q", "to_v"]']),
     ({"resolutions": [480, 832]}, ["resolutions = [480, 832]: ", "[[480, 832]]"]),

@@ -18,8 +18,10 @@ from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import teacher_frames, teacher_is_encoder
+from ..optimizers import check_optimizer
 from ..state import PRECISIONS, add_lora
 from ..terminal import several
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from ..families import CutText, TrainingFamily
@@ -138,9 +140,12 @@ def make_plan(
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read, settings or a device that the family cannot be trained with, a backend that cannot run there.
+            read, settings or a device that the family cannot be trained with, a backend that cannot run there, an
+            optimizer or tracker that is not installed, or an optimizer that refuses its arguments.
     """
     check_blocks(settings, config, family)
+    check_optimizer(settings.optimizer, settings.optimizer_args, settings.weight_decay, device_type)
+    check_trackers(settings.report_to)
     family.check_run(settings.batch_size, device_type)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(

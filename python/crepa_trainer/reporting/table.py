@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,9 @@ from ..data.sampler import MADE_AHEAD
 from ..data.video import VideoInfo
 from ..terminal import plain, several
 from .plan import BucketPlan, Plan
+
+if TYPE_CHECKING:
+    from ..settings import RunSettings
 
 Rows = list[tuple[str, str]]
 
@@ -45,7 +50,7 @@ def _model_rows(plan: Plan) -> Rows:
     settings, family = plan.settings, plan.family
     how = "all weights"
     if settings.training == "lora":
-        how = f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_targets or family.lora_targets)}"
+        how = f"{_adapter(settings)} on {', '.join(settings.lora_targets or family.lora_targets)}"
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
@@ -53,7 +58,22 @@ def _model_rows(plan: Plan) -> Rows:
     return [
         ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
         ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
+        ("optimizer", _optimizer(settings)),
     ]
+
+
+def _optimizer(settings: RunSettings) -> str:
+    arguments = "".join(f", {name} {json.dumps(value)}" for name, value in settings.optimizer_args.items())
+    warm_up = f" after {several(settings.lr_warmup_steps, 'step')} of warm-up" if settings.lr_warmup_steps else ""
+    rate = f"learning rate {settings.learning_rate:g}, {settings.lr_scheduler}{warm_up}"
+    return f"{settings.optimizer}{arguments}, {rate}, weight decay {settings.weight_decay:g}"
+
+
+def _adapter(settings: RunSettings) -> str:
+    kinds = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "loha": "LoHa", "lokr": "LoKr"}
+    alpha = "" if settings.lora_alpha is None else f", alpha {settings.lora_alpha:g}"
+    dropout = f", dropout {settings.lora_dropout:g}" if settings.lora_dropout else ""
+    return f"{kinds[settings.lora_type]} of rank {settings.lora_rank}{alpha}{dropout}"
 
 
 def data_rows(plan: Plan, named: int = NAMED) -> Rows:

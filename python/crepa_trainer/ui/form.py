@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from crepa_kernels.config import ConfigError, CrepaConfig
 from crepa_kernels.config.rules import PRESETS
+from crepa_kernels.config.sources import parse_settings
 from crepa_kernels.regularizer.schedule import scheduled_weight
 
 from ..settings import PRESET, RunSettings, add_arguments, given_values, load_settings
@@ -35,7 +36,7 @@ SECTIONS = (MODEL, DATA, OPTIMIZATION, LOSSES, VALIDATION, CHECKPOINTS)
 _SECTION_OF = {
     key: section
     for section, keys in (
-        (MODEL, "model family task expert training lora_rank lora_targets"),
+        (MODEL, "model family task expert training lora_type lora_rank lora_alpha lora_dropout lora_targets"),
         (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache cache_teacher vae_tiling workers"),
         (CHECKPOINTS, "output checkpoint_every checkpoints_kept resume lora_format"),
     )
@@ -132,7 +133,7 @@ def _all_fields() -> Iterator[FormField]:
 def _section(key: str) -> str:
     if key.startswith(("crepa_", "irepa_", "layersync_")):
         return LOSSES
-    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_")) else OPTIMIZATION)
+    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_", "report_")) else OPTIMIZATION)
 
 
 def _words(key: str) -> str:
@@ -247,19 +248,7 @@ def json_text(values: Mapping[str, Any]) -> str:
 
 def read_json_text(text: str) -> Values:
     """The values of a file's text. ValueError where it is not one JSON object, or has a key twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> Values:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("each key may appear once")
-        return dict(pairs)
-
-    try:
-        values = json.loads(text or "{}", object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must hold one JSON object, not {type(values).__name__}")
-    return values
+    return parse_settings(text or "{}")
 
 
 def command_line(values: Mapping[str, Any]) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crepa_kernels.config import ConfigError, sources
+from crepa_kernels.config.sources import SUFFIXES
 from crepa_kernels.regularizer.saving import replacing
 
 from ..control import SETTINGS_FILE, is_running, start
 from ..reporting.runs import RunFolder
-from .form import Values, check, json_text, read_json_text
+from .form import Values, check, json_text
 from .guard import Folders
 
 _FOLDERS = ("data", "output", "cache")
@@ -22,16 +24,28 @@ _MODELS = ("model", "crepa_encoder", "crepa_model")
 
 def settings_files(folders: Folders) -> list[str]:
     """The names of the files of settings in the runs' folder."""
-    return sorted(path.name for path in folders.runs.glob("*.json") if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in folders.runs.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def read_settings(folders: Folders, name: str) -> Values:
     """The values of one of them. ValueError where it cannot be read."""
     path = folders.inside_runs(folders.runs / name)
     try:
-        return read_json_text(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        return sources.read_settings(path)
+    except ConfigError as error:
+        raise ValueError(f"{name}: {'; '.join(error.problems)}") from error
+    except OSError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def saved_name(name: str) -> str:
+    """The file that a page saves under a name: JSON, also of what was read from another format."""
+    path = Path(name)
+    return str(path.with_suffix(".json")) if path.suffix.lower() in SUFFIXES else f"{name}.json"
 
 
 def save_settings(folders: Folders, name: str, values: Mapping[str, Any]) -> Path:
@@ -69,7 +83,7 @@ def resume_run(folders: Folders, output: Path, *, queued: bool) -> Path:
     output = folders.inside_runs(output)
     file = output / SETTINGS_FILE
     try:
-        values = read_json_text(file.read_text(encoding="utf-8"))
+        values = sources.read_settings(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{output.name} has no {SETTINGS_FILE} that can be read: {error}") from error
     moved = _absolute(values, RunFolder(output).started_in)
@@ -122,7 +136,7 @@ def make_pair(folders: Folders, name: str) -> tuple[str, str]:
     ValueError where CREPA is not on in the file, or the files are there already.
     """
     values = read_settings(folders, name)
-    stem = name.removesuffix(".json")
+    stem = saved_name(name).removesuffix(".json")
     if not (values.get("crepa_enabled") is True or (values.get("preset") and values.get("crepa_enabled") is not False)):
         raise ValueError(f"{name}: CREPA is not on in it")
     output = values.get("output")

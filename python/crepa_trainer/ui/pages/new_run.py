@@ -31,7 +31,7 @@ from ..form import (
 from ..form_words import field_help, field_label
 from ..model_sizes import is_cached, suggested
 from ..shell import Page, View
-from ..starting import read_settings, save_settings, settings_files
+from ..starting import read_settings, save_settings, saved_name, settings_files
 
 
 class _Field:
@@ -145,8 +145,9 @@ class _NewRun:
         except ValueError as error:
             self.view.problem(str(error))
             return
-        self.opened = name
-        self.name.set_value(name)
+        # What is saved is JSON: another format stays as it was, and so does a file of the name that it would have.
+        self.opened = name if name == saved_name(name) else None
+        self.name.set_value(saved_name(name))
         self.take(values)
 
     def _open(self, event: Any) -> None:
@@ -158,7 +159,7 @@ class _NewRun:
         if not name:
             self.view.problem(self.words("Give a file name"))
             return False
-        name = name if name.endswith(".json") else f"{name}.json"
+        name = saved_name(name)
         if (self.view.folders.runs / name).exists() and name != self.opened and not await self._confirmed(name):
             return False
         try:
