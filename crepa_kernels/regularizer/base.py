@@ -31,6 +31,7 @@ from .attach import (
     check_reach,
 )
 from .capture import Capture, CapturedStates
+from .offloading import execution_device
 from .monitor import NonFiniteMonitor
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
@@ -131,7 +132,7 @@ class Regularizer:
         self._threshold = settings.similarity_threshold
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
         hidden_size = family.hidden_size(getattr(model, "config", None))
-        size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
+        size = source.feature_size(hidden_size, feature_size, execution_device(student, model))
         self.projector = make_projector(self.config, hidden_size, size)
         self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
         self._monitor = NonFiniteMonitor(self.OWNER)

@@ -62,6 +62,7 @@ _FREE = {
     "workers",
     "crepa_backend",
     "lora_format",
+    "offload",
 }
 
 

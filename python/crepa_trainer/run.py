@@ -31,6 +31,7 @@ from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import METRICS_FILE, check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
+from .precision import check_base_precision
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
@@ -134,6 +135,7 @@ def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     """
     check_launcher(settings)
     check_folders(settings)
+    check_base_precision(settings.base_precision, training_device())
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.

@@ -18,6 +18,9 @@ from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
 
+from .offload import Offload
+from .precision import QUANTIZED, BasePrecision
+
 logger = logging.getLogger(__name__)
 
 PRESET = "preset"
@@ -119,6 +122,16 @@ class RunSettings(LayerSyncKeys, Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
+    base_precision: BasePrecision = Field(
+        "bf16",
+        description='numbers in which frozen weights are kept, "bf16" for the type of mixed_precision; must be "bf16", '
+        '"fp8", "int8", "fp8_dynamic" or "nf4"',
+    )
+    offload: Offload = Field(
+        "none",
+        description="frozen weights that wait in host memory for their turn, by blocks or by single layers; must be "
+        '"none", "block" or "leaf"',
+    )
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -170,6 +183,7 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.training == "full" and self.lora_format != "diffusers":
             rule = 'training = "full" trains all weights and has no LoRA'
             yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
+        yield from self._base_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant":
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
@@ -187,6 +201,29 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
+
+    def _base_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Of the frozen weights: where they lie and in which numbers."""
+        base = describe("base_precision", self.base_precision, "")
+        if self.base_precision in QUANTIZED and self.mixed_precision != "bf16":
+            yield {"base_precision", "mixed_precision"}, f'{base}it computes in bf16: mixed_precision must be "bf16"'
+        if self.base_precision != "bf16" and self.compile_blocks:
+            yield {"base_precision", "compile_blocks"}, f"{base}compile_blocks must be false"
+        if self.base_precision != "bf16" and self.training == "full":
+            yield {"base_precision", "training"}, f'{base}training = "full" keeps all weights in fp32'
+        if self.offload == "none":
+            return
+        offload = describe("offload", self.offload, "")
+        if self.training == "full":
+            yield {"offload", "training"}, f'{offload}training = "full" has no frozen weights'
+        if not self.gradient_checkpointing:
+            rule = "the backward pass would find the weights gone: gradient_checkpointing must be true"
+            yield {"offload", "gradient_checkpointing"}, f"{offload}{rule}"
+        if self.compile_blocks:
+            yield {"offload", "compile_blocks"}, f"{offload}compile_blocks must be false"
+        if self.base_precision == "nf4":
+            rule = "the weights of bitsandbytes stay on the GPU: base_precision must be another"
+            yield {"offload", "base_precision"}, f"{offload}{rule}"
 
     @property
     def layersync(self) -> LayerSyncConfig:
