@@ -94,7 +94,7 @@ def check_attachable(model: nn.Module, owner: Owner) -> None:
 
 
 def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, owner: Owner) -> Callable[[], None]:
-    """Registers ``projector`` (fp32, trainable, on the device that ``block`` computes on) and keeps it out of what is exported.
+    """Registers ``projector`` (fp32, trainable, where ``block`` computes) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
     ``save_pretrained``, which exports the model for others, leaves it out.
@@ -167,6 +167,14 @@ def check_runs(model: nn.Module, projector: Projector, owner: Owner) -> None:
     for parameter in projector.parameters():
         if type(parameter).__name__ not in _PLAIN or parameter.dtype.itemsize == 1:
             check_attached(model, projector, owner)
+
+
+def check_device(projector: Projector, states: torch.Tensor, owner: Owner) -> None:
+    """ValueError, naming the order, for a projector on another device than the hidden ``states`` that it projects."""
+    for parameter in projector.parameters():
+        # Shards may wait on another device than they are gathered on.
+        if parameter.device != states.device and type(parameter).__name__ != "DTensor":
+            raise _out_of_order(owner, f"is on {parameter.device}, but the captured block computes on {states.device}")
 
 
 def _out_of_order(owner: Owner, what: str) -> ValueError:

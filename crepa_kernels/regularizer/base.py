@@ -27,12 +27,13 @@ from .attach import (
     attach_projector,
     check_attachable,
     check_attached,
+    check_device,
     check_in_optimizers,
     check_reach,
 )
 from .capture import Capture, CapturedStates
-from .offloading import execution_device
 from .monitor import NonFiniteMonitor
+from .offloading import execution_device
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource
@@ -248,6 +249,7 @@ class Regularizer:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
             check_attached(self._model, projector, self.OWNER)
+            check_device(projector, student.hidden_states, self.OWNER)
             if not self._looked_at_adapters:
                 check_reach(self._model, self._family, self._block_index, student.hidden_states, self.OWNER)
                 self._looked_at_adapters = True

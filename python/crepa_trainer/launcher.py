@@ -36,8 +36,8 @@ def training_device() -> str:
 
 def check_launcher(settings: RunSettings) -> None:
     """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
-    that says something else than the settings, or asks for what this trainer cannot do; offloading in several processes;
-    and fp16 without a GPU.
+    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU,
+    and offloading in several processes.
     """
     refused = [
         f"{name} = {os.environ[name]}: launched with {what}, only data parallelism is supported"

@@ -1,4 +1,4 @@
-"""Frozen weights that wait in host memory for their block's turn: diffusers' group offloading, made fit for training."""
+"""Frozen weights that wait in host memory for their block's turn: diffusers' group offloading, fit for training."""
 
 from __future__ import annotations
 

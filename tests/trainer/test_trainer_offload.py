@@ -69,7 +69,9 @@ def test_gradients_are_those_of_a_model_that_stays_though_its_weights_are_gone_i
     assert apart.most <= 2
     assert offloading_groups(transformer.crepa_projector) == []
     coming = [tensor for group in groups for tensor in group.parameters]
-    linear = sum(module.weight.numel() for module in transformer.blocks.modules() if isinstance(module, torch.nn.Linear))
+    linear = sum(
+        module.weight.numel() for module in transformer.blocks.modules() if isinstance(module, torch.nn.Linear)
+    )
     assert not any(tensor.requires_grad for tensor in coming)
     assert sum(tensor.numel() for tensor in coming) > 0.7 * linear
 
@@ -80,5 +82,5 @@ def test_several_processes_do_not_offload(tmp_path: Path, monkeypatch: pytest.Mo
     )
     check_launcher(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="offload = block: launched as 2 processes: .*use none, or one process"):
+    with pytest.raises(ValueError, match=r"offload = block: launched as 2 processes: .*use none, or one process"):
         check_launcher(settings)

@@ -138,10 +138,10 @@ def test_what_this_machine_cannot_train_with_is_one_line(monkeypatch: pytest.Mon
         ):
             check_base_precision(base_precision, "cuda")
     monkeypatch.setattr("crepa_trainer.precision.find_spec", lambda package: package)
-    with pytest.raises(ValueError, match="^base_precision = nf4 needs a GPU: .*use int8 or fp8$"):
+    with pytest.raises(ValueError, match=r"^base_precision = nf4 needs a GPU: .*use int8 or fp8$"):
         check_base_precision("nf4", "cpu")
     with pytest.raises(
-        ValueError, match="^base_precision = fp8_dynamic needs a GPU that multiplies fp8 .*use fp8 or int8"
+        ValueError, match=r"^base_precision = fp8_dynamic needs a GPU that multiplies fp8 .*use fp8 or int8"
     ):
         check_base_precision("fp8_dynamic", "cpu")
 
@@ -150,7 +150,7 @@ def test_a_machine_that_lacks_something_says_so_before_a_weight_is_loaded(models
     from crepa_trainer.run import plan_run
 
     settings = tiny_settings(models, tmp_path / "run", mixed_precision="bf16", base_precision="fp8_dynamic")
-    with pytest.raises(ValueError, match="^base_precision = fp8_dynamic needs "):
+    with pytest.raises(ValueError, match=r"^base_precision = fp8_dynamic needs "):
         plan_run(settings, tiny_config(models))
 
 
