@@ -27,11 +27,13 @@ from .attach import (
     attach_projector,
     check_attachable,
     check_attached,
+    check_device,
     check_in_optimizers,
     check_reach,
 )
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
+from .offloading import execution_device
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource
@@ -131,7 +133,7 @@ class Regularizer:
         self._threshold = settings.similarity_threshold
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
         hidden_size = family.hidden_size(getattr(model, "config", None))
-        size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
+        size = source.feature_size(hidden_size, feature_size, execution_device(student, model))
         self.projector = make_projector(self.config, hidden_size, size)
         self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
         self._monitor = NonFiniteMonitor(self.OWNER)
@@ -247,6 +249,7 @@ class Regularizer:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
             check_attached(self._model, projector, self.OWNER)
+            check_device(projector, student.hidden_states, self.OWNER)
             if not self._looked_at_adapters:
                 check_reach(self._model, self._family, self._block_index, student.hidden_states, self.OWNER)
                 self._looked_at_adapters = True

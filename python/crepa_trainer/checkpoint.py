@@ -66,6 +66,7 @@ _FREE = {
     "workers",
     "crepa_backend",
     "lora_format",
+    "offload",
 }
 
 

@@ -36,7 +36,8 @@ def training_device() -> str:
 
 def check_launcher(settings: RunSettings) -> None:
     """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
-    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU.
+    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU,
+    and offloading in several processes.
     """
     refused = [
         f"{name} = {os.environ[name]}: launched with {what}, only data parallelism is supported"
@@ -59,5 +60,8 @@ def check_launcher(settings: RunSettings) -> None:
         refused.append(f"ACCELERATE_MIXED_PRECISION = {precision}: {rule}")
     if refused:
         raise ValueError("; ".join(refused))
+    if settings.offload != "none" and launched_processes() > 1:
+        rule = "processes that share their gradients keep all weights on their devices; use none, or one process"
+        raise ValueError(f"offload = {settings.offload}: launched as {launched_processes()} processes: {rule}")
     if settings.mixed_precision == "fp16" and training_device() == "cpu":
         raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")

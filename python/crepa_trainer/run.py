@@ -32,6 +32,7 @@ from .families import TrainingFamily
 from .folders import check_folders, one_run_in
 from .launcher import check_launcher, launched_processes, training_device
 from .optimizers import weights_for_use
+from .precision import check_base_precision
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
@@ -142,6 +143,7 @@ def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     """
     check_launcher(settings)
     check_folders(settings)
+    check_base_precision(settings.base_precision, training_device())
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.

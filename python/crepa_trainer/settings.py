@@ -19,7 +19,9 @@ from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
 
+from .offload import Offload
 from .optimizers import OPTIMIZERS
+from .precision import QUANTIZED, BasePrecision
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +178,16 @@ class RunSettings(LayerSyncKeys, Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
+    base_precision: BasePrecision = Field(
+        "bf16",
+        description='numbers in which frozen weights are kept, "bf16" for the type of mixed_precision; must be "bf16", '
+        '"fp8", "int8", "fp8_dynamic" or "nf4"',
+    )
+    offload: Offload = Field(
+        "none",
+        description="frozen weights that wait in host memory for their turn, by blocks or by single layers; must be "
+        '"none", "block" or "leaf"',
+    )
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -231,6 +243,7 @@ class RunSettings(LayerSyncKeys, Settings):
         yield from self.layersync_problems()
         yield from self._lora_problems()
         yield from self._optimizer_problems()
+        yield from self._base_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
@@ -292,6 +305,29 @@ class RunSettings(LayerSyncKeys, Settings):
             if rate is not None and rate != self.learning_rate:
                 rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
                 yield keys, describe("projector_learning_rate", rate, rule)
+
+    def _base_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Of the frozen weights: where they lie and in which numbers."""
+        base = describe("base_precision", self.base_precision, "")
+        if self.base_precision in QUANTIZED and self.mixed_precision != "bf16":
+            yield {"base_precision", "mixed_precision"}, f'{base}it computes in bf16: mixed_precision must be "bf16"'
+        if self.base_precision != "bf16" and self.compile_blocks:
+            yield {"base_precision", "compile_blocks"}, f"{base}compile_blocks must be false"
+        if self.base_precision != "bf16" and self.training == "full":
+            yield {"base_precision", "training"}, f'{base}training = "full" keeps all weights in fp32'
+        if self.offload == "none":
+            return
+        offload = describe("offload", self.offload, "")
+        if self.training == "full":
+            yield {"offload", "training"}, f'{offload}training = "full" has no frozen weights'
+        if not self.gradient_checkpointing:
+            rule = "the backward pass would find the weights gone: gradient_checkpointing must be true"
+            yield {"offload", "gradient_checkpointing"}, f"{offload}{rule}"
+        if self.compile_blocks:
+            yield {"offload", "compile_blocks"}, f"{offload}compile_blocks must be false"
+        if self.base_precision == "nf4":
+            rule = "the weights of bitsandbytes stay on the GPU: base_precision must be another"
+            yield {"offload", "base_precision"}, f"{offload}{rule}"
 
     @property
     def layersync(self) -> LayerSyncConfig:

@@ -15,7 +15,9 @@ from crepa_kernels.models.families import family_of
 
 from .adapters import Adapter, adapter_layers
 from .comfyui import check_layers
+from .offload import offload_blocks
 from .optimizers import make_optimizer, start_training
+from .precision import QUANTIZED, loading, prepare_base
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,18 +52,29 @@ def make_state(
 ) -> TrainState:
     """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
 
-    Frozen weights are in the type of `mixed_precision`. ValueError for LoRA targets that the model lacks, and as
+    Frozen weights are as `base_precision` and `offload` say. ValueError for LoRA targets that the model lacks, and as
     CrepaRegularizer and LayerSync.
     """
     from diffusers.optimization import get_scheduler
 
-    full = settings.training == "full"
-    transformer: Any = family.load_transformer(torch.float32 if full else PRECISIONS[settings.mixed_precision])
+    full, dtype = settings.training == "full", PRECISIONS[settings.mixed_precision]
+    transformer: Any = family.load_transformer(torch.float32 if full else dtype, **loading(settings.base_precision))
     if full:
         transformer.requires_grad_(True)
     else:
         add_lora(transformer, family, settings)
-    transformer.to(accelerator.device)
+    prepare_base(transformer, settings.base_precision, dtype)
+    if settings.offload == "none":
+        transformer.to(accelerator.device)
+    else:
+        offload_blocks(
+            transformer,
+            family_of(transformer).blocks(transformer),
+            settings.offload,
+            accelerator.device,
+            # diffusers takes torchao's weights for present where a stream has sent them off.
+            streams=accelerator.device.type == "cuda" and settings.base_precision not in QUANTIZED,
+        )
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     crepa = None
@@ -80,7 +93,9 @@ def make_state(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
-    transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
+    transformer, optimizer, scheduler = accelerator.prepare(
+        transformer, optimizer, scheduler, device_placement=[settings.offload == "none", True, True]
+    )
     start_training(optimizer)
     if crepa is not None:
         crepa.check_optimizer(optimizer)

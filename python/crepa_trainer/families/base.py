@@ -161,13 +161,13 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
                 f"frame count {bucket.frames}: the first latent frame is the given image's, and none is left to predict"
             )
 
-    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The transformer, frozen, in train mode."""
-        return self._load(self.transformer_part, dtype).train()
+    def load_transformer(self, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:
+        """The transformer, frozen, in train mode; `loading`: further arguments of its `from_pretrained`."""
+        return self._load(self.transformer_part, dtype, **loading).train()
 
-    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    def _load(self, part: str, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:
         model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
-            self.model, subfolder=part, torch_dtype=dtype
+            self.model, subfolder=part, torch_dtype=dtype, **loading
         )
         return model.requires_grad_(False)
 
