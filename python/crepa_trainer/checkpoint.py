@@ -61,6 +61,8 @@ _FREE = {
     "strict",
     "workers",
     "crepa_backend",
+    "crepa_recompute",
+    "teacher_offload",
     "lora_format",
 }
 

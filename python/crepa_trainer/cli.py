@@ -167,12 +167,12 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
         from .reporting.table import plan_rows
         from .run import plan_run
 
-        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
+        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize, memory=True)))
         return
     if given.plan:
         from .run import show_plan
 
-        show_plan(settings, config, console)
+        show_plan(settings, config, console, memory=True)
         return
     from .run import run
 

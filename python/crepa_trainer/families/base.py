@@ -155,6 +155,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
                 f"frame count {bucket.frames}: the first latent frame is the given image's, and none is left to predict"
             )
 
+    def dense(self) -> TrainingFamily:
+        """The same with attention of every token to every other, where a model's own needs a GPU."""
+        return self
+
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
         """The transformer, frozen, in train mode."""
         return self._load(self.transformer_part, dtype).train()

@@ -69,6 +69,10 @@ class Kandinsky5Family(TrainingFamily):
                 "a GPU"
             )
 
+    def dense(self) -> TrainingFamily:
+        transformer = {**self.configs["transformer"], "attention_type": "regular"}
+        return type(self)(self.model, self.task, {**self.configs, "transformer": transformer}, self.expert)
+
     def check_bucket(self, bucket: ClipSize) -> None:
         super().check_bucket(bucket)
         least = 1 + self.compression[0] * REPAIRED_FRAMES
