@@ -156,16 +156,15 @@ class RunMemory:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.settings, self.family = plan, plan.settings, plan.family
-        self.device = torch.device(plan.device_type)
+        self.chosen, self.device = Choices.of(plan.settings), torch.device(plan.device_type)
         self._place = teacher_device(self.settings, self.device)
         # On another card, or on the host, it takes nothing of this one.
         self._taught_here = self._place.type == self.device.type and not self._place.index
 
     def phases(self, choices: Choices | None = None) -> list[Phase]:
         """Those of the run in their order, with these settings in the place of its own."""
-        chosen = Choices.of(self.settings) if choices is None else choices
-        found = [self._texts(), self._clips(chosen), self._training(chosen)]
-        return [*found, self._validation(chosen)] if self.plan.validations else found
+        found = [self.texts(), self.clips(choices), self.training(choices)]
+        return [*found, self.validation(choices)] if self.plan.validations else found
 
     def need(self, choices: Choices | None = None) -> int:
         """The most that any phase needs."""
@@ -176,7 +175,7 @@ class RunMemory:
 
         Only those that a run has, that it does not use yet, and that make it smaller.
         """
-        chosen = Choices.of(self.settings)
+        chosen = self.chosen
         need = self.need(chosen)
         for key, value in REMEDIES:
             if need <= available:
@@ -198,7 +197,9 @@ class RunMemory:
         return key == "cache_teacher" and not teacher_is_encoder(self.plan.config)
 
     def activations(self, *, checkpointing: bool) -> int:
-        """Bytes of a micro-batch between the start of its forward and the end of its backward, at the most."""
+        """Bytes of a micro-batch between the start of its forward and the end of its backward, at the most, without the
+        frames that the teacher sees.
+        """
         return self._step(checkpointing).peak + self.plan.layersync
 
     @cached_property
@@ -286,7 +287,7 @@ class RunMemory:
         at_a_time = min(frames, limit) if limit > 0 else frames
         return self._shadow.teaching(encoder, encoder.dtype(self._place), at_a_time, size)
 
-    def _texts(self) -> Phase:
+    def texts(self) -> Phase:
         """Text encoders, and the widest layer's rows and scores of a round of prompts."""
         dtype, counted = encoder_type(self.device), [self._part(part) for part in self._encoders]
         rows = 1 if self.family.one_prompt_at_a_time else PROMPTS_AT_A_TIME
@@ -316,8 +317,9 @@ class RunMemory:
         inner = getattr(text, "d_ff", None) or text.intermediate_size
         return row * length * (4 * text.hidden_size + 2 * inner + 2 * text.num_attention_heads * length)
 
-    def _clips(self, chosen: Choices) -> Phase:
+    def clips(self, chosen: Choices | None = None) -> Phase:
         """VAE and image encoder in fp32, and where features are kept the teacher beside them."""
+        chosen = chosen or self.chosen
         images = [part for part in self.family.image_parts if part != "image_processor"]
         terms = {"VAE": self._vae_weights + FP32 * sum(self._part(part)[0] for part in images)}
         working = self._vae("encoding", chosen.vae_tiling)
@@ -336,15 +338,18 @@ class RunMemory:
             "EMA": 0 if settings.ema_decay is None else FP32 * trained,
         }
 
-    def _training(self, chosen: Choices) -> Phase:
+    def training(self, chosen: Choices | None = None) -> Phase:
+        """What is there in every step, and beside it gradients, activations and the teacher at a step's worst moment."""
+        chosen = chosen or self.chosen
         held, step = self._held(chosen), self._step(chosen.gradient_checkpointing)
         gradients = FP32 * (self.plan.trained + self.projector)
-        teacher = teaching = 0
-        if chosen.cache_teacher == "frames" and teacher_is_encoder(self.plan.config):
+        teacher = teaching = frames = 0
+        if chosen.cache_teacher == "frames" and (encoded := self._largest.encoded) is not None:
             teacher = self._teacher_weights
             teaching = self._teaching(self._shadow.clips)
+            frames = self._shadow.clips * encoded * 3 * self._largest.bucket.height * self._largest.bucket.width
         resident = 0 if chosen.teacher_offload else teacher
-        peak, kept = step.peak + self.plan.layersync, step.kept + self.plan.layersync
+        peak, kept = (each + self.plan.layersync + frames for each in (step.peak, step.kept))
         # Gradients and activations, at the moments of which one has most: those of earlier micro-batches are there
         # throughout, those of this one come block by block, as what the blocks kept goes.
         earlier = gradients if self.settings.gradient_accumulation_steps > 1 else 0
@@ -364,10 +369,11 @@ class RunMemory:
         """Bytes of an optimizer step beside its state: on a GPU all parameters are taken together."""
         return gradients if self.device.type == "cuda" else 0
 
-    def _validation(self, chosen: Choices) -> Phase:
-        held = self._held(chosen)
+    def validation(self, chosen: Choices | None = None) -> Phase:
+        """What training leaves there, the VAE in fp32, and a clip while it is denoised or decoded."""
+        held = self._held(chosen or self.chosen)
         # Of two transformers the other is loaded too.
         both = 2 if self.family.expert is not None else 1
         held["transformer"] += (both - 1) * self.base.on_device()
-        working = max(self._shadow.sampling(), self._vae("decoding", chosen.vae_tiling))
+        working = max(self._shadow.sampling(), self._vae("decoding", (chosen or self.chosen).vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})
