@@ -254,3 +254,46 @@ def test_a_name_is_registered_for_the_settings() -> None:
         register_encoder(FrozenEncoder(Patches(), "mine"))
     with pytest.raises(ValueError, match="register_encoder takes a FrozenEncoder, got Patches"):
         register_encoder(Patches())  # type: ignore[arg-type]
+
+
+class Moved(Patches):
+    """Keeps where it was sent, and the types of devices that frames came on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+        self.saw: list[str] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.sent.append(str(args[0]))
+        return super().to(*args, **kwargs)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        self.saw.append(frames.device.type)
+        return super().forward(frames)
+
+
+def test_an_encoder_can_work_on_a_device_of_its_own() -> None:
+    """The meta device stands for another one than the frames are on: it gives shapes and no values."""
+    module = Moved()
+    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, device="meta")
+    found = encoder.encode(frames(), GRID, torch.device("meta"))
+    assert (module.sent, module.saw, module.convolution.weight.device.type) == (["meta"], ["meta"], "meta")
+    assert found.features.shape == (2, 16, 5)
+    assert encoder.feature_size("meta") == 5
+
+
+def test_an_offloaded_encoder_is_on_the_cpu_between_its_uses() -> None:
+    module = Moved()
+    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, offload=True)
+    plain = FrameEncoder(FrozenEncoder(Patches(), patch_size=8), image_size=32)
+    for _ in range(2):
+        found = encoder.encode(frames(), GRID, CPU)
+    assert module.sent == ["cpu"] * 4  # to where the frames are, and back
+    assert found.features.equal(plain.encode(frames(), GRID, CPU).features)
+
+
+def test_an_encoder_that_was_given_is_left_where_it_is() -> None:
+    module = Moved()
+    FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32).encode(frames(), GRID, CPU)
+    assert module.sent == []

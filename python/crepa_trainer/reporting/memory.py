@@ -339,7 +339,7 @@ class RunMemory:
         }
 
     def training(self, chosen: Choices | None = None) -> Phase:
-        """What is there in every step, and beside it gradients, activations and the teacher at a step's worst moment."""
+        """What is there in every step, and gradients, activations and the teacher at its worst moment."""
         chosen = chosen or self.chosen
         held, step = self._held(chosen), self._step(chosen.gradient_checkpointing)
         gradients = FP32 * (self.plan.trained + self.projector)
