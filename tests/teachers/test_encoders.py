@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,14 +274,19 @@ class Moved(Patches):
         return super().forward(frames)
 
 
-def test_an_encoder_can_work_on_a_device_of_its_own() -> None:
-    """The meta device stands for another one than the frames are on: it gives shapes and no values."""
-    module = Moved()
-    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, device="meta")
-    found = encoder.encode(frames(), GRID, torch.device("meta"))
-    assert (module.sent, module.saw, module.convolution.weight.device.type) == (["meta"], ["meta"], "meta")
-    assert found.features.shape == (2, 16, 5)
-    assert encoder.feature_size("meta") == 5
+def test_an_encoder_can_work_on_a_device_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The meta device stands for the one that the model is on: it has shapes and no values."""
+    tiny_dinov2(tmp_path)
+    module, there = Moved(), torch.device("meta")
+    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, device="cpu")
+    with caplog.at_level(logging.WARNING):
+        found = encoder.encode(frames(), GRID, there)
+    assert (module.sent, module.saw) == (["cpu"], ["cpu"])
+    assert found.features.device == there
+    assert not caplog.records  # it was meant
+    assert encoder.feature_size(there) == 5
+    loaded = FrameEncoder(str(tmp_path), image_size=28, device="cpu").load(there)
+    assert loaded.place(there) == CPU
 
 
 def test_an_offloaded_encoder_is_on_the_cpu_between_its_uses() -> None:

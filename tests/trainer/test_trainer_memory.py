@@ -180,8 +180,8 @@ def test_validation_needs_what_the_plan_says(folder: Path, family: str) -> None:
 
 
 def test_it_says_what_to_switch_on_to_fit(folder: Path) -> None:
-    changes = {"gradient_checkpointing": False, "mixed_precision": "no", "batch_size": 2}
-    plan = planned(settings_for(folder, "small", **changes), crepa(folder), device_type="cuda")
+    changes = {"training": "full", "gradient_checkpointing": False, "mixed_precision": "no"}
+    plan = planned(settings_for(folder, "wan", **changes), crepa(folder), device_type="cuda")
     memory = RunMemory(plan)
     need = memory.need()
     assert not list(memory.remedies(need))
