@@ -60,6 +60,9 @@ class CrepaRegularizer(Regularizer):
         max_train_steps: optimizer steps of the run; needed where the weight decays over the rest of the run.
         feature_size: E, where only the caller's features know it; else the encoder says it, or is asked once.
         vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
+        teacher_device: where the encoder runs, such as another GPU or the CPU; None: with the transformer, and a module
+            that was given where it is.
+        teacher_offload: the encoder's weights are on the CPU between its uses.
         block, hidden_size, layout: of a transformer of no supported family, any ``nn.Module``: the block to align, or
             its name in the module, or that of an ``nn.ModuleList`` in which ``crepa_block_index`` counts; the width D
             of its tokens; and a callable from the arguments of the module's forward, by name and tensors as their
@@ -91,6 +94,8 @@ class CrepaRegularizer(Regularizer):
         *,
         feature_size: int | None = None,
         vae_encodes: bool = False,
+        teacher_device: torch.device | str | None = None,
+        teacher_offload: bool = False,
         block: nn.Module | str | None = None,
         hidden_size: int | None = None,
         layout: Callable[[Arguments], TokenLayout | Sequence[int]] | None = None,
@@ -115,7 +120,7 @@ class CrepaRegularizer(Regularizer):
         for key, index in blocks.items():
             family.block(transformer, index, key)
         self._teacher_block_index = blocks[keys[-1]]
-        source = TeacherSource(self.config, family, vae, encoder)
+        source = TeacherSource(self.config, family, vae, encoder, device=teacher_device, offload=teacher_offload)
         self._attach(family, blocks, source, max_train_steps=max_train_steps, feature_size=feature_size)
 
     def loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +72,7 @@ class TeacherSource:
         family: the transformer's.
         vae, encoder: as ``CrepaRegularizer`` takes them.
         owner: who asks, for messages.
+        placing: ``device`` and ``offload`` of ``FrameEncoder``.
 
     Raises:
         ValueError: for sources of the wrong type, or an encoder of the wrong kind.
@@ -83,10 +85,11 @@ class TeacherSource:
         vae: VaeSource | None,
         encoder: EncoderSource | None,
         owner: Owner = CREPA,
+        **placing: Any,
     ) -> None:
         settings = config.teacher
         self.backbone = settings.backbone
-        self.teacher = FrameEncoder.from_config(config, encoder)
+        self.teacher = FrameEncoder.from_config(config, encoder, **placing)
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(
             None if self.backbone else vae, family, drop_encoder=settings.drop_vae_encoder, owner=owner.regularizer

@@ -65,6 +65,8 @@ _FREE = {
     "strict",
     "workers",
     "crepa_backend",
+    "crepa_recompute",
+    "teacher_offload",
     "lora_format",
     "offload",
 }

@@ -182,9 +182,9 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
     if given.json:
         from .reporting.table import plan_rows
 
-        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
+        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize, memory=True)))
     elif given.plan:
-        show_plan(settings, config, console)
+        show_plan(settings, config, console, memory=True)
     else:
         run(settings, config, console, given.queue)
 

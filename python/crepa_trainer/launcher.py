@@ -34,6 +34,26 @@ def training_device() -> str:
     return device.type if device is not None and torch.accelerator.is_available() else "cpu"
 
 
+def device_memory() -> int | None:
+    """Bytes of the training device, of the first where there are several; None on a CPU, or where it does not say."""
+    if training_device() != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def check_teacher_device(settings: RunSettings) -> None:
+    """ValueError for a `teacher_device` that this machine does not have."""
+    if settings.teacher_device is None:
+        return
+    wanted, there = torch.device(settings.teacher_device), torch.accelerator.current_accelerator()
+    if wanted.type == "cpu":
+        return
+    number = torch.accelerator.device_count()
+    if there is None or wanted.type != there.type or (wanted.index or 0) >= number:
+        found = "a CPU alone" if there is None or not number else f"{number} x {there.type}"
+        raise ValueError(f"teacher_device = {settings.teacher_device}: this machine has {found}")
+
+
 def check_launcher(settings: RunSettings) -> None:
     """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
     that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU,

@@ -30,7 +30,7 @@ from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPos
 from .data.video import VideoError
 from .families import TrainingFamily
 from .folders import check_folders, one_run_in
-from .launcher import check_launcher, launched_processes, training_device
+from .launcher import check_launcher, check_teacher_device, device_memory, launched_processes, training_device
 from .optimizers import weights_for_use
 from .precision import check_base_precision
 from .reporting.plan import Plan, make_plan
@@ -106,7 +106,8 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
     control.phase("loading")
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
-    family, found = show_plan(settings, config, console)
+    # A run on a CPU has nothing to fit into, and does not wait for the count.
+    family, found = show_plan(settings, config, console, memory=training_device() != "cpu")
     if checkpoint is not None:
         check_videos(checkpoint, found)
     identity["videos"] = videos_identity(found)
@@ -123,10 +124,13 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
     return train_on(clips, accelerator, family, settings, config, console, identity, checkpoint, control)
 
 
-def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
-    """Prints what the run will do; returns what it found. ValueError as `plan_run`."""
+def show_plan(
+    settings: RunSettings, config: CrepaConfig, console: Console, *, memory: bool = False
+) -> tuple[TrainingFamily, FoundClips]:
+    """Prints what the run will do; returns what it found. ValueError as `plan_run`. memory: as `print_plan`."""
     plan = plan_run(settings, config)
-    print_plan(console, plan)
+    if not console.quiet:
+        print_plan(console, plan, memory=memory)
     return plan.family, plan.found
 
 
@@ -144,10 +148,19 @@ def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     check_launcher(settings)
     check_folders(settings)
     check_base_precision(settings.base_precision, training_device())
+    check_teacher_device(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    return make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
+    return make_plan(
+        settings,
+        config,
+        family,
+        found,
+        processes=launched_processes(),
+        device_type=training_device(),
+        available=device_memory(),
+    )
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:

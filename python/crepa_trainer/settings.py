@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
@@ -39,10 +40,19 @@ def at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+def _device(value: str) -> str:
+    try:
+        torch.device(value)
+    except RuntimeError:
+        raise ValueError('must be a device such as "cpu" or "cuda:1"') from None
+    return value
+
+
 Place = Annotated[str, BeforeValidator(at_home)]
 Folder = Annotated[
     Path, BeforeValidator(lambda value: Path(at_home(value)) if isinstance(value, str) and value else value)
 ]
+Device = Annotated[str, AfterValidator(_device)]
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
@@ -200,6 +210,17 @@ class RunSettings(LayerSyncKeys, Settings):
         description="what is kept of the teacher's side, the frames it will see or what it made of them; "
         'must be "frames" or "features"',
     )
+    cache_teacher_precision: Literal["teacher", "int8"] = Field(
+        "teacher",
+        description="of kept features, the type that the teacher makes or 8 bits with a scale for each token; "
+        'must be "teacher" or "int8"',
+    )
+    teacher_device: Device | None = Field(
+        None,
+        min_length=1,
+        description='where the teacher runs, the training device when null; must be a device such as "cpu" or "cuda:1"',
+    )
+    teacher_offload: bool = flag(False, "keep the teacher's weights on the CPU between its uses")
     vae_tiling: bool = flag(
         False, "encode and decode clips in overlapping tiles, which needs less memory and changes them a little"
     )
@@ -258,6 +279,12 @@ class RunSettings(LayerSyncKeys, Settings):
         if prompts and "validation_every" not in self.model_fields_set:
             rule = "validation_every is not given: give the steps between validations, or 0 for never"
             yield keys, describe("validation_prompts", prompts, rule)
+        if self.cache_teacher_precision == "int8" and self.cache_teacher == "frames":
+            rule = 'only features are kept in 8 bits: give cache_teacher = "features"'
+            yield {"cache_teacher_precision", "cache_teacher"}, describe("cache_teacher_precision", "int8", rule)
+        if self.teacher_offload and self.teacher_device is not None and torch.device(self.teacher_device).type == "cpu":
+            rule = f"teacher_device = {self.teacher_device}, where its weights are already: give one of the two"
+            yield {"teacher_offload", "teacher_device"}, describe("teacher_offload", True, rule)
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)

@@ -79,7 +79,13 @@ def make_state(
         transformer.enable_gradient_checkpointing()
     crepa = None
     if config.crepa_enabled:
-        crepa = CrepaRegularizer(config, transformer, max_train_steps=settings.max_train_steps)
+        crepa = CrepaRegularizer(
+            config,
+            transformer,
+            max_train_steps=settings.max_train_steps,
+            teacher_device=settings.teacher_device,
+            teacher_offload=settings.teacher_offload,
+        )
     layersync = LayerSync(settings.layersync, transformer) if settings.layersync_enabled else None
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)

@@ -241,6 +241,7 @@ def test_the_plan_of_a_published_teacher_needs_no_network_when_features_are_cach
         ),
         ({"crepa_encoder": "/"}, ["crepa_encoder = /", "config.json cannot be read"]),
         ({"crepa_encoder_image_size": 64}, ["crepa_encoder_image_size = 64", "patch size"]),
+        ({"teacher_device": "cuda:97"}, ["teacher_device = cuda:97: this machine has "]),
         ({"lora_targets": ["to_q", "to_z"]}, ["lora_targets: to_z is no layer"]),
         ({"resolutions": [[32, 40]]}, ["resolution 32x40"]),
         ({"task": "image2video"}, ["task = image2video"]),

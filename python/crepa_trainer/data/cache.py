@@ -16,7 +16,16 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crepa_kernels.teachers.cache import DamagedFile, check_whole, file_name, read_tensors, write_tensors
+from crepa_kernels.teachers import TeacherFeatures
+from crepa_kernels.teachers.cache import (
+    DamagedFile,
+    check_whole,
+    file_name,
+    packed,
+    read_tensors,
+    unpacked,
+    write_tensors,
+)
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
@@ -79,7 +88,7 @@ class CachedClips(Dataset[dict[str, Tensor]]):
         item = {"index": torch.tensor(index)}
         files = self.files[index]
         for path in [files.latents] if self.without_teacher else files.of_pixels:
-            item |= _read_or_remove(path)
+            item |= unpacked(_read_or_remove(path))
         return item | _in_fp32(_read_or_remove(files.text))
 
 
@@ -248,13 +257,14 @@ class _Encoders:
         return family.encode_clip(vae, pixels, None if images is None else images.to(device))
 
     def teacher_side(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
-        config, family = self.names.config, self.names.family
-        if self.names.settings.cache_teacher == "frames":
+        config, family, settings = self.names.config, self.names.family, self.names.settings
+        if settings.cache_teacher == "frames":
             return {"pixels": pixels[teacher_frames(config, family, bucket)]}
-        teacher = self._once("teacher", lambda: FrameEncoder.from_config(config))
+        place, offload = settings.teacher_device, settings.teacher_offload
+        teacher = self._once("teacher", lambda: FrameEncoder.from_config(config, device=place, offload=offload))
         lengths = ClipLengths.of(None, 1, len(pixels), family.layout(bucket))
         features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.names.device)
-        return {"features": features[0], "feature_grid": torch.tensor(grid)}
+        return packed(TeacherFeatures(features[0], grid), settings.cache_teacher_precision)
 
 
 @dataclass

@@ -39,6 +39,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         text_parts: parts of its folder that only encode text.
         text_keys: what is kept of the first values of the pipeline's `encode_prompt`, in their order, by the names in a
             text, with the argument of the pipeline's call that takes each.
+        text_widths: keys of the transformer's config that say how wide the tensors of a text are, by their names in it.
         one_prompt_at_a_time: whether texts are encoded one by one.
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
@@ -58,6 +59,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     pipelines: ClassVar[Mapping[str, str]]
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
+    text_widths: ClassVar[Mapping[str, str]]
     one_prompt_at_a_time: ClassVar[bool] = False
     encodes_first_frame: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -160,6 +162,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
             raise ValueError(
                 f"frame count {bucket.frames}: the first latent frame is the given image's, and none is left to predict"
             )
+
+    def dense(self) -> TrainingFamily:
+        """The same with attention of every token to every other, where a model's own needs a GPU."""
+        return self
 
     def load_transformer(self, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:
         """The transformer, frozen, in train mode; `loading`: further arguments of its `from_pretrained`."""
@@ -266,6 +272,22 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         if self.encodes_first_frame and self.task == "image2video":
             encoded["image_latents"] = self.encode_latents(vae, pixels[None, :1])[0]
         return encoded
+
+    def blank_clip(self, bucket: ClipSize) -> dict[str, Tensor]:
+        """Zeros in the shapes of what `encode_clip` gives of a clip of this size for `noisy` and `predict`."""
+        channels, _, height, width = self.latent_shape(bucket)
+        layout = self.layout(bucket)
+        blank = {"latents": torch.zeros(channels, layout.frames * layout.patch, height, width)}
+        if self.encodes_first_frame and self.task == "image2video":
+            blank["image_latents"] = blank["latents"][:, :1].clone()
+        return blank
+
+    def blank_text(self) -> dict[str, Tensor]:
+        """Zeros in the shapes of the longest text that is read, as `CachedClips` gives one; nothing of it is masked."""
+        length, config = self.text_limits["tokenizer"], self.configs["transformer"]
+        blank = {name: torch.zeros(config[key]) for name, key in self.text_widths.items()}
+        blank["text"] = torch.zeros(length, config[self.text_widths["text"]])
+        return blank | ({"text_mask": torch.ones(length, dtype=torch.bool)} if "text_mask" in self.text_keys else {})
 
     def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""

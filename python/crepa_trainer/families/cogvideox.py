@@ -25,6 +25,7 @@ class CogVideoXFamily(TrainingFamily):
     """v-prediction at the integer timesteps of the pipeline's scheduler; an image comes in channels of its own."""
 
     name = "cogvideox"
+    text_widths: ClassVar = {"text": "text_embed_dim"}
     encodes_first_frame = True
     transformer_class = "CogVideoXTransformer3DModel"
     pipelines: ClassVar = {"text2video": "CogVideoXPipeline", "image2video": "CogVideoXImageToVideoPipeline"}

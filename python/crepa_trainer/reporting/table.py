@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,7 @@ from ..data.names import teacher_is_encoder
 from ..data.sampler import MADE_AHEAD
 from ..data.video import VideoInfo
 from ..terminal import plain, several
+from .memory import Phase, RunMemory
 from .plan import BucketPlan, Plan
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ Rows = list[tuple[str, str]]
 MUCH_CROPPED, MUCH_ENLARGED = 0.3, 1.5
 
 
-def print_plan(console: Console, plan: Plan) -> None:
-    """The plan as a table of names and values."""
-    print_rows(console, plan_rows(plan))
+def print_plan(console: Console, plan: Plan, *, memory: bool = False) -> None:
+    """The plan as a table of names and values. memory: what it needs too, which takes some seconds."""
+    print_rows(console, plan_rows(plan, memory=memory))
 
 
 def print_rows(console: Console, rows: Rows) -> None:
@@ -41,9 +42,10 @@ def print_rows(console: Console, rows: Rows) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def plan_rows(plan: Plan, named: int = NAMED) -> Rows:
-    """The plan's names and values. named: how many files one value lists."""
-    return [*_model_rows(plan), *data_rows(plan, named), *_crepa_rows(plan), *_layersync_rows(plan), *_step_rows(plan)]
+def plan_rows(plan: Plan, named: int = NAMED, *, memory: bool = False) -> Rows:
+    """The plan's names and values. named: how many files one value lists. memory: as `print_plan`."""
+    rows = [*_model_rows(plan), *data_rows(plan, named), *_crepa_rows(plan), *_layersync_rows(plan)]
+    return [*rows, *_step_rows(plan), *(memory_rows(plan) if memory else [])]
 
 
 def _model_rows(plan: Plan) -> Rows:
@@ -198,6 +200,45 @@ def _step_rows(plan: Plan) -> Rows:
         prompts = several(len(settings.validation_prompts), "prompt")
         rows.append(("validation", f"{several(plan.validations, 'time')}, {prompts}"))
     return rows
+
+
+def memory_rows(plan: Plan) -> Rows:
+    """What each phase needs of a device, what the run needs, and what to switch on where that is more than there is."""
+    memory = RunMemory(plan)
+    try:
+        phases, verdict = memory.phases(), _verdict(memory, plan.available)
+        other = memory.activations(checkpointing=not plan.settings.gradient_checkpointing)
+    except RuntimeError as error:  # an operation of a model that has no answer without values
+        return [("memory", f"not counted: {str(error).splitlines()[0]}")]
+    way = "without" if plan.settings.gradient_checkpointing else "with"
+    notes = {"training": f" ({readable_bytes(other)} {way} gradient checkpointing)"}
+    return [*((f"memory, {each.name}", _terms(each, notes.get(each.name, ""))) for each in phases), ("memory", verdict)]
+
+
+def _terms(phase: Phase, note: str) -> str:
+    parts = [
+        f"{name} {readable_bytes(size)}{note * (name == 'activations')}" for name, size in phase.terms.items() if size
+    ]
+    return f"{readable_bytes(phase.total)}: {', '.join(parts)}"
+
+
+def _verdict(memory: RunMemory, available: int | None) -> str:
+    need = memory.need()
+    if available is None:
+        return f"needs {readable_bytes(need)}"
+    said = f"needs {readable_bytes(need)}, has {readable_bytes(available)}"
+    if need <= available:
+        return said
+    remedies = list(memory.remedies(available))
+    saved = [f"{each.key}={_value(each.value)} saves {readable_bytes(each.saved)}" for each in remedies]
+    least = remedies[-1].need if remedies else need
+    if least > available:
+        saved.append(f"{readable_bytes(least)} is still too much: smaller resolutions, frame_counts or batch_size")
+    return f"{said}: {', '.join(saved)}"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _clips_a_step(plan: Plan) -> str:

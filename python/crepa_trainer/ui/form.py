@@ -37,7 +37,8 @@ _SECTION_OF = {
     key: section
     for section, keys in (
         (MODEL, "model family task expert training lora_type lora_rank lora_alpha lora_dropout lora_targets"),
-        (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache cache_teacher vae_tiling workers"),
+        (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache vae_tiling workers"),
+        (DATA, "cache_teacher cache_teacher_precision teacher_device teacher_offload"),
         (CHECKPOINTS, "output checkpoint_every checkpoints_kept resume lora_format"),
     )
     for key in keys.split()

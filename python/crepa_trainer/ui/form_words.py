@@ -37,6 +37,12 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "strict": ("厳格", "使えない動画があれば中止する"),
     "cache": ("キャッシュ", "エンコード済みのクリップとキャプションのフォルダー。空なら output/cache"),
     "cache_teacher": ("教師のキャッシュ", "教師側で保存するもの。入力フレーム「frames」、または特徴量「features」"),
+    "cache_teacher_precision": (
+        "教師キャッシュの精度",
+        "保存する特徴量の型。教師の型のまま「teacher」、またはトークンごとの尺度付き 8 ビット「int8」",
+    ),
+    "teacher_device": ("教師のデバイス", "教師を動かす場所。空なら学習デバイス。「cpu」や「cuda:1」など"),
+    "teacher_offload": ("教師の退避", "使わない間、教師の重みを CPU に置く"),
     "vae_tiling": ("VAE タイリング", "重なり合うタイルで符号化・復号する。メモリーは減り、結果はわずかに変わる"),
     "workers": (
         "ワーカー",
@@ -118,6 +124,7 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "crepa_relational_weight": ("関係損失の重み", "CREPA の中での関係損失の重み。0 なら使わない"),
     "crepa_relational_pairs": ("関係損失の組", "トークンを比べるフレームの組。「frame」「all」「cross」「neighbours」"),
     "crepa_relational_margin": ("関係損失のマージン", "損失にならないコサインの差。空なら二乗。0 以上の数"),
+    "crepa_recompute": ("損失の再計算", "順伝播と逆伝播の間に tokens x E の大きさのものを残さず、計算し直す"),
     "crepa_backend": (
         "バックエンド",
         "損失を計算するもの。環境変数 CREPA_BACKEND が優先。「auto」「triton」「torch」「reference」",
