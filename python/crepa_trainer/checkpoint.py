@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from .data.dataset import listed
 from .data.files import model_identity
 from .data.names import teacher_is_encoder
 from .optimizers import OPTIMIZERS, SHAPED_OTHERWISE, weights_for_use
+from .ranks import anywhere
+from .sharding import is_sharded, place_shares, read_shares, read_whole, take_shares, whole_weights, write_shares
 from .state import trained_parameters
 from .state_files import file_digest, json_digest, random_state, read_state, set_random_state, write_state
 
@@ -40,6 +43,8 @@ STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 # Of a schedule-free optimizer, which trains others than are to be used.
 UNAVERAGED_FILE = "unaveraged_weights.safetensors"
+SHARES = "shares"  # the folder with what each process had of a sharded run, also of the trained weights
+_WEIGHTS = "weights."  # before their names there
 _WRITING = ".writing-"
 _EMA = "average"  # in the names of files, where earlier checkpoints have it
 _ANEW = "start anew in another output"
@@ -69,7 +74,10 @@ _FREE = {
     "teacher_offload",
     "lora_format",
     "offload",
+    "step_timeout",
 }
+# Together they say which clips a step takes: the first two may differ where their product does not.
+_MICRO_BATCHES = ("processes", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
     differing = [
         f"{key} = {json.dumps(value)} (checkpoint: {json.dumps(before[key], default=str)})"
         for key, value in sorted(identity.items())
-        if value != before[key]
+        if value != before[key] and not (key in _MICRO_BATCHES and _micro_batches(identity) == _micro_batches(before))
     ]
     if differing:
         raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}; {_ADVICE}")
@@ -155,6 +163,11 @@ def find_checkpoint(settings: RunSettings, identity: Mapping[str, Any]) -> Check
             "to it, or go on from the newest with resume = latest"
         )
     return found
+
+
+def _micro_batches(identity: Mapping[str, Any]) -> int:
+    """Of a step, over all processes, which take them from one stream."""
+    return math.prod(identity[key] for key in _MICRO_BATCHES)
 
 
 def _named(resume: str, complete: Sequence[Path]) -> Path:
@@ -246,12 +259,13 @@ class Checkpoints:
 
     Optimizer, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
     trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
-    checkpoint that somebody else made runs none of their code.
+    checkpoint that somebody else made runs none of their code. Of a sharded run each process writes its shares.
 
     Args:
         state: what the run trains.
         ema: of its weights, or None.
-        save_lora: writes the LoRA into a checkpoint's folder; None where all weights are trained.
+        save_lora: writes the LoRA, given as trained weights by name, into a checkpoint's folder; None where all
+            weights are trained.
         output: the run's folder.
         kept: how many of the newest are left there.
         identity: of the run, kept in each checkpoint.
@@ -263,7 +277,7 @@ class Checkpoints:
         state: TrainState,
         ema: EMAModel | None,
         *,
-        save_lora: Callable[[Checkpoint], object] | None,
+        save_lora: Callable[[Mapping[str, Tensor], Checkpoint], object] | None,
         output: Path,
         kept: int,
         identity: Mapping[str, Any],
@@ -274,7 +288,7 @@ class Checkpoints:
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
         self._schedule_free = OPTIMIZERS[identity["optimizer"]].schedule_free
-        self._random_file = f"random_state_{state.accelerator.process_index}.safetensors"
+        self._rank, self._sharded = state.accelerator.process_index, is_sharded(self._transformer)
 
     def described(self, folder: Path, step: int) -> Checkpoint:
         """What is known of the run after `step` optimiser steps, of weights that are written into `folder`."""
@@ -287,24 +301,36 @@ class Checkpoints:
             OSError: it could not be written; the checkpoints before it are as they were.
         """
         target, temporary = self._folder / f"step-{step:08d}", self._folder / f"{_WRITING}{step:08d}"
-        # All ranks add CREPA's state up together: before writing, where one of them may fail.
+        # All ranks add CREPA's state up together, and shares of the LoRA: before writing, where one of them may fail.
         states = {name: part.state_dict() for name, part in self._parts().items()}
+        shares: dict[str, Tensor] = {}
+        trained: Mapping[str, Tensor] = trained_parameters(self._transformer)
+        if self._sharded:
+            shares = {f"{_WEIGHTS}{name}": parameter.detach() for name, parameter in trained.items()}
+            states = {name: take_shares(state, name, shares) for name, state in states.items()}
+            trained = {} if self._save_lora is None else whole_weights(self._transformer, trained=True)
         self._together(target, lambda: self._clear(temporary))
-        self._together(target, lambda: self._write(temporary, step, states))
+        self._together(target, lambda: self._write(temporary, step, states, trained))
+        if shares:
+            self._together(target, lambda: write_shares(temporary / SHARES, shares))
         self._together(target, lambda: self._finish(temporary, target, step))
         return target
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as it was. ValueError naming a file that is of another model or run."""
         folder = checkpoint.folder
-        self._load_weights(folder / (UNAVERAGED_FILE if self._schedule_free else WEIGHTS_FILE))
-        for name, part in self._parts().items():
-            file = folder / f"{name}.safetensors"
-            state = read_state(file)
-            _put_back(file, partial(_give, name, part, state))
+        parts = self._parts()
+        states = {name: read_state(folder / f"{name}.safetensors") for name in parts}
+        if self._sharded:
+            states = self._load_shares(folder, states)
+        else:
+            self._load_weights(folder / (UNAVERAGED_FILE if self._schedule_free else WEIGHTS_FILE))
+        for name, part in parts.items():
+            _put_back(folder / f"{name}.safetensors", partial(_give, name, part, states[name]))
         if self._ema is not None:
             self._ema.to(self._state.accelerator.device)
-        file = folder / self._random_file
+        # On another number of processes each has that of one of those that there were.
+        file = folder / _random_file(self._rank % int(checkpoint.identity["processes"]))
         numbers = read_state(file)
         _put_back(file, lambda: set_random_state(numbers, self._state.accelerator.device))
 
@@ -327,8 +353,7 @@ class Checkpoints:
         # torch and safetensors say of a full disk that writing failed, in errors of their own.
         except (OSError, RuntimeError, SafetensorError) as caught:
             error = caught
-        failed = torch.tensor(float(error is not None), device=self._state.accelerator.device)
-        if float(self._state.accelerator.reduce(failed, "sum")) == 0:
+        if not anywhere(error is not None):
             return
         if self._state.accelerator.is_main_process:
             for leftover in self._folder.glob(f"{_WRITING}*"):
@@ -344,24 +369,23 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
 
-    def _write(self, temporary: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> None:
+    def _write(
+        self, temporary: Path, step: int, states: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Tensor]
+    ) -> None:
         # Of one rank on another machine the folder may not be visible yet.
         temporary.mkdir(parents=True, exist_ok=True)
-        write_state(temporary / self._random_file, random_state(self._state.accelerator.device))
+        write_state(temporary / _random_file(self._rank), random_state(self._state.accelerator.device))
         if not self._state.accelerator.is_main_process:
             return
         for name, state in states.items():
             write_state(temporary / f"{name}.safetensors", state)
         if self._schedule_free:
-            self._save_weights(temporary / UNAVERAGED_FILE)
+            _save_weights(trained, temporary / UNAVERAGED_FILE)
         with weights_for_use(self._state.optimizer):
-            self._save_weights(temporary / WEIGHTS_FILE)
+            if not self._sharded:
+                _save_weights(trained, temporary / WEIGHTS_FILE)
             if self._save_lora is not None:
-                self._save_lora(self.described(temporary, step))
-
-    def _save_weights(self, file: Path) -> None:
-        trained = trained_parameters(self._transformer)
-        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}, file)
+                self._save_lora(trained, self.described(temporary, step))
 
     def _finish(self, temporary: Path, target: Path, step: int) -> None:
         if not self._state.accelerator.is_main_process:
@@ -379,12 +403,20 @@ class Checkpoints:
             # Out of the way first: a kill while it is removed leaves nothing that looks like a checkpoint.
             shutil.rmtree(old.replace(self._folder / f"{_WRITING}{old.name}"))
 
+    def _load_shares(self, folder: Path, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Loads the trained weights, and gives the parts' states with their shares."""
+        trained: dict[str, Any] = dict(trained_parameters(self._transformer))
+        shares: dict[str, Tensor] = {f"{_WEIGHTS}{name}": parameter.detach() for name, parameter in trained.items()}
+        mesh = next(iter(trained.values())).device_mesh
+        placed: dict[str, dict[str, Any]] = {}
+        places = ((name, place_shares(state, mesh, shares)) for name, state in states.items())
+        _put_back(folder, lambda: placed.update(places))
+        read_shares(folder / SHARES, shares)
+        return placed
+
     def _load_weights(self, file: Path) -> None:
         trained = trained_parameters(self._transformer)
-        try:
-            saved = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        saved = _read_weights(file)
         shapes = [{name: each.shape for name, each in tensors.items()} for tensors in (saved, trained)]
         wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         if wrong:
@@ -392,6 +424,26 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    """Of a checkpoint, by name, whole, on the CPU. ValueError where they are damaged."""
+    return read_whole(folder / SHARES, _WEIGHTS) if (folder / SHARES).is_dir() else _read_weights(folder / WEIGHTS_FILE)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _save_weights(trained: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}, file)
+
+
+def _random_file(rank: int) -> str:
+    return f"random_state_{rank}.safetensors"
 
 
 def _put_back(file: Path, work: Callable[[], object]) -> None:

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from .adapters import Adapter, adapter_layers, peft_names
-from .checkpoint import WEIGHTS_FILE, Checkpoint, newest_checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, trained_weights
 from .comfyui import comfyui_lora
+from .sharding import is_sharded, whole_copy, whole_weights
 from .state import trained_parameters
 from .state_files import json_digest
 
@@ -43,7 +44,7 @@ def export(
     form: str,
 ) -> None:
     """Writes the weights into the folder of `described` and those of their exponential moving average into `ema` there;
-    in one process.
+    in one process, or where they are sharded in all of them, of which the first writes.
 
     A LoRA of the form "diffusers" is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, of "comfyui"
     `comfyui_lora.safetensors`, of "both" the two, of "peft" a folder for `PeftModel.from_pretrained`. A whole
@@ -94,7 +95,7 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
     place = newest_checkpoint(place) or place
     checkpoint = read_checkpoint(place)
     folder = place.resolve().parent.parent / EXPORTED / place.resolve().name if folder is None else folder
-    weights = {name: tensor.to(dtype) for name, tensor in load_file(place / WEIGHTS_FILE).items()}
+    weights = {name: tensor.to(dtype) for name, tensor in trained_weights(place).items()}
     identity = checkpoint.identity
     full = identity["training"] == "full"
     if full and form != "diffusers":
@@ -113,21 +114,26 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
     return where(folder, full=full, expert=identity["expert"])
 
 
-def save_lora(family: TrainingFamily, transformer: nn.Module, described: Checkpoint, form: str | None = None) -> None:
-    """Writes the LoRA of an unwrapped transformer into the folder of `described`.
+def save_lora(
+    family: TrainingFamily, weights: Mapping[str, Tensor], described: Checkpoint, form: str | None = None
+) -> None:
+    """Writes a LoRA, given as trained weights by name, into the folder of `described`.
 
     form: as of `export`; None is that of stock diffusers, or of peft where it loads no such adapter.
     """
     if form is None:
         form = "diffusers" if Adapter.of(described.identity).is_lora else "peft"
-    _write_lora(family, peft_names(trained_parameters(transformer)), described, form)
+    _write_lora(family, peft_names(weights), described, form)
 
 
 def _write(family: TrainingFamily, transformer: Any, described: Checkpoint, form: str) -> None:
+    sharded = is_sharded(transformer)
     if described.identity["training"] == "full":
-        transformer.save_pretrained(described.folder / family.transformer_part)
-    else:
-        save_lora(family, transformer, described, form)
+        model = whole_copy(transformer) if sharded else transformer
+        if model is not None:
+            model.save_pretrained(described.folder / family.transformer_part)
+    elif weights := whole_weights(transformer, trained=True) if sharded else trained_parameters(transformer):
+        save_lora(family, weights, described, form)
 
 
 def _family(checkpoint: Checkpoint) -> TrainingFamily:

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .settings import RunSettings
 
 _YES = {"1", "true", "t", "yes", "y", "on"}
-_SHARDING = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+_SETTING = 'use sharding = "fsdp2" in the settings, and distributed_type MULTI_GPU in accelerate\'s config'
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, whose engine keeps the backward, clipping, the optimizer and its "
+    f"checkpoints to itself; FSDP2 shards what ZeRO does: {_SETTING}",
+    "ACCELERATE_USE_FSDP": f"FSDP by accelerate, which makes no unit of CREPA's projector: {_SETTING}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM, which has no diffusers transformers: {_SETTING}",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": f"a parallelism config: {_SETTING}",
 }
 
 
@@ -60,8 +62,8 @@ def check_launcher(settings: RunSettings) -> None:
     and offloading in several processes.
     """
     refused = [
-        f"{name} = {os.environ[name]}: launched with {what}, only data parallelism is supported"
-        for name, what in _SHARDING.items()
+        f"{name} = {os.environ[name]}: launched with {what}"
+        for name, what in _REFUSED.items()
         if os.environ.get(name, "").lower() in _YES
     ]
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -33,10 +33,12 @@ from .folders import check_folders, one_run_in
 from .launcher import check_launcher, check_teacher_device, device_memory, launched_processes, training_device
 from .optimizers import weights_for_use
 from .precision import check_base_precision
+from .ranks import wait_for_all
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
 from .reporting.trackers import log_picture, make_trackers, peak_memory, start_trackers
+from .sharding import is_sharded
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
 # The signal's number, and what was asked for, among a step's values, where they are added up over processes.
 _STOP, _ASKED = "stop", "asked"
 _BITS: dict[Command, int] = {"save": 1, "sample": 2}
-# One process encodes, samples and exports while the others wait.
-PATIENCE = timedelta(days=1)
 _PLAIN = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -177,7 +177,11 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=make_trackers(settings, first_step),
         project_dir=settings.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.step_timeout)),
+            # Else the whole model in the lower precision would stay until the forward ends.
+            AutocastKwargs(cache_enabled=settings.sharding == "none"),
+        ],
     )
     if accelerator.num_processes != launched_processes():
         raise ValueError(
@@ -215,7 +219,7 @@ def train_on(
     checkpoints = Checkpoints(
         state,
         ema,
-        save_lora=None if full else lambda described: export.save_lora(family, transformer, described),
+        save_lora=None if full else lambda weights, described: export.save_lora(family, weights, described),
         output=settings.output,
         kept=settings.checkpoints_kept,
         identity=identity,
@@ -231,7 +235,7 @@ def train_on(
     start_trackers(accelerator, settings.model_dump(mode="json") | config.to_dict())
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
     stopped = trained.steps(first_step, console)
-    if stopped is None and accelerator.is_main_process:
+    if stopped is None and (accelerator.is_main_process or is_sharded(transformer)):
         folder = settings.output / export.FOLDER
         control.phase("exporting")
         described = checkpoints.described(folder, settings.max_train_steps)
@@ -240,7 +244,7 @@ def train_on(
         say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
-    accelerator.wait_for_everyone()
+    wait_for_all()
     accelerator.end_training()
     if stopped is not None:
         raise stopped
@@ -359,10 +363,12 @@ class TrainingRun:
             batch = next(batches)
             if self._untaught:
                 batch = batch._replace(teacher={})  # it was made ahead
-            look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
+            # Every process has to take part in what uses a sharded projector.
+            looks = self.accelerator.is_main_process or is_sharded(self.transformer)
+            look = every and step % every == 0 and micro == 0 and looks
             logs = training_step(self.state, self.family, batch, position, look=bool(look))
             seen, crepa = logs.pop("look", None), self.state.crepa
-            if seen is not None and crepa is not None:
+            if seen is not None and crepa is not None and self.accelerator.is_main_process:
                 self._keep_look(step, int(batch.clips["index"][0]), seen, crepa.config)
                 # A number, since no other process has it.
                 logs["crepa_constant"] = seen.constant.item()
@@ -394,17 +400,19 @@ class TrainingRun:
             say(console, f"step {done}: nothing to sample, validation_prompts is empty")
             return
         self.control.phase("validating")
-        if self.accelerator.is_main_process:
+        # Every process has to take part in what calls a sharded transformer.
+        if self.accelerator.is_main_process or is_sharded(self.transformer):
             sampling = self._sampling()
             with weights_for_use(self.state.optimizer), export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
+        if self.accelerator.is_main_process:
             folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, folder, f"prompt-{number}")
                 log_picture(self.accelerator.trackers, f"validation/{number}", strip, done)
             save_index(folder, self.settings.validation_prompts, sampling)
             say(console, f"step {done}: {several(len(clips), 'clip')} sampled into {folder}")
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def _sampling(self) -> Sampling:
         settings, keys = self.settings, self.clips.keys

@@ -198,6 +198,12 @@ class RunSettings(LayerSyncKeys, Settings):
         description="frozen weights that wait in host memory for their turn, by blocks or by single layers; must be "
         '"none", "block" or "leaf"',
     )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="whether each of several processes keeps the whole model or, by blocks, its share of weights, "
+        'gradients and optimizer; must be "none" or "fsdp2"',
+    )
+    step_timeout: Integer = integer(600, "seconds that processes wait for each other in a step before all stop", ge=1)
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -265,6 +271,7 @@ class RunSettings(LayerSyncKeys, Settings):
         yield from self._lora_problems()
         yield from self._optimizer_problems()
         yield from self._base_problems()
+        yield from self._sharding_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
@@ -332,6 +339,24 @@ class RunSettings(LayerSyncKeys, Settings):
             if rate is not None and rate != self.learning_rate:
                 rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
                 yield keys, describe("projector_learning_rate", rate, rule)
+
+    def _sharding_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Of what each process has a share of: what has not been tried with it is refused."""
+        if self.sharding == "none":
+            return
+        if self.mixed_precision == "fp16":
+            rule = 'sharding = "fsdp2" has no gradient scaler: use "bf16" or "no"'
+            yield {"mixed_precision", "sharding"}, describe("mixed_precision", self.mixed_precision, rule)
+        known: dict[str, tuple[str, ...]] = {
+            "optimizer": ("adamw", "adam", "sgd"),
+            "lora_type": ("lora", "rslora"),
+            "base_precision": ("bf16",),
+            "offload": ("none",),
+        }
+        for key, values in known.items():
+            if (value := getattr(self, key)) not in values:
+                few = " or ".join(json.dumps(each) for each in values)
+                yield {key, "sharding"}, describe(key, value, f'sharding = "fsdp2" needs {few}')
 
     def _base_problems(self) -> Iterator[tuple[set[str], str]]:
         """Of the frozen weights: where they lie and in which numbers."""

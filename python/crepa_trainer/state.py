@@ -18,6 +18,8 @@ from .comfyui import check_layers
 from .offload import offload_blocks
 from .optimizers import make_optimizer, start_training
 from .precision import QUANTIZED, loading, prepare_base
+from .ranks import wait_for_all
+from .sharding import is_sharded, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,8 +54,8 @@ def make_state(
 ) -> TrainState:
     """The transformer with its adapter or all of its weights in fp32, CREPA on it, optimiser and scheduler, prepared.
 
-    Frozen weights are as `base_precision` and `offload` say. ValueError for LoRA targets that the model lacks, and as
-    CrepaRegularizer and LayerSync.
+    Frozen weights are as `base_precision` and `offload` say; with `sharding` each process has its share of all weights.
+    ValueError for LoRA targets that the model lacks, and as CrepaRegularizer and LayerSync.
     """
     from diffusers.optimization import get_scheduler
 
@@ -64,9 +66,8 @@ def make_state(
     else:
         add_lora(transformer, family, settings)
     prepare_base(transformer, settings.base_precision, dtype)
-    if settings.offload == "none":
-        transformer.to(accelerator.device)
-    else:
+    sharded = settings.sharding == "fsdp2"
+    if settings.offload != "none":
         offload_blocks(
             transformer,
             family_of(transformer).blocks(transformer),
@@ -75,6 +76,8 @@ def make_state(
             # diffusers takes torchao's weights for present where a stream has sent them off.
             streams=accelerator.device.type == "cuda" and settings.base_precision not in QUANTIZED,
         )
+    elif not sharded:  # which moves block by block: a device need not hold the whole model
+        transformer.to(accelerator.device)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     crepa = None
@@ -89,6 +92,9 @@ def make_state(
     layersync = LayerSync(settings.layersync, transformer) if settings.layersync_enabled else None
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)
+    wait_for_all()  # one may load for longer than a step may take
+    if sharded:
+        shard(transformer, accelerator.device)
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
@@ -99,9 +105,14 @@ def make_state(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
-    transformer, optimizer, scheduler = accelerator.prepare(
-        transformer, optimizer, scheduler, device_placement=[settings.offload == "none", True, True]
-    )
+    if sharded:
+        # Autocast alone, without DistributedDataParallel.
+        transformer = accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
+        optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    else:
+        transformer, optimizer, scheduler = accelerator.prepare(
+            transformer, optimizer, scheduler, device_placement=[settings.offload == "none", True, True]
+        )
     start_training(optimizer)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
@@ -175,4 +186,6 @@ def make_ema(transformer: nn.Module, decay: float | None) -> EMAModel | None:
 
     if decay is None:
         return None
-    return EMAModel(trained_parameters(transformer).values(), decay=decay, foreach=True)
+    # torch copies lists of shares in no one call.
+    foreach = not is_sharded(transformer)
+    return EMAModel(trained_parameters(transformer).values(), decay=decay, foreach=foreach)

@@ -19,6 +19,7 @@ from crepa_kernels.transfer import HostCopy, several_ranks
 
 from .alignment import AlignedClip
 from .optimizers import learning_rate
+from .sharding import whole
 
 if TYPE_CHECKING:
     from crepa_kernels import CrepaRegularizer
@@ -71,7 +72,7 @@ def training_step(
                 each.release()  # the captured hidden states
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            norm = accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm))
             logs["grad_norm"] = norm
             # What clipping divided by, so that these are as large as they were before it, as the norm is.
             scale = (norm / state.max_grad_norm).clamp(min=1)
@@ -92,7 +93,7 @@ def gradient_norms(state: TrainState) -> dict[str, Tensor]:
     for p in state.transformer.parameters():
         if p.grad is not None:
             grads["grad_norm_projector" if id(p) in own else "grad_norm_model"].append(p.grad)
-    return {name: torch.nn.utils.get_total_norm(found) for name, found in grads.items() if found}
+    return {name: whole(torch.nn.utils.get_total_norm(found)) for name, found in grads.items() if found}
 
 
 class StepValues:

@@ -20,13 +20,14 @@ from crepa_trainer.data.dataset import Bucket, ClipKey
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
 from crepa_trainer.reporting.trackers import MEASURED, read_metrics
-from crepa_trainer.run import make_accelerator, train_on
+from crepa_trainer.run import TrainingRun, make_accelerator, train_on
 from crepa_trainer.settings import RunSettings
 from processes import run
 from rich.console import Console
 from tiny import CHANNELS, DINOV2, TEXT_DIM, tiny_dinov2
 from tiny_pipelines import save_tiny_wan_pipeline
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from crepa_kernels import CrepaConfig
 
@@ -67,8 +68,9 @@ def tiny_config(models: Path, **changes: Any) -> CrepaConfig:
 class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Encoded clips as the cache gives them, each made from its number.
 
-    kill_at: the item at which SIGKILL comes to the process that makes it, or with `kill_training` to that which trains.
-    broken: the clip whose file is damaged. nan: the clip that is not finite.
+    kill_at: the item at which `kill_by` comes to the process that makes it, or with `kill_training` to that which
+    trains; with `kill_rank` in that one alone. broken: the clip whose file is damaged. nan: the clip that is not
+    finite.
     """
 
     def __init__(
@@ -79,12 +81,16 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
         pixels: bool = False,
         kill_at: int | None = None,
         kill_training: bool = False,
+        kill_rank: int | None = None,
+        kill_by: int = signal.SIGKILL,
         broken: int | None = None,
         nan: int | None = None,
     ) -> None:
         sizes = [Bucket(32, 48, 9)] * wide + [Bucket(48, 32, 9)] * tall
         self.keys: Sequence[ClipKey] = [ClipKey(f"{n}.mp4", 0, size, "a video") for n, size in enumerate(sizes)]
-        self.pixels, self.kill_at, self.given = pixels, kill_at, 0
+        self.pixels, self.given = pixels, 0
+        self.kill_at = kill_at if kill_rank in (None, int(os.environ.get("RANK", "0"))) else None
+        self.kill_by = kill_by
         self.kill_training, self.broken, self.nan = kill_training, broken, nan
         self.negative_text = {"text": torch.zeros(TEXT_TOKENS, TEXT_DIM)}
         prompt = torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(99))
@@ -96,7 +102,7 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.given == self.kill_at:
             in_worker = torch.utils.data.get_worker_info() is not None
-            os.kill(os.getppid() if in_worker and self.kill_training else os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid() if in_worker and self.kill_training else os.getpid(), self.kill_by)
         self.given += 1
         if index == self.broken:
             raise ValueError(f"clip-{index}.safetensors is damaged; start again")
@@ -119,6 +125,12 @@ class TinyClips(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list[dict[str, float]]:
     """A run in this process; the rows of its metrics."""
+    trained(settings, config, clips)
+    return metrics_rows(settings.output)
+
+
+def trained(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> TrainingRun:
+    """A run in this process."""
     for state in (AcceleratorState, GradientState):
         state._reset_state(True) if state is AcceleratorState else state._reset_state()
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
@@ -127,8 +139,17 @@ def train(settings: RunSettings, config: CrepaConfig, clips: Any = None) -> list
     accelerator = make_accelerator(settings, checkpoint.step if checkpoint else 0)
     console = Console(file=io.StringIO())
     control = RunControl(settings.output, settings.max_train_steps)
-    train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint, control)
-    return metrics_rows(settings.output)
+    return train_on(clips or TinyClips(), accelerator, family, settings, config, console, identity, checkpoint, control)
+
+
+def check_shares(run: TrainingRun, processes: int) -> None:
+    """Of every weight, and of what the optimizer and the EMA keep of it, this process has its share alone."""
+    moments = [each for state in run.state.optimizer.state.values() for each in state.values() if each.ndim]
+    kept = [*run.transformer.parameters(), *moments, *(run.ema.shadow_params if run.ema else ())]
+    assert moments
+    for tensor in kept:
+        assert isinstance(tensor, DTensor)
+        assert tensor.to_local().shape[0] <= -(-tensor.shape[0] // processes)
 
 
 def metrics_rows(output: Path) -> list[dict[str, float]]:
@@ -170,7 +191,9 @@ def _main(given: Mapping[str, Any]) -> None:
     if start := given["clips"].pop("start", None):
         torch.multiprocessing.set_start_method(start, force=True)
     settings, config = RunSettings(**given["settings"]), CrepaConfig.from_dict(given["config"])
-    train(settings, config, TinyClips(**given["clips"]))
+    run = trained(settings, config, TinyClips(**given["clips"]))
+    if settings.sharding == "fsdp2":
+        check_shares(run, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

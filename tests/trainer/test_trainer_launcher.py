@@ -77,7 +77,7 @@ def error_of(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "1: gradient_accumulation_steps is 2"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16: mixed_precision is bf16"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8: mixed_precision is bf16"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "true: launched with DeepSpeed"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "true: launched with DeepSpeed, whose engine keeps the backward"),
         ("ACCELERATE_USE_FSDP", "true", "true: launched with FSDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "true: launched with Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "true: launched with a parallelism config"),

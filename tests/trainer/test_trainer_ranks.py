@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
+from crepa_trainer.ranks import anywhere, wait_for_all
+from processes import run
 from safetensors.torch import load_file
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
@@ -48,6 +53,29 @@ def test_two_processes_log_and_learn_what_one_does(models: Path, tmp_path: Path)
     assert_alike(alone, shared, tmp_path)
 
 
+def one_is_late() -> None:
+    """The others wait for it longer than a step's collectives would."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    rank = dist.get_rank()
+    if rank == 0:
+        time.sleep(2)
+    wait_for_all()
+    if rank == 1:
+        time.sleep(2)
+    assert anywhere(rank == 1)
+    assert not anywhere(False)
+    if rank == 1:
+        time.sleep(3)
+        return
+    with pytest.raises(RuntimeError, match="Timed out"):
+        dist.barrier()
+
+
+def test_processes_wait_for_one_that_encodes_or_writes_longer_than_in_a_step() -> None:
+    done = run(one_is_late, ranks=2, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["permanent", "recoverable"])
 def test_the_similarity_cuts_off_at_the_same_step_on_both(models: Path, tmp_path: Path, mode: str) -> None:
@@ -79,5 +107,11 @@ def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path)
     assert process.returncode == 0, process.stderr
     rows, expected = (metrics_rows(tmp_path / run) for run in ("killed", "whole"))
     assert rows == expected
+    (tmp_path / "killed" / FOLDER / "step-00000008").rename(tmp_path / "step-00000008")
+    # The same micro-batches a step.
+    alone = train_elsewhere(resumed.model_copy(update={"gradient_accumulation_steps": 2}), config)
+    assert alone.returncode == 0, alone.stderr
+    for row, one in zip(expected, metrics_rows(tmp_path / "killed"), strict=True):
+        assert row == pytest.approx(one, abs=CLOSE, rel=CLOSE, nan_ok=True)
     alone = train_elsewhere(resumed, config)
     assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]

@@ -29,6 +29,7 @@ from crepa_kernels.teachers.cache import (
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
+from ..ranks import wait_for_all
 from ..terminal import several
 from .clips import read_clips
 from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, fit_again, listed, skip_video, tell_skipped
@@ -304,7 +305,7 @@ class _Filler:
         wanted = {text.file: text for text in texts}
         missing = _missing(wanted)
         # As for the videos.
-        self.state.wait_for_everyone()
+        wait_for_all()
         texts = [text for path, text in wanted.items() if path in missing]
         rank, shares = self.state.process_index, self.state.num_processes if self.family.text_image_parts else 1
         parts: Any = None
@@ -336,7 +337,7 @@ class _Filler:
         """
         missing = _missing(path for each in files.values() for path in each.of_pixels)
         # Nobody may write before everybody has looked, or their shares would not be of one whole.
-        self.state.wait_for_everyone()
+        wait_for_all()
         clips = {key: each for key, each in files.items() if missing.intersection(each.of_pixels)}
         videos: dict[str, list[ClipKey]] = {}
         for key in clips:
@@ -401,7 +402,7 @@ class _Filler:
             task = progress.add_task(f"encoding {what}", total=total)
             for each in rounds:
                 yield each
-                self.state.wait_for_everyone()
+                wait_for_all()
                 progress.advance(task, len(each))
 
     def _tell_encoded(self, number: int, what: str) -> None:

@@ -190,6 +190,8 @@ def _step_rows(plan: Plan) -> Rows:
         each.append(f"{settings.gradient_accumulation_steps} micro-batches")
     if plan.processes > 1:
         each.append(f"{plan.processes} processes")
+    if settings.sharding == "fsdp2":
+        each.append("which share the model by FSDP2")
     every, kept = settings.checkpoint_every, settings.checkpoints_kept
     rows = [
         ("steps", f"{settings.max_train_steps:,} ({', '.join(each)}), {plan.epochs:,.2f} epochs"),

@@ -1,0 +1,73 @@
+"""Gradients of a step of every family's transformer, by one process and by several that have a share of it each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from crepa_trainer.sharding import shard, whole, whole_copy
+from peft import LoraConfig, inject_adapter_in_model
+from tiny_families import FAMILIES, TinyFamily
+from torch import Tensor
+
+from crepa_kernels import CrepaRegularizer
+
+RANKS = 2
+FEATURE_SIZE = 8
+
+
+def _built(tiny: TinyFamily) -> tuple[Any, CrepaRegularizer]:
+    transformer = tiny.make().requires_grad_(False)
+    torch.manual_seed(0)
+    targets = [tiny.query_of(path) for path in tiny.blocks]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), transformer)
+    transformer.enable_gradient_checkpointing()
+    settings = {"crepa_enabled": True, "crepa_block_index": 1}
+    return transformer, CrepaRegularizer(settings, transformer, feature_size=FEATURE_SIZE)
+
+
+def _backward(tiny: TinyFamily, transformer: Any, crepa: CrepaRegularizer, samples: Iterable[int], scale: float) -> Any:
+    for sample in samples:
+        prediction = transformer(**tiny.inputs(seed=sample, model=tiny.make()))[0]
+        shape = (1, tiny.frames, 6, FEATURE_SIZE)
+        features = torch.randn(shape, generator=torch.Generator().manual_seed(sample))
+        aux, _ = crepa.loss(step=0, features=features, feature_grid=(2, 3))
+        ((prediction.square().mean() + aux) * scale).backward()
+    return {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+
+
+def gradients_alone(case: str) -> dict[str, Tensor]:
+    """Of LoRA and projector, the mean over RANKS samples."""
+    tiny = FAMILIES[case]
+    found: dict[str, Tensor] = _backward(tiny, *_built(tiny), range(RANKS), 1 / RANKS)
+    return found
+
+
+def sharded_gradients(folder: str) -> None:
+    """The same of every family in RANKS processes, of which each has a sample; the first writes `folder`/NAME.pt.
+
+    And what it gets of a transformer to write it is what was shared out, as from `from_pretrained`.
+    """
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for case, tiny in FAMILIES.items():
+        transformer, crepa = _built(tiny)
+        shard(transformer, torch.device("cpu"))
+        found = {name: whole(each) for name, each in _backward(tiny, transformer, crepa, [rank], 1.0).items()}
+        if rank == 0:
+            torch.save(found, Path(folder) / f"{case}.pt")
+        transformer = tiny.make()
+        shard(transformer, torch.device("cpu"))
+        copy = whole_copy(transformer)
+        assert (copy is not None) == (rank == 0)
+        if copy is not None:
+            assert type(copy) is tiny.model
+            copy.save_pretrained(Path(folder) / case)
+            saved, expected = tiny.model.from_pretrained(Path(folder) / case).state_dict(), tiny.make().state_dict()
+            assert saved.keys() == expected.keys()
+            assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    dist.barrier()
+    dist.destroy_process_group()
