@@ -10,8 +10,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from .context import check_group
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
@@ -44,7 +46,8 @@ class LossInputs:
     Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
     frame_index (B, T) int64 or None (S = T then), teacher_mask (B, T) bool, teacher frames that exist, frame_mask
     (B, T) bool, student frames in the loss, which are among those whose teacher frame exists; None: all.
-    compute_dtype is the type of the products' operands.
+    compute_dtype is the type of the products' operands. context_group has the ranks with the rest of the same clips'
+    tokens, where a loss needs them.
     """
 
     hidden_states: torch.Tensor
@@ -59,6 +62,7 @@ class LossInputs:
     frames: int
     compute_dtype: torch.dtype
     token_range: tuple[int, int] | None = None
+    context_group: dist.ProcessGroup | None = None
     recompute: bool = False
 
     @property
@@ -69,6 +73,19 @@ class LossInputs:
     def feature_size(self) -> int:
         """E."""
         return self.teacher_features.shape[3]
+
+    @property
+    def touched_frames(self) -> range:
+        """Student frames of which the hidden states have a token: all, but with ``token_range``."""
+        if self.token_range is None:
+            return range(self.frames)
+        (start, stop), tokens = self.token_range, self.plan.tokens
+        return range(start // tokens, -(-stop // tokens))
+
+    @property
+    def taught_frames(self) -> range:
+        """Student frames whose teacher's frames are read: the touched ones, and as far as neighbours reach."""
+        return self.neighbours.around(self.touched_frames, self.frames)
 
     @property
     def statistics_type(self) -> torch.dtype:
@@ -298,6 +315,7 @@ def check_inputs(
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
     token_range: Sequence[int] | None = None,
+    context_group: dist.ProcessGroup | None = None,
     recompute: bool = False,
 ) -> LossInputs:
     """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
@@ -313,6 +331,8 @@ def check_inputs(
         # A slice of the tokens does not tell the clip's frames; the index or the teacher does.
         frames = teacher_features.shape[1] if frame_index is None else _as_integers(frame_index).shape[-1:].numel()
         token_range = check_token_range(token_range, hidden_states, plan, frames)
+    if context_group is not None:
+        check_group(context_group, "context_group")
     frame_mask = check_mask(frame_mask, "frame_mask", (batch, frames), device)
     teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)
     if teacher_mask is not None:
@@ -331,5 +351,6 @@ def check_inputs(
         # Without a projector nothing is projected in a narrower type.
         compute_dtype=hidden_states.dtype if weights.weight is None else product_type(hidden_states),
         token_range=token_range,
+        context_group=context_group,
         recompute=recompute,
     )
