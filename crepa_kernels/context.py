@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 def check_group(group: object, name: str) -> None:
@@ -45,9 +46,20 @@ class ContextShard(NamedTuple):
         return self.start, self.stop
 
     @property
+    def ranks(self) -> int:
+        """Of the group."""
+        return dist.get_world_size(self.group)
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the group's first rank: what all of them count alike is counted there."""
         return dist.get_rank(self.group) == 0
+
+    def gathered(self, tokens: torch.Tensor, frames: int, per_frame: int) -> torch.Tensor:
+        """(B, stop - start, D) of each rank -> (B, T, P, D) on each: one collective, differentiable."""
+        rest = frames * per_frame - self.stop
+        # No two ranks have the same token: their sum is every token.
+        return sum_over(self.group, F.pad(tokens, (0, 0, self.start, rest))).unflatten(1, (frames, per_frame))
 
     def summed(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Scalars of one device, each added up over the group: one collective, which the host does not wait for."""
@@ -56,6 +68,24 @@ class ContextShard(NamedTuple):
         total = torch.stack([value.detach() for value in values.values()])
         dist.all_reduce(total, group=self.group)
         return dict(zip(values, total.unbind(), strict=True))
+
+
+def touched_frames(token_range: tuple[int, int], per_frame: int) -> range:
+    """The frames of ``per_frame`` tokens that have one in ``token_range``."""
+    start, stop = token_range
+    return range(start // per_frame, -(-stop // per_frame))
+
+
+def in_touched_frames(tokens: torch.Tensor, token_range: tuple[int, int], per_frame: int) -> torch.Tensor:
+    """(B, stop - start, D) -> (B, touched frames, P, D), zeros where others have the token."""
+    touched = touched_frames(token_range, per_frame)
+    before, after = token_range[0] - touched.start * per_frame, touched.stop * per_frame - token_range[1]
+    return F.pad(tokens, (0, 0, before, after)).unflatten(1, (len(touched), per_frame))
+
+
+def index_into(frames: range, total: int) -> list[int]:
+    """Of each of ``total`` frames its place among ``frames``; of those that are not there, the place of the nearest."""
+    return [min(max(frame, frames.start), frames.stop - 1) - frames.start for frame in range(total)]
 
 
 def sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:

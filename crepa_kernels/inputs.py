@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .context import check_group
+from .context import check_group, touched_frames
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
@@ -79,8 +79,7 @@ class LossInputs:
         """Student frames of which the hidden states have a token: all, but with ``token_range``."""
         if self.token_range is None:
             return range(self.frames)
-        (start, stop), tokens = self.token_range, self.plan.tokens
-        return range(start // tokens, -(-stop // tokens))
+        return touched_frames(self.token_range, self.plan.tokens)
 
     @property
     def taught_frames(self) -> range:

@@ -10,10 +10,12 @@ from operator import add
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config.base import Settings
 from ..config.shared import TaughtSettings
+from ..context import ContextShard
 from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
@@ -47,15 +49,17 @@ class Measured(NamedTuple):
 
     Attributes:
         losses: terms of the loss by the names of their logs, with their gradients and without the schedule's weight.
-        logs: what else is logged.
+        logs: what else is logged, scalars.
         features: the teacher's.
+        shard: of whose tokens alone losses, logs and metric are, where other ranks have the rest of the clips.
         metric: gives the sum of what the threshold is compared with, and of how many; called where there is one.
     """
 
     losses: dict[str, torch.Tensor]
-    logs: Logs
+    logs: dict[str, torch.Tensor]
     features: torch.Tensor
     metric: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    shard: ContextShard | None = None
 
 
 class Regularizer:
@@ -115,6 +119,7 @@ class Regularizer:
         *,
         max_train_steps: int | None,
         feature_size: int | None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Puts hooks and projector on the model.
 
@@ -122,7 +127,7 @@ class Regularizer:
             family: the model's.
             blocks: index by the setting that chose it, the student's first.
             source: of the teacher's features.
-            max_train_steps, feature_size: as the constructors take them.
+            max_train_steps, feature_size, context_group: as the constructors take them.
         """
         model, settings = self._model, self.config.schedule
         self._family, self._source = family, source
@@ -133,7 +138,7 @@ class Regularizer:
         hidden_size = family.hidden_size(getattr(model, "config", None))
         size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
         self.projector = make_projector(self.config, hidden_size, size)
-        self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
+        self._capture = Capture(model, family, blocks, self.projector, self.OWNER, context_group)
         self._monitor = NonFiniteMonitor(self.OWNER)
         self._watch = TrainingWatch(self.projector, self.OWNER)
         self._looked_at_adapters = False
@@ -235,7 +240,10 @@ class Regularizer:
         if decision.probe:
             return aux, logs
         weighted = {name: decision.weight * term for name, term in measured.losses.items()}
-        return reduce(add, weighted.values()), logs | {n: term.detach() for n, term in weighted.items()} | measured.logs
+        found = {name: term.detach() for name, term in weighted.items()} | measured.logs
+        if measured.shard is not None:
+            found = measured.shard.summed(found)
+        return reduce(add, weighted.values()), logs | found
 
     def _measured(
         self,

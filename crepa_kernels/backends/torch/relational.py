@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ...context import in_touched_frames
 from ...inputs import LossInputs
 from ...neighbours import Relation
 from ...ops.relation import OfRank, relate_frames_op, relate_ranks
@@ -55,14 +55,13 @@ def _touched(inputs: LossInputs) -> tuple[LossInputs, OfRank | None]:
     if inputs.token_range is None or inputs.context_group is None:
         return inputs, None
     tokens, touched = inputs.plan.tokens, inputs.touched_frames
-    start, stop = (token - touched.start * tokens for token in inputs.token_range)
-    whole = F.pad(inputs.hidden_states, (0, 0, start, len(touched) * tokens - stop))
+    rows = slice(*(token - touched.start * tokens for token in inputs.token_range))
     frames = slice(touched.start, touched.stop)
     index, masks = inputs.frame_index, (inputs.frame_mask, inputs.teacher_mask)
     frame_mask, teacher_mask = (None if mask is None else mask[:, frames] for mask in masks)
     of_frames = replace(
         inputs,
-        hidden_states=whole.unflatten(1, (len(touched), tokens)),
+        hidden_states=in_touched_frames(inputs.hidden_states, inputs.token_range, tokens),
         teacher_features=inputs.teacher_features[:, frames] if index is None else inputs.teacher_features,
         frame_index=None if index is None else index[:, frames],
         frame_mask=frame_mask,
@@ -71,7 +70,7 @@ def _touched(inputs: LossInputs) -> tuple[LossInputs, OfRank | None]:
         token_range=None,
         context_group=None,
     )
-    return of_frames, OfRank(inputs.context_group, touched.start, inputs.frames, slice(start, stop))
+    return of_frames, OfRank(inputs.context_group, touched.start, inputs.frames, rows)
 
 
 class _ClipSums(torch.autograd.Function):
