@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .context import check_group, touched_frames
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
 from .ops.resample import check_flag, check_type
-from .transfer import moved
+from .transfer import moved, touched_frames
 
 logger = logging.getLogger(__name__)
 
@@ -330,8 +329,6 @@ def check_inputs(
         # A slice of the tokens does not tell the clip's frames; the index or the teacher does.
         frames = teacher_features.shape[1] if frame_index is None else _as_integers(frame_index).shape[-1:].numel()
         token_range = check_token_range(token_range, hidden_states, plan, frames)
-    if context_group is not None:
-        check_group(context_group, "context_group")
     frame_mask = check_mask(frame_mask, "frame_mask", (batch, frames), device)
     teacher_mask = check_mask(teacher_mask, "teacher_mask", (batch, frames), device)
     if teacher_mask is not None:

@@ -25,6 +25,7 @@ from .neighbours import Neighbours, Pairs, Relation
 from .ops.compiling import constant_when_compiled
 from .output import CrepaOutput
 from .projector import CrepaProjector
+from .transfer import check_group
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "relational_loss", "similarity_matrix"]
 
@@ -247,6 +248,8 @@ def relational_loss(
         raise ValueError(
             "token_range and context_group go together: every token is compared with those that other ranks have"
         )
+    if context_group is not None:
+        check_group(context_group, "context_group")
     grid = grid_of(student_grid, latent_shape, patch, hidden_states)
 
     def run() -> torch.Tensor:

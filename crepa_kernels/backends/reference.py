@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..context import sum_over
 from ..inputs import LossInputs, frames_at
 from ..neighbours import Relation
 from ..ops.rows import NORM_FLOOR
 from ..output import CrepaOutput
 from ..reduction import plan_reduction, reduce_frames, reduce_pairs
+from ..transfer import sum_over
 
 
 def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:

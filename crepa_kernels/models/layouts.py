@@ -10,8 +10,8 @@ from typing import Any, SupportsIndex
 import torch
 import torch.distributed as dist
 
-from ..context import ContextShard
 from ..grid import Grid, as_sizes
+from ..transfer import ContextShard
 from .image_ids import IMAGE_IDS, ReadIds
 
 # What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids what they say.

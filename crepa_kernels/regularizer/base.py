@@ -15,11 +15,11 @@ from torch import nn
 
 from ..config.base import Settings
 from ..config.shared import TaughtSettings
-from ..context import ContextShard
 from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from ..transfer import ContextShard
 from .aligning import make_projector, projector_class
 from .attach import (
     CREPA,

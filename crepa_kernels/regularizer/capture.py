@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..context import check_group
 from ..grid import num_tokens
 from ..models.families import Family
 from ..models.image_ids import IMAGE_IDS, ImageIds
 from ..models.layouts import OUTPUT, Arguments, TokenLayout
 from ..projector import Projector
+from ..transfer import check_group
 from .attach import CREPA, Owner, check_runs
 
 

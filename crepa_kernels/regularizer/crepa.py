@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config.schema import CrepaConfig
-from ..context import index_into, touched_frames
 from ..grid import num_tokens
 from ..inputs import check_mask
 from ..loss import crepa_loss, relational_loss, similarity_matrix
@@ -22,6 +21,7 @@ from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from ..transfer import index_into, touched_frames
 from .aligning import Sides
 from .attach import CREPA
 from .base import Logs, Measured, Regularizer

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config.layersync import LayerSyncConfig
-from ..context import in_touched_frames, index_into, touched_frames
 from ..grid import num_tokens
 from ..loss import crepa_loss
 from ..models.families import family_of
+from ..transfer import in_touched_frames, index_into, touched_frames
 from .attach import LAYERSYNC, check_attachable, check_reach
 from .capture import Capture
 

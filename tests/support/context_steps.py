@@ -6,8 +6,9 @@ diffusers' own context parallelism, with Ulysses' exchange over gloo, and a modu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,14 +38,15 @@ class OwnSequence(nn.Module):
         return self.block(tokens.tensor_split(ranks, 1)[dist.get_rank() if ranks > 1 else 0])
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """``make(ranks)`` builds the model; ``inputs(ranks)`` are its forward's arguments; ``given(frames)`` loss's."""
 
     make: Callable[[int], Any]
     inputs: Callable[[int], dict[str, Any]]
     settings: dict[str, Any]
     given: Callable[[int], dict[str, Any]] = lambda frames: {"features": features(frames)}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
     own: bool = False
 
 
@@ -101,9 +103,11 @@ def _even_text(inputs: dict[str, Any]) -> dict[str, Any]:
 
 STEPS: dict[str, Step] = {
     "adjacent": _wan_step({**RELATIONAL, "crepa_similarity_threshold": 0.99}),
-    "cumulative-masks": _wan_step({**RELATIONAL, **CUMULATIVE}, lambda t: {"features": features(t, (3, 4)), **masks(t)}),
+    "cumulative-masks": _wan_step(
+        {**RELATIONAL, **CUMULATIVE}, lambda t: {"features": features(t, (3, 4)), **masks(t)}
+    ),
     "margin": _wan_step({**RELATIONAL, "crepa_relational_margin": 0.05, "crepa_relational_pairs": "neighbours"}),
-    "pixels": _wan_step({}, lambda t: {"pixels": clip_pixels(2, 4 * t - 3)}),
+    "pixels": _wan_step({"crepa_adjacent_distance": 0}, lambda t: {"pixels": clip_pixels(2, 4 * t - 3)}),
     "pixels-mean": _wan_step({"crepa_frame_map": "mean"}, lambda t: {"pixels": clip_pixels(2, 4 * t - 3)}),
     "backbone": _wan_step({"crepa_use_backbone_features": True, "crepa_teacher_block_index": 2}, lambda _: {}),
     "irepa": _wan_step({**RELATIONAL, "irepa_enabled": True}),
@@ -136,14 +140,18 @@ def run(step: Step, ranks: int, *, parallel: bool) -> dict[str, Any]:
     size = None if encoder is not None or "crepa_use_backbone_features" in step.settings else FEATURES
     torch.manual_seed(1)
     crepa = CrepaRegularizer(
-        {**CONFIG, **step.settings, "crepa_encoder_image_size": 28}, model, encoder=encoder, feature_size=size, **options
+        {**CONFIG, **step.settings, "crepa_encoder_image_size": 28},
+        model,
+        encoder=encoder,
+        feature_size=size,
+        **options,
     )
     sync = None
     if not step.own:
         sync = LayerSync({"layersync_enabled": True, "layersync_student_block": 0, "layersync_teacher_block": 2}, model)
     if parallel and not step.own:
         # It counts the machine's accelerators, and takes a CPU for none.
-        with mock.patch.object(torch.accelerator, "device_count", lambda: 1):
+        with mock.patch.object(torch.accelerator, "device_count", return_value=1):
             model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
     model.train()
     inputs = step.inputs(ranks) if step.own else {**step.inputs(ranks), "return_dict": False}

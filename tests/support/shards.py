@@ -11,8 +11,8 @@ import torch.distributed as dist
 from cases import Case, simple
 
 from crepa_kernels import crepa_loss, relational_loss
-from crepa_kernels.context import ContextShard
 from crepa_kernels.ops.relation import TILE as TILES
+from crepa_kernels.transfer import ContextShard
 
 # 30 tokens, cut after the 15th, or after the 10th and the 20th: never between frames of 6.
 CLIP: dict[str, Any] = {"frames": 5, "teacher_frames": 5, "student_grid": (2, 3), "teacher_grid": (3, 4)}

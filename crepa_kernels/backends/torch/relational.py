@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ...context import in_touched_frames
 from ...inputs import LossInputs
 from ...neighbours import Relation
 from ...ops.relation import OfRank, relate_frames_op, relate_ranks
 from ...ops.rows import NORM_FLOOR, floored_norm, unfolded_rows
 from ...reduction import reduce_pairs
+from ...transfer import in_touched_frames
 from .autograd import Record, projector_gradients
 from .chunks import Chunk, chunk_policy, plan_chunks
 from .student import GradientRows, Projected, Settings, StudentRows
