@@ -59,5 +59,9 @@ def check_launcher(settings: RunSettings) -> None:
         refused.append(f"ACCELERATE_MIXED_PRECISION = {precision}: {rule}")
     if refused:
         raise ValueError("; ".join(refused))
+    if settings.context_parallel > 1 and not torch.accelerator.device_count():
+        raise ValueError(
+            f"context_parallel = {settings.context_parallel} needs GPUs: diffusers shares out no tokens on CPUs"
+        )
     if settings.mixed_precision == "fp16" and training_device() == "cpu":
         raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")

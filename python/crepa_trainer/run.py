@@ -246,10 +246,14 @@ class TrainingRun:
             [key.bucket for key in self.clips.keys],
             batch_size=self.settings.batch_size,
             accumulation=self.settings.gradient_accumulation_steps,
-            world=self.accelerator.num_processes,
+            world=self.accelerator.num_processes // self.settings.context_parallel,
             seed=self.settings.seed,
         )
         self.transformer = self.accelerator.unwrap_model(self.state.transformer)
+        # Of the processes that take the same clips.
+        self._rank = self.accelerator.process_index // self.settings.context_parallel
+        # What calls the transformer, or reads what it left, is called by all that share out a clip.
+        self._together = self.accelerator.is_main_process or self.settings.context_parallel > 1
         self._stopped: int | None = None  # the signal that has reached any of several processes
         self._asked: set[Command] = set()  # of all of them, at the same step
         self._seconds = 0.0  # that the last step took
@@ -261,7 +265,7 @@ class TrainingRun:
         """
         settings, total = self.settings, self.settings.max_train_steps
         self.state.transformer.train()
-        positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
+        positions = RankPositions(self.order.accumulation, self._rank, first_step)
         device = self.accelerator.device
         with (
             stop_kept() as asked,
@@ -327,14 +331,14 @@ class TrainingRun:
         values = StepValues()
         every = self.settings.matrix_every
         for micro in range(self.settings.gradient_accumulation_steps):
-            position = Position(step, micro, self.accelerator.process_index)
+            position = Position(step, micro, self._rank)
             batch = next(batches)
             if self._untaught:
                 batch = batch._replace(teacher={})  # it was made ahead
-            look = every and step % every == 0 and micro == 0 and self.accelerator.is_main_process
+            look = every and step % every == 0 and micro == 0 and self._together
             logs = training_step(self.state, self.family, batch, position, look=bool(look))
             seen, crepa = logs.pop("look", None), self.state.crepa
-            if seen is not None and crepa is not None:
+            if seen is not None and crepa is not None and self.accelerator.is_main_process:
                 self._keep_look(step, int(batch.clips["index"][0]), seen, crepa.config)
                 # A number, since no other process has it.
                 logs["crepa_constant"] = seen.constant.item()
@@ -367,10 +371,11 @@ class TrainingRun:
             say(console, f"step {done}: nothing to sample, validation_prompts is empty")
             return
         self.control.phase("validating")
-        if self.accelerator.is_main_process:
+        if self._together:
             sampling = self._sampling()
             with export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
+        if self.accelerator.is_main_process:
             folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, folder, f"prompt-{number}")

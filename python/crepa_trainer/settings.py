@@ -119,6 +119,9 @@ class RunSettings(LayerSyncKeys, Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
+    context_parallel: Integer = integer(
+        1, "processes that share out the tokens of each clip among them, by diffusers' Ulysses attention", ge=1
+    )
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(

@@ -14,6 +14,7 @@ from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
 
 from .comfyui import original_layers
+from .context import share_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +34,10 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 @dataclass
 class TrainState:
-    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA, so `layersync`."""
+    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA, so `layersync`.
+
+    `context_parallel`: processes that share out the tokens of a clip.
+    """
 
     accelerator: Accelerator
     transformer: torch.nn.Module
@@ -42,6 +46,7 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
     layersync: LayerSync | None = None
+    context_parallel: int = 1
 
 
 def make_state(
@@ -69,6 +74,7 @@ def make_state(
     layersync = LayerSync(settings.layersync, transformer) if settings.layersync_enabled else None
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)
+    share_tokens(transformer, settings.context_parallel, accelerator.device.type)
     groups = parameter_groups(
         transformer, settings.learning_rate, settings.projector_learning_rate or settings.learning_rate
     )
@@ -82,7 +88,16 @@ def make_state(
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, scheduler)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
-    return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
+    return TrainState(
+        accelerator,
+        transformer,
+        crepa,
+        optimizer,
+        scheduler,
+        settings.max_grad_norm,
+        layersync,
+        settings.context_parallel,
+    )
 
 
 def parameter_groups(

@@ -52,6 +52,7 @@ class WanFamily(TrainingFamily):
     transformer_class = "WanTransformer3DModel"
     pixel_multiple = 16
     original_names: ClassVar = ORIGINAL_NAMES
+    shares_tokens = True
     text_limits: ClassVar = {"tokenizer": 512}  # WanPipeline's default max_sequence_length
     pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 

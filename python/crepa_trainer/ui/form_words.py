@@ -53,6 +53,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "lr_warmup_steps": ("学習率ウォームアップ", "学習率が 0 から上がるまでのステップ数。0 以上の整数"),
     "max_grad_norm": ("最大勾配ノルム", "勾配をこのノルムに切り詰める。0 より大きい数"),
     "mixed_precision": ("混合精度", "順伝播と凍結した重みの型。「no」「fp16」「bf16」"),
+    "context_parallel": (
+        "コンテキスト並列",
+        "各クリップのトークンを分け合うプロセス数。diffusersのUlysses注意機構による",
+    ),
     "gradient_checkpointing": ("勾配チェックポイント", "活性を逆伝播で計算し直す"),
     "compile_blocks": ("ブロックのコンパイル", "各ブロックに torch.compile を使う"),
     "ema_decay": ("EMA 減衰率", "学習した重みの移動平均。空なら使わない。0 以上 1 未満"),
