@@ -82,6 +82,12 @@ def test_each_rank_encodes_the_frames_alone_that_teach_its_tokens(found: Found) 
     assert [own["pixels"]["encoded"] for own in found(3)] == [2 * 2, 2 * 2, 2 * 2]
 
 
+def test_a_model_that_is_not_cut_over_the_group_is_an_error(found: Found) -> None:
+    for own, held in zip(found(2), ((0, 9), (9, 18)), strict=True):
+        assert "block 1 returned (2, 18, 48), expected (B, 9, D)" in own["uncut"]
+        assert f"of which this rank has {held}" in own["uncut"]
+
+
 def test_a_group_must_be_one_of_this_rank() -> None:
     for wrong in (2, "world"):
         with pytest.raises(ValueError, match=r"context_group must be a torch\.distributed process group of this rank"):

@@ -176,12 +176,24 @@ def run(step: Step, ranks: int, *, parallel: bool) -> dict[str, Any]:
     }
 
 
+def uncut(ranks: int) -> str:
+    """What is said where a group is given and nothing is cut over it."""
+    transformer = _wan(ranks)
+    crepa = CrepaRegularizer(CONFIG, transformer, feature_size=FEATURES, context_group=dist.group.WORLD)
+    transformer(**_wan_inputs(ranks))
+    try:
+        crepa.loss(step=0, features=features(_frames(ranks)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
-    """In each of several processes: writes RANK.pt with what it has of every step."""
+    """In each of several processes: writes RANK.pt with what it has of every step, and of a model that is not cut."""
     torch.set_num_threads(1)
     tiny_dinov2()  # of several ranks transformers has the first one alone save it
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     found = {name: run(step, ranks, parallel=True) for name, step in steps(ranks).items()}
-    torch.save(found, folder / f"{dist.get_rank()}.pt")
+    torch.save({**found, "uncut": uncut(ranks)}, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
