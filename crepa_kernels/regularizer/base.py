@@ -10,6 +10,7 @@ from operator import add
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config.base import Settings
@@ -18,6 +19,7 @@ from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from ..transfer import ContextShard
 from .aligning import make_projector, projector_class
 from .attach import (
     CREPA,
@@ -49,15 +51,17 @@ class Measured(NamedTuple):
 
     Attributes:
         losses: terms of the loss by the names of their logs, with their gradients and without the schedule's weight.
-        logs: what else is logged.
+        logs: what else is logged, scalars.
         features: the teacher's.
+        shard: of whose tokens alone losses, logs and metric are, where other ranks have the rest of the clips.
         metric: gives the sum of what the threshold is compared with, and of how many; called where there is one.
     """
 
     losses: dict[str, torch.Tensor]
-    logs: Logs
+    logs: dict[str, torch.Tensor]
     features: torch.Tensor
     metric: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    shard: ContextShard | None = None
 
 
 class Regularizer:
@@ -117,6 +121,7 @@ class Regularizer:
         *,
         max_train_steps: int | None,
         feature_size: int | None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Puts hooks and projector on the model.
 
@@ -124,7 +129,7 @@ class Regularizer:
             family: the model's.
             blocks: index by the setting that chose it, the student's first.
             source: of the teacher's features.
-            max_train_steps, feature_size: as the constructors take them.
+            max_train_steps, feature_size, context_group: as the constructors take them.
         """
         model, settings = self._model, self.config.schedule
         self._family, self._source = family, source
@@ -135,7 +140,7 @@ class Regularizer:
         hidden_size = family.hidden_size(getattr(model, "config", None))
         size = source.feature_size(hidden_size, feature_size, execution_device(student, model))
         self.projector = make_projector(self.config, hidden_size, size)
-        self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
+        self._capture = Capture(model, family, blocks, self.projector, self.OWNER, context_group)
         self._monitor = NonFiniteMonitor(self.OWNER)
         self._watch = TrainingWatch(self.projector, self.OWNER)
         self._looked_at_adapters = False
@@ -237,7 +242,10 @@ class Regularizer:
         if decision.probe:
             return aux, logs
         weighted = {name: decision.weight * term for name, term in measured.losses.items()}
-        return reduce(add, weighted.values()), logs | {n: term.detach() for n, term in weighted.items()} | measured.logs
+        found = {name: term.detach() for name, term in weighted.items()} | measured.logs
+        if measured.shard is not None:
+            found = measured.shard.summed(found)
+        return reduce(add, weighted.values()), logs | found
 
     def _measured(
         self,

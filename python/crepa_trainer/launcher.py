@@ -85,5 +85,9 @@ def check_launcher(settings: RunSettings) -> None:
     if settings.offload != "none" and launched_processes() > 1:
         rule = "processes that share their gradients keep all weights on their devices; use none, or one process"
         raise ValueError(f"offload = {settings.offload}: launched as {launched_processes()} processes: {rule}")
+    if settings.context_parallel > 1 and not torch.accelerator.device_count():
+        raise ValueError(
+            f"context_parallel = {settings.context_parallel} needs GPUs: diffusers shares out no tokens on CPUs"
+        )
     if settings.mixed_precision == "fp16" and training_device() == "cpu":
         raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")

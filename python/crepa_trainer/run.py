@@ -274,10 +274,15 @@ class TrainingRun:
             [key.bucket for key in self.clips.keys],
             batch_size=self.settings.batch_size,
             accumulation=self.settings.gradient_accumulation_steps,
-            world=self.accelerator.num_processes,
+            world=self.accelerator.num_processes // self.settings.context_parallel,
             seed=self.settings.seed,
         )
         self.transformer = self.accelerator.unwrap_model(self.state.transformer)
+        # Of the processes that take the same clips.
+        self._rank = self.accelerator.process_index // self.settings.context_parallel
+        # Every process has to take part in what calls a transformer whose weights or tokens are shared out.
+        shared = self.settings.context_parallel > 1 or is_sharded(self.transformer)
+        self._together = self.accelerator.is_main_process or shared
         self._stopped: int | None = None  # the signal that has reached any of several processes
         self._asked: set[Command] = set()  # of all of them, at the same step
         self._seconds = 0.0  # that the last step took
@@ -290,7 +295,7 @@ class TrainingRun:
         """
         settings, total = self.settings, self.settings.max_train_steps
         self.state.transformer.train()
-        positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
+        positions = RankPositions(self.order.accumulation, self._rank, first_step)
         device = self.accelerator.device
         with (
             stop_kept(lambda line: say(console, line)) as asked,
@@ -359,13 +364,11 @@ class TrainingRun:
         values = StepValues()
         every = self.settings.matrix_every
         for micro in range(self.settings.gradient_accumulation_steps):
-            position = Position(step, micro, self.accelerator.process_index)
+            position = Position(step, micro, self._rank)
             batch = next(batches)
             if self._untaught:
                 batch = batch._replace(teacher={})  # it was made ahead
-            # Every process has to take part in what uses a sharded projector.
-            looks = self.accelerator.is_main_process or is_sharded(self.transformer)
-            look = every and step % every == 0 and micro == 0 and looks
+            look = every and step % every == 0 and micro == 0 and self._together
             logs = training_step(self.state, self.family, batch, position, look=bool(look))
             seen, crepa = logs.pop("look", None), self.state.crepa
             if seen is not None and crepa is not None and self.accelerator.is_main_process:
@@ -400,8 +403,7 @@ class TrainingRun:
             say(console, f"step {done}: nothing to sample, validation_prompts is empty")
             return
         self.control.phase("validating")
-        # Every process has to take part in what calls a sharded transformer.
-        if self.accelerator.is_main_process or is_sharded(self.transformer):
+        if self._together:
             sampling = self._sampling()
             with weights_for_use(self.state.optimizer), export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)

@@ -204,6 +204,9 @@ class RunSettings(LayerSyncKeys, Settings):
         'gradients and optimizer; must be "none" or "fsdp2"',
     )
     step_timeout: Integer = integer(600, "seconds that processes wait for each other in a step before all stop", ge=1)
+    context_parallel: Integer = integer(
+        1, "processes that share out the tokens of each clip among them, by diffusers' Ulysses attention", ge=1
+    )
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -347,11 +350,12 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.mixed_precision == "fp16":
             rule = 'sharding = "fsdp2" has no gradient scaler: use "bf16" or "no"'
             yield {"mixed_precision", "sharding"}, describe("mixed_precision", self.mixed_precision, rule)
-        known: dict[str, tuple[str, ...]] = {
+        known: dict[str, tuple[Any, ...]] = {
             "optimizer": ("adamw", "adam", "sgd"),
             "lora_type": ("lora", "rslora"),
             "base_precision": ("bf16",),
             "offload": ("none",),
+            "context_parallel": (1,),
         }
         for key, values in known.items():
             if (value := getattr(self, key)) not in values:

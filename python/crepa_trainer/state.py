@@ -15,6 +15,7 @@ from crepa_kernels.models.families import family_of
 
 from .adapters import Adapter, adapter_layers
 from .comfyui import check_layers
+from .context import share_tokens
 from .offload import offload_blocks
 from .optimizers import make_optimizer, start_training
 from .precision import QUANTIZED, loading, prepare_base
@@ -38,7 +39,10 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 @dataclass
 class TrainState:
-    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA, so `layersync`."""
+    """What a run trains and with what, prepared by `accelerator`. `crepa` None trains without CREPA, so `layersync`.
+
+    `context_parallel`: processes that share out the tokens of a clip.
+    """
 
     accelerator: Accelerator
     transformer: torch.nn.Module
@@ -47,6 +51,7 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
     layersync: LayerSync | None = None
+    context_parallel: int = 1
 
 
 def make_state(
@@ -93,6 +98,7 @@ def make_state(
     if settings.compile_blocks:
         compile_blocks(transformer, options=COMPILER_ON_CPU if accelerator.device.type == "cpu" else None)
     wait_for_all()  # one may load for longer than a step may take
+    share_tokens(transformer, settings.context_parallel, accelerator.device.type)
     if sharded:
         shard(transformer, accelerator.device)
     groups = parameter_groups(
@@ -116,7 +122,16 @@ def make_state(
     start_training(optimizer)
     if crepa is not None:
         crepa.check_optimizer(optimizer)
-    return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
+    return TrainState(
+        accelerator,
+        transformer,
+        crepa,
+        optimizer,
+        scheduler,
+        settings.max_grad_norm,
+        layersync,
+        settings.context_parallel,
+    )
 
 
 def parameter_groups(

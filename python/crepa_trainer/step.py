@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .state import TrainState
 
 
+# What is added to the loss, by its logs.
+_ADDED = ("crepa_loss", "crepa_relational_loss", "layersync_loss")
+
+
 def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
     """Mean squared error in fp32 over the frames that are predicted."""
     error = (prediction.float() - noisy.target.float()).square()
@@ -70,7 +74,8 @@ def training_step(
         for each in (crepa, layersync):
             if each is not None:
                 each.release()  # the captured hidden states
-        accelerator.backward(loss)
+        # The mean over all processes is to be one over clips, of which several have parts.
+        accelerator.backward(loss * state.context_parallel if state.context_parallel > 1 else loss)
         if accelerator.sync_gradients:
             norm = whole(accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm))
             logs["grad_norm"] = norm
@@ -82,6 +87,9 @@ def training_step(
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()
         state.optimizer.zero_grad()
+    if state.context_parallel > 1:
+        # The logs are the clips', the losses beside the first a part of theirs.
+        loss = sum((logs[name] for name in _ADDED if name in logs), start=flow_loss)
     return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs, **seen}
 
 

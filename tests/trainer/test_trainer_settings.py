@@ -231,6 +231,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"sharding": "fsdp2", "optimizer": "prodigy"}, ['optimizer = "prodigy": sharding = "fsdp2" needs "adamw" or']),
     ({"sharding": "fsdp2", "offload": "block"}, ['offload = "block": sharding = "fsdp2" needs "none"']),
+    ({"sharding": "fsdp2", "context_parallel": 2}, ['context_parallel = 2: sharding = "fsdp2" needs 1']),
     ({"sharding": "fsdp2", "lora_type": "dora"}, ['lora_type = "dora": sharding = "fsdp2" needs "lora" or "rslora"']),
     ({"gradient_checkpointing": 1}, ["gradient_checkpointing = 1: ", "true or false"]),
     ({"ema_decay": 1}, ["ema_decay = 1: ", "[0, 1)"]),

@@ -43,6 +43,8 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         one_prompt_at_a_time: whether texts are encoded one by one.
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
+        shares_tokens: whether diffusers trains it with the tokens of a clip shared out over processes: its class has a
+            plan for that, and no attention to text of another length in it.
         lora_targets: attention projections that get a LoRA when the settings name none.
         original_names: layers by the names of the checkpoints that diffusers' were converted from, which ComfyUI has;
             a * is a block's number and what is the same after it. Layers with one original name are parts of one
@@ -62,6 +64,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     text_widths: ClassVar[Mapping[str, str]]
     one_prompt_at_a_time: ClassVar[bool] = False
     encodes_first_frame: ClassVar[bool] = False
+    shares_tokens: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     original_names: ClassVar[Mapping[str, str] | None] = None
     known: ClassVar[dict[str, type[TrainingFamily]]] = {}

@@ -54,6 +54,7 @@ class WanFamily(TrainingFamily):
     text_widths: ClassVar = {"text": "text_dim"}
     pixel_multiple = 16
     original_names: ClassVar = ORIGINAL_NAMES
+    shares_tokens = True
     text_limits: ClassVar = {"tokenizer": 512}  # WanPipeline's default max_sequence_length
     pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 

@@ -16,6 +16,7 @@ from crepa_kernels.loss import KEPT_BYTES, requested_backend
 from crepa_kernels.regularizer.aligning import make_projector
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
+from ..context import check_context
 from ..data.dataset import Bucket, FoundClips, caption_file
 from ..data.names import teacher_device, teacher_frames, teacher_is_encoder
 from ..optimizers import check_optimizer
@@ -127,7 +128,7 @@ class Plan:
     @property
     def clips_a_step(self) -> float:
         """On average."""
-        micro_batches = self.settings.gradient_accumulation_steps * self.processes
+        micro_batches = self.settings.gradient_accumulation_steps * self.processes // self.settings.context_parallel
         return sum(self.batch_sizes) / len(self.batch_sizes) * micro_batches
 
 
@@ -152,12 +153,13 @@ def make_plan(
     check_optimizer(settings.optimizer, settings.optimizer_args, settings.weight_decay, device_type)
     check_trackers(settings.report_to)
     family.check_run(settings.batch_size, device_type)
+    check_context(settings, family, found.buckets(), processes)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(
         _plan_bucket(bucket, clips, settings, config, family, device_type) for bucket, clips in found.buckets().items()
     )
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
-    taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
+    taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes // settings.context_parallel
     return Plan(
         settings,
         config,

@@ -189,7 +189,8 @@ def _step_rows(plan: Plan) -> Rows:
     if settings.gradient_accumulation_steps > 1:
         each.append(f"{settings.gradient_accumulation_steps} micro-batches")
     if plan.processes > 1:
-        each.append(f"{plan.processes} processes")
+        shared = f", {settings.context_parallel} a clip" if settings.context_parallel > 1 else ""
+        each.append(f"{plan.processes} processes{shared}")
     if settings.sharding == "fsdp2":
         each.append("which share the model by FSDP2")
     every, kept = settings.checkpoint_every, settings.checkpoints_kept

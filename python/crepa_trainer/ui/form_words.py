@@ -80,6 +80,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
         "ステップの制限時間",
         "ステップ内で他のプロセスを待つ秒数。過ぎれば全プロセスが止まる。1 以上の整数",
     ),
+    "context_parallel": (
+        "コンテキスト並列",
+        "各クリップのトークンを分け合うプロセス数。diffusersのUlysses注意機構による",
+    ),
     "gradient_checkpointing": ("勾配チェックポイント", "活性を逆伝播で計算し直す"),
     "compile_blocks": ("ブロックのコンパイル", "各ブロックに torch.compile を使う"),
     "ema_decay": ("EMA 減衰率", "学習した重みの移動平均。空なら使わない。0 以上 1 未満"),
