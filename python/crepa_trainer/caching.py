@@ -11,9 +11,9 @@ from .data.dataset import find_clips, tell_skipped
 from .families import TrainingFamily
 from .folders import check_folders
 from .launcher import check_launcher, launched_processes, training_device
+from .ranks import PATIENCE
 from .reporting.plan import make_plan
 from .reporting.table import data_rows, print_rows
-from .run import PATIENCE
 from .terminal import say
 
 if TYPE_CHECKING:
