@@ -229,7 +229,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"sharding": "fsdp2", "mixed_precision": "fp16"},
         ['mixed_precision = "fp16": sharding = "fsdp2" has no gradient scaler'],
     ),
-    ({"sharding": "fsdp2", "optimizer": "prodigy"}, ['optimizer = "prodigy": sharding = "fsdp2" needs "adamw" or']),
+    ({"sharding": "fsdp2", "optimizer": "lion"}, ['optimizer = "lion": sharding = "fsdp2" needs "adamw" or']),
     ({"sharding": "fsdp2", "offload": "block"}, ['offload = "block": sharding = "fsdp2" needs "none"']),
     ({"sharding": "fsdp2", "context_parallel": 2}, ['context_parallel = 2: sharding = "fsdp2" needs 1']),
     ({"sharding": "fsdp2", "lora_type": "dora"}, ['lora_type = "dora": sharding = "fsdp2" needs "lora" or "rslora"']),
