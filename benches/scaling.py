@@ -18,7 +18,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from crepa_trainer.data.names import teacher_frames
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.folder import constructor_defaults
@@ -98,7 +97,7 @@ class Counted:
 
 def transformer_of(model: Published) -> Any:
     """The transformer, without memory."""
-    with init_empty_weights():
+    with torch.device("meta"):
         kind = TrainingFamily.known[model.family].transformer_class
         return getattr(diffusers, kind)(**model.overrides)
 
@@ -107,7 +106,8 @@ def lora_parameters(model: Published, transformer: Any) -> int:
     """Of the LoRA that the trainer gives it."""
     transformer.requires_grad_(False)
     settings = RunSettings(model="unread", data=ROOT, output=ROOT / "out", max_train_steps=1)
-    add_lora(transformer, TrainingFamily.known[model.family], settings)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        add_lora(transformer, TrainingFamily.known[model.family], settings)  # type: ignore[arg-type]
     return sum(each.numel() for each in transformer.parameters() if each.requires_grad)
 
 
