@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
@@ -92,6 +93,10 @@ def make_state(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
+    if settings.base_precision != "bf16":
+        # Each process reads them from the same files, in types that processes cannot send each other.
+        frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     transformer, optimizer, scheduler = accelerator.prepare(
         transformer, optimizer, scheduler, device_placement=[settings.offload == "none", True, True]
     )
