@@ -5,6 +5,7 @@ prepare.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,24 +58,16 @@ def make_state(
     """
     from diffusers.optimization import get_scheduler
 
-    full, dtype = settings.training == "full", PRECISIONS[settings.mixed_precision]
-    transformer: Any = family.load_transformer(torch.float32 if full else dtype, **loading(settings.base_precision))
+    full = settings.training == "full"
+    place = partial(place_base, settings=settings, device=accelerator.device)
+    transformer: Any = family.load_transformer(
+        torch.float32 if full else PRECISIONS[settings.mixed_precision], place, **loading(settings.base_precision)
+    )
     if full:
         transformer.requires_grad_(True)
     else:
         add_lora(transformer, family, settings)
-    prepare_base(transformer, settings.base_precision, dtype)
-    if settings.offload == "none":
-        transformer.to(accelerator.device)
-    else:
-        offload_blocks(
-            transformer,
-            family_of(transformer).blocks(transformer),
-            settings.offload,
-            accelerator.device,
-            # diffusers takes torchao's weights for present where a stream has sent them off.
-            streams=accelerator.device.type == "cuda" and settings.base_precision not in QUANTIZED,
-        )
+    place(transformer)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     crepa = None
@@ -103,6 +96,17 @@ def make_state(
     if crepa is not None:
         crepa.check_optimizer(optimizer)
     return TrainState(accelerator, transformer, crepa, optimizer, scheduler, settings.max_grad_norm, layersync)
+
+
+def place_base(transformer: Any, settings: RunSettings, device: torch.device) -> None:
+    """Brings a loaded transformer, with its adapters if any, to what `base_precision` and `offload` say."""
+    prepare_base(transformer, settings.base_precision, PRECISIONS[settings.mixed_precision])
+    if settings.offload == "none":
+        transformer.to(device)
+        return
+    # diffusers takes torchao's weights for present where a stream has sent them off.
+    streams = device.type == "cuda" and settings.base_precision not in QUANTIZED
+    offload_blocks(transformer, family_of(transformer).blocks(transformer), settings.offload, device, streams=streams)
 
 
 def parameter_groups(
