@@ -5,10 +5,12 @@ prepare.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crepa_kernels import CrepaRegularizer, LayerSync
 from crepa_kernels.models.families import family_of
@@ -64,25 +66,17 @@ def make_state(
     """
     from diffusers.optimization import get_scheduler
 
-    full, dtype = settings.training == "full", PRECISIONS[settings.mixed_precision]
-    transformer: Any = family.load_transformer(torch.float32 if full else dtype, **loading(settings.base_precision))
+    full = settings.training == "full"
+    place = partial(place_base, settings=settings, device=accelerator.device)
+    transformer: Any = family.load_transformer(
+        torch.float32 if full else PRECISIONS[settings.mixed_precision], place, **loading(settings.base_precision)
+    )
     if full:
         transformer.requires_grad_(True)
     else:
         add_lora(transformer, family, settings)
-    prepare_base(transformer, settings.base_precision, dtype)
     sharded = settings.sharding == "fsdp2"
-    if settings.offload != "none":
-        offload_blocks(
-            transformer,
-            family_of(transformer).blocks(transformer),
-            settings.offload,
-            accelerator.device,
-            # diffusers takes torchao's weights for present where a stream has sent them off.
-            streams=accelerator.device.type == "cuda" and settings.base_precision not in QUANTIZED,
-        )
-    elif not sharded:  # which moves block by block: a device need not hold the whole model
-        transformer.to(accelerator.device)
+    place(transformer)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     crepa = None
@@ -111,6 +105,10 @@ def make_state(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
+    if settings.base_precision != "bf16":
+        # Each process reads them from the same files, in types that processes cannot send each other.
+        frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     if sharded:
         # Autocast alone, without DistributedDataParallel.
         transformer = accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
@@ -132,6 +130,19 @@ def make_state(
         layersync,
         settings.context_parallel,
     )
+
+
+def place_base(transformer: Any, settings: RunSettings, device: torch.device) -> None:
+    """Brings a loaded transformer, with its adapters if any, to what `base_precision` and `offload` say."""
+    prepare_base(transformer, settings.base_precision, PRECISIONS[settings.mixed_precision])
+    if settings.sharding != "none":
+        return  # it moves block by block: a device need not hold the whole model
+    if settings.offload == "none":
+        transformer.to(device)
+        return
+    # diffusers takes torchao's weights for present where a stream has sent them off.
+    streams = device.type == "cuda" and settings.base_precision not in QUANTIZED
+    offload_blocks(transformer, family_of(transformer).blocks(transformer), settings.offload, device, streams=streams)
 
 
 def parameter_groups(

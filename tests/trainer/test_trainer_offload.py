@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from apart import host_memory_apart
+from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import check_launcher
 from crepa_trainer.offload import Offload, offload_blocks
+from crepa_trainer.precision import BasePrecision, prepare_base
 from crepa_trainer.settings import RunSettings
 from peft import LoraConfig
 from tiny import tiny_wan, wan_inputs
+from tiny_families import FAMILIES
 
 from crepa_kernels import CrepaRegularizer
+from crepa_kernels.models.families import family_of
 from crepa_kernels.regularizer.offloading import offloading_groups
 
 HERE = torch.device("cpu")
@@ -65,8 +69,7 @@ def test_gradients_are_those_of_a_model_that_stays_though_its_weights_are_gone_i
         found = [gradients(transformer, crepa, step) for step in range(2)]
     for each in found:
         assert all(torch.equal(each[name], gradient) for name, gradient in expected.items())
-    # Of a block's linear layers that which checkpointing stops in stays until another block begins.
-    assert apart.most <= 2
+    assert apart.most == 1
     assert offloading_groups(transformer.crepa_projector) == []
     coming = [tensor for group in groups for tensor in group.parameters]
     linear = sum(
@@ -74,6 +77,33 @@ def test_gradients_are_those_of_a_model_that_stays_though_its_weights_are_gone_i
     )
     assert not any(tensor.requires_grad for tensor in coming)
     assert sum(tensor.numel() for tensor in coming) > 0.7 * linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TrainingFamily.known))
+@pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
+def test_every_family_trains_offloaded(name: str, base_precision: BasePrecision) -> None:
+    """Convolutions, norms beside the blocks, blocks of two lists, adapters outside of them."""
+
+    def gradients_of(offload: Offload) -> dict[str, torch.Tensor]:
+        family = FAMILIES[name]
+        transformer = family.make().requires_grad_(False).train()
+        transformer.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        targets = list(TrainingFamily.known[name].lora_targets)
+        transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        prepare_base(transformer, base_precision, torch.float32)
+        if offload != "none":
+            offload_blocks(transformer, family_of(transformer).blocks(transformer), offload, HERE, streams=False)
+        with host_memory_apart(offloading_groups(transformer)) as apart:
+            transformer(**family.inputs(model=transformer), return_dict=False)[0].square().mean().backward()
+        assert apart.most == (offload != "none")
+        return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+
+    expected = gradients_of("none")
+    for offload in ("block", "leaf"):
+        found = gradients_of(offload)
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_several_processes_do_not_offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

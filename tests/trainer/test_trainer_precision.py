@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from processes import environment
 from safetensors.torch import load_file
 from tiny import WAN, tiny_wan, wan_inputs
-from training_runs import TinyClips, tiny_config, tiny_settings, train
+from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
 from crepa_kernels import CrepaRegularizer
 
@@ -180,6 +180,24 @@ def test_a_dynamic_fp8_layer_has_the_gradient_of_its_stored_weight() -> None:
     product.backward(direction)
     true = direction.bfloat16() @ weight.dequantize()
     torch.testing.assert_close(inputs.grad, true.float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_precision", ON_A_CPU[1:])
+def test_two_processes_train_one_lora_on_bases_of_their_own(
+    models: Path, tmp_path: Path, base_precision: BasePrecision
+) -> None:
+    changes = {"mixed_precision": "bf16", "base_precision": base_precision, "max_train_steps": 2}
+    settings = tiny_settings(models, tmp_path / "two", **changes)
+    done = train_elsewhere(settings, tiny_config(models), processes=2, wide=2, tall=0)
+    assert done.returncode == 0, done.stderr
+    together = tiny_settings(models, tmp_path / "one", gradient_accumulation_steps=2, **changes)
+    for two, one in zip(
+        metrics_rows(settings.output), train(together, tiny_config(models), TinyClips(2, 0)), strict=True
+    ):
+        # bf16's products round alike, their sums over processes and micro-batches do not.
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
 def peak_of_loading(base_precision: BasePrecision, *folders: str) -> None:

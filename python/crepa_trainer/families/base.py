@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -77,6 +77,8 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     ) -> None:
         super().__init__(configs)
         self.model, self.task, self.expert = model, task, expert
+        self._place: Callable[[Any], None] | None = None
+        self._loading: dict[str, Any] = {}
         self._check_task()
 
     @classmethod
@@ -170,8 +172,15 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """The same with attention of every token to every other, where a model's own needs a GPU."""
         return self
 
-    def load_transformer(self, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:
-        """The transformer, frozen, in train mode; `loading`: further arguments of its `from_pretrained`."""
+    def load_transformer(
+        self, dtype: torch.dtype, place: Callable[[Any], None] | None = None, **loading: Any
+    ) -> torch.nn.Module:
+        """The transformer, frozen, in train mode.
+
+        loading: further arguments of `from_pretrained`, also for what else a pipeline samples with. `place`: brings
+        that to its device, in place of `.to`.
+        """
+        self._place, self._loading = place, loading
         return self._load(self.transformer_part, dtype, **loading).train()
 
     def _load(self, part: str, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:

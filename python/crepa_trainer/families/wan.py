@@ -185,7 +185,11 @@ class WanFamily(TrainingFamily):
         trained: Any = transformer
         models[self.transformer_part] = trained
         (other,) = set(EXPERTS.values()) - {self.transformer_part}
-        models[other] = self._load(other, trained.dtype).eval().to(trained.device)
+        models[other] = self._load(other, trained.dtype, **self._loading).eval()
+        if self._place is None:
+            models[other].to(trained.device)
+        else:
+            self._place(models[other])
         return models
 
     def _pipeline_settings(self) -> dict[str, Any]:
