@@ -68,7 +68,7 @@ def commands(page: str) -> list[list[str]]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Fills with the settings of CREPA and the run that would be planned or made."""
     given: list[Any] = []
-    monkeypatch.setattr("crepa_trainer.run.run", lambda *found, memory: given.append(found[:2]))
+    monkeypatch.setattr("crepa_trainer.run.run", lambda *found: given.append(found[:2]))
     monkeypatch.setattr("crepa_trainer.run.show_plan", lambda *found, memory: given.append(found[:2]))
     return given
 

@@ -263,6 +263,11 @@ class RunMemory:
         return passed
 
     @cached_property
+    def denoising(self) -> int:
+        """Bytes beside the weights in one step of a sample."""
+        return self._shadow.denoising()
+
+    @cached_property
     def _vae_weights(self) -> int:
         return FP32 * sum(each.numel() for each in empty_vae(self.family).parameters())
 
@@ -289,7 +294,7 @@ class RunMemory:
 
     def texts(self) -> Phase:
         """Text encoders, and the widest layer's rows and scores of a round of prompts."""
-        dtype, counted = encoder_type(self.device), [self._part(part) for part in self._encoders]
+        dtype, counted = encoder_type(self.device), [self._of_transformers(part) for part in self._encoders]
         rows = 1 if self.family.one_prompt_at_a_time else PROMPTS_AT_A_TIME
         working = max((self._widest(config, rows * dtype.itemsize) for _, config in counted), default=0)
         weights = sum(parameters for parameters, _ in counted) * dtype.itemsize
@@ -300,7 +305,7 @@ class RunMemory:
         return [part for part in self.family.text_parts if not part.startswith("tokenizer")]
 
     @cache  # noqa: B019
-    def _part(self, part: str) -> tuple[int, Any]:
+    def _of_transformers(self, part: str) -> tuple[int, Any]:
         """Parameters of a part that transformers has, and its config."""
         import transformers
         from accelerate import init_empty_weights
@@ -321,7 +326,7 @@ class RunMemory:
         """VAE and image encoder in fp32, and where features are kept the teacher beside them."""
         chosen = chosen or self.chosen
         images = [part for part in self.family.image_parts if part != "image_processor"]
-        terms = {"VAE": self._vae_weights + FP32 * sum(self._part(part)[0] for part in images)}
+        terms = {"VAE": self._vae_weights + FP32 * sum(self._of_transformers(part)[0] for part in images)}
         working = self._vae("encoding", chosen.vae_tiling)
         if chosen.cache_teacher == "features" and teacher_is_encoder(self.plan.config):
             terms["teacher"] = self._teacher_weights
@@ -375,5 +380,5 @@ class RunMemory:
         # Of two transformers the other is loaded too.
         both = 2 if self.family.expert is not None else 1
         held["transformer"] += (both - 1) * self.base.on_device()
-        working = max(self._shadow.sampling(), self._vae("decoding", (chosen or self.chosen).vae_tiling))
+        working = max(self.denoising, self._vae("decoding", (chosen or self.chosen).vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})
