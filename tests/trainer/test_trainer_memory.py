@@ -26,6 +26,7 @@ from memory import allocated_peak
 from tiny import tiny_dinov2
 from tiny_families import FAMILIES
 from tiny_pipelines import save_tiny_ltx_pipeline, save_tiny_wan_pipeline
+from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
 
 from crepa_kernels import CrepaConfig
@@ -129,7 +130,6 @@ def check_training(folder: Path, family: str, taught: bool, **changes: Any) -> N
     ("family", "changes"),
     [
         ("wan", {"gradient_checkpointing": True}),
-        ("wan", {"training": "full", "gradient_checkpointing": False, "mixed_precision": "no"}),
         ("ltxvideo", {"training": "full", "gradient_checkpointing": True, "mixed_precision": "no", "ema_decay": 0.9}),
     ],
 )
@@ -207,7 +207,6 @@ def test_a_teacher_elsewhere_or_put_away_takes_less(folder: Path) -> None:
     here = training()
     assert here.terms["teacher"] >= 2 * DinoV2(str(folder / "dinov2")).parameters()
     assert training(teacher_device="cpu").terms["teacher"] == 0
-    assert training(teacher_device="cuda:1").terms["teacher"] == 0
     assert training(teacher_offload=True).total < here.total
     assert training(cache_teacher="features").terms["teacher"] == 0
 
@@ -243,3 +242,12 @@ def test_blank_clips_have_the_shapes_of_real_ones(folder: Path) -> None:
     text = family.encode_text(family.load_text(torch.float32), ["a square " * 200])[0]
     for blank, found in ((family.blank_clip(bucket), real), (family.blank_text(), text)):
         assert {name: each.shape for name, each in blank.items()} == {name: each.shape for name, each in found.items()}
+
+
+def test_a_run_is_the_same_wherever_its_teacher_waits(tmp_path: Path) -> None:
+    models, rows = save_models(tmp_path / "models"), []
+    for number, place in enumerate(({}, {"teacher_offload": True}, {"teacher_device": "cpu"})):
+        run = tiny_settings(models, tmp_path / str(number), max_train_steps=1, **place)
+        rows.append(train(run, tiny_config(models, crepa_encoder_image_size=28), TinyClips(pixels=True)))
+    assert rows[0]
+    assert rows[1] == rows[2] == rows[0]

@@ -179,7 +179,7 @@ def _step_rows(plan: Plan) -> Rows:
 
 
 def memory_rows(memory: RunMemory, available: int | None) -> Rows:
-    """What each phase needs of a device, what the run needs, and what to switch on where so many bytes are not enough."""
+    """What each phase needs of a device, what the run needs, and what to switch on where that is not available."""
     checkpointing = memory.settings.gradient_checkpointing
     try:
         phases, verdict = memory.phases(), _verdict(memory, available)
