@@ -205,7 +205,7 @@ def _verdict(memory: RunMemory, available: int | None) -> str:
     said = f"needs {readable_bytes(need)}, has {readable_bytes(available)}"
     if need <= available:
         return said
-    remedies = list(memory.remedies(available))
+    remedies = memory.remedies(available)
     saved = [f"{each.key}={_value(each.value)} saves {readable_bytes(each.saved)}" for each in remedies]
     least = remedies[-1].need if remedies else need
     if least > available:
