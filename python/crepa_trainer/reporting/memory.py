@@ -15,7 +15,7 @@ Not counted: what CUDA itself takes of a card (half a GiB or so), fragments of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import ceil
@@ -48,10 +48,15 @@ OPTIMIZER_BYTES: Mapping[str, float] = {
     "adam8bit": 2 * _EIGHT_BITS,
     "lion": 4,
     "lion8bit": _EIGHT_BITS,
+    "paged_adamw8bit": 2 * _EIGHT_BITS,
+    "ademamix8bit": 3 * _EIGHT_BITS,
     "adafactor": 0,  # a row and a column of each matrix
     "prodigy": 16,
     "muon": 4,
-    "sgd": 4,
+    "adagrad": 4,
+    "rmsprop": 4,
+    "sgd": 0,
+    "sgd_schedulefree": 4,
 }
 # Blocks on the device under `offload`: the one that runs, and the next one, which is on its way.
 _BLOCKS_THERE = 2
@@ -103,7 +108,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A setting that needs `saved` bytes less than those before it, and `need` then."""
+    """A setting with which, beside those before it, `saved` bytes less are needed, and `need` then."""
 
     key: str
     value: Any
@@ -140,12 +145,13 @@ class BaseWeights:
         if precision in BASE_BYTES:
             # The layer that runs is there in the type of the products too.
             linear, working = ceil(BASE_BYTES[precision] * self.numbers), self.widest
-        if offload == "leaf":
-            return min(2 * self.widest, self.outside + self.other + linear) + working
-        blocks = self.other + linear
+        there = self.other + linear
         if offload == "block":
-            blocks = min(blocks, ceil(blocks * _BLOCKS_THERE / self.blocks))
-        return self.outside + blocks + working
+            there = min(there, ceil(there * _BLOCKS_THERE / self.blocks))
+        elif offload == "leaf":
+            # A block's layers are all there once more in its backward.
+            there = self.other + ceil(linear / self.blocks)
+        return self.outside + there + working
 
 
 class RunMemory:
@@ -170,31 +176,38 @@ class RunMemory:
         """The most that any phase needs."""
         return max(phase.total for phase in self.phases(choices))
 
-    def remedies(self, available: int) -> Iterator[Remedy]:
+    def remedies(self, available: int) -> list[Remedy]:
         """Settings to change until it fits into so many bytes, what costs least first; none where it fits.
 
-        Only those that a run has, that it does not use yet, and that make it smaller.
+        Only those that a run has and that go with its own, and of which each makes it smaller.
         """
-        chosen = self.chosen
-        need = self.need(chosen)
+        applied: dict[str, Any] = {}
+        found: dict[str, Remedy] = {}
+        need = self.need()
         for key, value in REMEDIES:
             if need <= available:
-                return
-            if key not in RunSettings.model_fields or getattr(chosen, key) == value or self._pointless(key, chosen):
-                continue
-            tried = replace(chosen, **{key: value})
-            less = self.need(tried)
-            if less < need:
-                yield Remedy(key, value, need - less, less)
-                chosen, need = tried, less
+                break
+            if self._goes(applied, key, value):
+                less = self.need(replace(self.chosen, **{**applied, key: value}))
+                if less < need:
+                    before = found.pop(key, None)
+                    found[key] = Remedy(key, value, need - less + (before.saved if before else 0), less)
+                    applied[key], need = value, less
+        return list(found.values())
 
-    def _pointless(self, key: str, chosen: Choices) -> bool:
-        """Whether it would change what was chosen for another reason, or what the run does not have."""
-        if key in ("offload", "base_precision"):
-            return self.settings.training == "full"
-        if key == "optimizer":
-            return chosen.optimizer != "adamw"
-        return key == "cache_teacher" and not teacher_is_encoder(self.plan.config)
+    def _goes(self, applied: Mapping[str, Any], key: str, value: Any) -> bool:
+        """Whether a setting can be changed beside those that are, and was not chosen for another reason."""
+        if key not in RunSettings.model_fields or getattr(self.chosen, key) == value:
+            return False
+        if key == "optimizer" and self.chosen.optimizer != "adamw":
+            return False
+        if key == "cache_teacher" and not teacher_is_encoder(self.plan.config):
+            return False
+        try:
+            self.settings.replace(**{**applied, key: value})
+        except ValueError:  # the settings' own rules
+            return False
+        return True
 
     def activations(self, *, checkpointing: bool) -> int:
         """Bytes of a micro-batch between the start of its forward and the end of its backward, at the most, without the
@@ -263,6 +276,11 @@ class RunMemory:
         return passed
 
     @cached_property
+    def denoising(self) -> int:
+        """Bytes beside the weights in one step of a sample."""
+        return self._shadow.denoising()
+
+    @cached_property
     def _vae_weights(self) -> int:
         return FP32 * sum(each.numel() for each in empty_vae(self.family).parameters())
 
@@ -289,7 +307,7 @@ class RunMemory:
 
     def texts(self) -> Phase:
         """Text encoders, and the widest layer's rows and scores of a round of prompts."""
-        dtype, counted = encoder_type(self.device), [self._counted(part) for part in self._encoders]
+        dtype, counted = encoder_type(self.device), [self._of_transformers(part) for part in self._encoders]
         rows = 1 if self.family.one_prompt_at_a_time else PROMPTS_AT_A_TIME
         working = max((self._widest(config, rows * dtype.itemsize) for _, config in counted), default=0)
         weights = sum(parameters for parameters, _ in counted) * dtype.itemsize
@@ -300,7 +318,7 @@ class RunMemory:
         return [part for part in self.family.text_parts if not part.startswith("tokenizer")]
 
     @cache  # noqa: B019
-    def _counted(self, part: str) -> tuple[int, Any]:
+    def _of_transformers(self, part: str) -> tuple[int, Any]:
         """Parameters of a part that transformers has, and its config."""
         import transformers
         from accelerate import init_empty_weights
@@ -321,7 +339,7 @@ class RunMemory:
         """VAE and image encoder in fp32, and where features are kept the teacher beside them."""
         chosen = chosen or self.chosen
         images = [part for part in self.family.image_parts if part != "image_processor"]
-        terms = {"VAE": self._vae_weights + FP32 * sum(self._counted(part)[0] for part in images)}
+        terms = {"VAE": self._vae_weights + FP32 * sum(self._of_transformers(part)[0] for part in images)}
         working = self._vae("encoding", chosen.vae_tiling)
         if chosen.cache_teacher == "features" and teacher_is_encoder(self.plan.config):
             terms["teacher"] = self._teacher_weights
@@ -375,5 +393,5 @@ class RunMemory:
         # Of two transformers the other is loaded too.
         both = 2 if self.family.expert is not None else 1
         held["transformer"] += (both - 1) * self.base.on_device()
-        working = max(self._shadow.sampling(), self._vae("decoding", (chosen or self.chosen).vae_tiling))
+        working = max(self.denoising, self._vae("decoding", (chosen or self.chosen).vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})

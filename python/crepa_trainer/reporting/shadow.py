@@ -186,7 +186,7 @@ class Shadow:
             loss.backward()
             return StepBytes(kept, live.peak, 0)
 
-    def sampling(self) -> int:
+    def denoising(self) -> int:
         """Bytes beside the weights while a clip is denoised, with and without the prompt at a time."""
         shapes, family = _shapes(), self.family.dense()
         transformer = self._transformer(shapes, dict.fromkeys(family.depth, 1)).eval()

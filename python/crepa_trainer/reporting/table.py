@@ -45,7 +45,7 @@ def print_rows(console: Console, rows: Rows) -> None:
 def plan_rows(plan: Plan, named: int = NAMED, *, memory: bool = False) -> Rows:
     """The plan's names and values. named: how many files one value lists. memory: as `print_plan`."""
     rows = [*_model_rows(plan), *data_rows(plan, named), *_crepa_rows(plan), *_layersync_rows(plan)]
-    return [*rows, *_step_rows(plan), *(memory_rows(plan) if memory else [])]
+    return [*rows, *_step_rows(plan), *(memory_rows(RunMemory(plan), plan.available) if memory else [])]
 
 
 def _model_rows(plan: Plan) -> Rows:
@@ -205,15 +205,15 @@ def _step_rows(plan: Plan) -> Rows:
     return rows
 
 
-def memory_rows(plan: Plan) -> Rows:
-    """What each phase needs of a device, what the run needs, and what to switch on where that is more than there is."""
-    memory = RunMemory(plan)
+def memory_rows(memory: RunMemory, available: int | None) -> Rows:
+    """What each phase needs of a device, what the run needs, and what to switch on where that is not available."""
+    checkpointing = memory.settings.gradient_checkpointing
     try:
-        phases, verdict = memory.phases(), _verdict(memory, plan.available)
-        other = memory.activations(checkpointing=not plan.settings.gradient_checkpointing)
+        phases, verdict = memory.phases(), _verdict(memory, available)
+        other = memory.activations(checkpointing=not checkpointing)
     except RuntimeError as error:  # an operation of a model that has no answer without values
         return [("memory", f"not counted: {str(error).splitlines()[0]}")]
-    way = "without" if plan.settings.gradient_checkpointing else "with"
+    way = "without" if checkpointing else "with"
     notes = {"training": f" ({readable_bytes(other)} {way} gradient checkpointing)"}
     return [*((f"memory, {each.name}", _terms(each, notes.get(each.name, ""))) for each in phases), ("memory", verdict)]
 
@@ -232,7 +232,7 @@ def _verdict(memory: RunMemory, available: int | None) -> str:
     said = f"needs {readable_bytes(need)}, has {readable_bytes(available)}"
     if need <= available:
         return said
-    remedies = list(memory.remedies(available))
+    remedies = memory.remedies(available)
     saved = [f"{each.key}={_value(each.value)} saves {readable_bytes(each.saved)}" for each in remedies]
     least = remedies[-1].need if remedies else need
     if least > available:
