@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from crepa_kernels.transfer import several_ranks
 
-# One process encodes, samples, writes and exports while the others wait. Training has a time limit of its own.
+# One process encodes, samples, writes and exports while the others wait.
 PATIENCE = timedelta(days=1)
 
 
@@ -24,6 +24,14 @@ def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     # Of the process group that there is now: another run in this process may have another.
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
     return group
+
+
+def limit_waits(limit: timedelta) -> None:
+    """From now on the collectives of training wait that long for a process; those of this module do not change."""
+    if several_ranks():
+        wait_for_all()
+        # torch has no public name for it, and begins with the limit under which processes meet at the start.
+        dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)
 
 
 def wait_for_all() -> None:

@@ -33,7 +33,7 @@ from .folders import check_folders, one_run_in
 from .launcher import check_launcher, check_teacher_device, device_memory, launched_processes, training_device
 from .optimizers import weights_for_use
 from .precision import check_base_precision
-from .ranks import wait_for_all
+from .ranks import PATIENCE, limit_waits, wait_for_all
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
@@ -178,7 +178,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         log_with=make_trackers(settings, first_step),
         project_dir=settings.output,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.step_timeout)),
+            InitProcessGroupKwargs(timeout=PATIENCE),
             # Else the whole model in the lower precision would stay until the forward ends.
             AutocastKwargs(cache_enabled=settings.sharding == "none"),
         ],
@@ -234,6 +234,7 @@ def train_on(
         say(console, "there is no checkpoint yet: starting at step 0")
     start_trackers(accelerator, settings.model_dump(mode="json") | config.to_dict())
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
+    limit_waits(timedelta(seconds=settings.step_timeout))
     stopped = trained.steps(first_step, console)
     if stopped is None and (accelerator.is_main_process or is_sharded(transformer)):
         folder = settings.output / export.FOLDER

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from crepa_trainer.checkpoint import FOLDER, WEIGHTS_FILE
-from crepa_trainer.ranks import anywhere, wait_for_all
+from crepa_trainer.ranks import anywhere, limit_waits, wait_for_all
 from processes import run
 from safetensors.torch import load_file
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
@@ -55,7 +55,8 @@ def test_two_processes_log_and_learn_what_one_does(models: Path, tmp_path: Path)
 
 def one_is_late() -> None:
     """The others wait for it longer than a step's collectives would."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    dist.init_process_group("gloo")
+    limit_waits(timedelta(seconds=1))
     rank = dist.get_rank()
     if rank == 0:
         time.sleep(2)
@@ -107,11 +108,11 @@ def test_two_processes_go_on_from_their_checkpoint(models: Path, tmp_path: Path)
     assert process.returncode == 0, process.stderr
     rows, expected = (metrics_rows(tmp_path / run) for run in ("killed", "whole"))
     assert rows == expected
+    alone = train_elsewhere(resumed, config)
+    assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]
     (tmp_path / "killed" / FOLDER / "step-00000008").rename(tmp_path / "step-00000008")
     # The same micro-batches a step.
     alone = train_elsewhere(resumed.model_copy(update={"gradient_accumulation_steps": 2}), config)
     assert alone.returncode == 0, alone.stderr
     for row, one in zip(expected, metrics_rows(tmp_path / "killed"), strict=True):
         assert row == pytest.approx(one, abs=CLOSE, rel=CLOSE, nan_ok=True)
-    alone = train_elsewhere(resumed, config)
-    assert "processes = 1 (checkpoint: 2)" in alone.stderr.splitlines()[-1]
