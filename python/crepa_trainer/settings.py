@@ -19,7 +19,8 @@ from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
 
-from .optimizers import OPTIMIZERS
+from .adapters import adapter_problems
+from .optimizers import OPTIMIZERS, optimizer_problems
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +230,9 @@ class RunSettings(LayerSyncKeys, Settings):
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
         """Settings that contradict each other, or of which one would do nothing."""
         yield from self.layersync_problems()
-        yield from self._lora_problems()
-        yield from self._optimizer_problems()
+        values = self.model_dump()
+        yield from adapter_problems(values)
+        yield from optimizer_problems(values, self.model_fields_set)
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
@@ -248,50 +250,6 @@ class RunSettings(LayerSyncKeys, Settings):
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
-
-    def _lora_problems(self) -> Iterator[tuple[set[str], str]]:
-        given = {key: getattr(self, key) for key in ("lora_type", "lora_alpha", "lora_dropout", "lora_format")}
-        if self.training == "full":
-            rule = 'training = "full" trains all weights and has no LoRA'
-            for key, value in given.items():
-                if value != type(self).model_fields[key].default:
-                    yield {"training", key}, describe(key, value, rule)
-        elif self.lora_type in ("loha", "lokr"):
-            kind = f'lora_type = "{self.lora_type}"'
-            if self.lora_dropout:
-                rule = f"{kind} has none in peft, leave it out"
-                yield {"lora_type", "lora_dropout"}, describe("lora_dropout", self.lora_dropout, rule)
-            if self.lora_format in ("diffusers", "both"):
-                rule = f'pipelines of stock diffusers load no {kind}: must be "peft" or "comfyui"'
-                yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
-        elif self.lora_type == "dora" and self.lora_format in ("comfyui", "both"):
-            rule = 'ComfyUI reads lora_type = "dora" otherwise than it was trained: must be "diffusers" or "peft"'
-            yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
-
-    def _optimizer_problems(self) -> Iterator[tuple[set[str], str]]:
-        kind, name = OPTIMIZERS[self.optimizer], self.optimizer
-        try:
-            json.dumps(self.optimizer_args)
-        except (TypeError, ValueError):  # a date of TOML
-            rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
-            yield {"optimizer_args"}, describe("optimizer_args", self.optimizer_args, rule)
-        if kind.schedule_free:
-            own = 'needs no schedule, and any warm-up is its own: optimizer_args = {"warmup_steps": ...}'
-            for key, value in (("lr_scheduler", self.lr_scheduler), ("lr_warmup_steps", self.lr_warmup_steps)):
-                if value not in ("constant", 0):
-                    yield {"optimizer", key}, describe(key, value, f"{name} {own}")
-            if self.ema_decay is not None:
-                rule = f"{name} averages the weights itself"
-                yield {"optimizer", "ema_decay"}, describe("ema_decay", self.ema_decay, rule)
-        if kind.one_rate:
-            keys = {"optimizer", "learning_rate", "projector_learning_rate"}
-            if "learning_rate" not in self.model_fields_set:
-                rule = f"{name} finds the step itself and takes a factor of it: give one, as a rule 1"
-                yield keys, describe("learning_rate", self.learning_rate, rule)
-            rate = self.projector_learning_rate
-            if rate is not None and rate != self.learning_rate:
-                rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
-                yield keys, describe("projector_learning_rate", rate, rule)
 
     @property
     def layersync(self) -> LayerSyncConfig:
