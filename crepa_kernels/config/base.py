@@ -6,7 +6,8 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -43,7 +44,12 @@ def flag(default: bool, text: str) -> Any:
 
 def _is_text(kind: Any) -> bool:
     """Whether values of a field of this type are text in every case: a folder may be named 2024."""
-    return kind in (str, Path) or (get_origin(kind) not in (tuple, dict) and any(map(_is_text, get_args(kind))))
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return all(isinstance(each, str) for each in parts)
+    if origin in (Union, UnionType):
+        return all(_is_text(each) for each in parts if each is not NoneType)
+    return _is_text(parts[0]) if origin is Annotated else kind in (str, Path)
 
 
 class Settings(BaseModel):

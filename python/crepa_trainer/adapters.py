@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from crepa_kernels.config.rules import describe
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LINEAR_AND_IMAGES = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_LORAS, _LYCORIS = ("lora", "dora", "rslora"), ("loha", "lokr")
+_LORAS = ("lora", "dora", "rslora")
+# What they are where all weights are trained.
+_WITHOUT = {"lora_type": "lora", "lora_alpha": None, "lora_dropout": 0, "lora_format": "diffusers"}
 _PARAMETER = re.compile(r"\.(lora_|hada_|lokr_)")
 
 
@@ -73,6 +77,26 @@ class Adapter:
         if self.kind == "lora" and self.alpha == self.rank:
             return {}
         return {"r": self.rank, "target_modules": sorted(layers), **self._of_lora}
+
+
+def adapter_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+    """Settings of an adapter that contradict each other, or would do nothing: the keys, and what is wrong."""
+    kind, form, dropout = values["lora_type"], values["lora_format"], values["lora_dropout"]
+    said = f'lora_type = "{kind}"'
+    if values["training"] == "full":
+        rule = 'training = "full" trains all weights and has no LoRA'
+        for key, without in _WITHOUT.items():
+            if values[key] != without:
+                yield {"training", key}, describe(key, values[key], rule)
+    elif kind not in _LORAS:
+        if dropout:
+            yield {"lora_type", "lora_dropout"}, describe("lora_dropout", dropout, f"{said} has none in peft")
+        if form in ("diffusers", "both"):
+            rule = f'pipelines of stock diffusers load no {said}: must be "peft" or "comfyui"'
+            yield {"lora_type", "lora_format"}, describe("lora_format", form, rule)
+    elif kind == "dora" and form in ("comfyui", "both"):
+        rule = f'ComfyUI reads {said} otherwise than it was trained: must be "diffusers" or "peft"'
+        yield {"lora_type", "lora_format"}, describe("lora_format", form, rule)
 
 
 def adapter_layers(weights: Iterable[str]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -70,6 +71,34 @@ OPTIMIZERS: Mapping[str, Kind] = MappingProxyType(
         "sgd_schedulefree": Kind("schedulefree", "SGDScheduleFree", _SCHEDULE_FREE, schedule_free=True),
     }
 )
+
+
+def optimizer_problems(values: Mapping[str, Any], given: Collection[str]) -> Iterator[tuple[set[str], str]]:
+    """Settings that contradict the optimizer's: the keys, and what is wrong. given: the keys that are not defaults."""
+    name, arguments = values["optimizer"], values["optimizer_args"]
+    kind = OPTIMIZERS[name]
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError):  # a date of TOML
+        rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
+        yield {"optimizer_args"}, describe("optimizer_args", arguments, rule)
+    if kind.schedule_free:
+        own = f'{name} needs no schedule, and any warm-up is its own: optimizer_args = {{"warmup_steps": ...}}'
+        for key, without in (("lr_scheduler", "constant"), ("lr_warmup_steps", 0)):
+            if values[key] != without:
+                yield {"optimizer", key}, describe(key, values[key], own)
+        if values["ema_decay"] is not None:
+            rule = f"{name} averages the weights itself"
+            yield {"optimizer", "ema_decay"}, describe("ema_decay", values["ema_decay"], rule)
+    if kind.one_rate:
+        rate, projector = (values[key] for key in ("learning_rate", "projector_learning_rate"))
+        keys = {"optimizer", "learning_rate", "projector_learning_rate"}
+        if "learning_rate" not in given:
+            rule = f"{name} finds the step itself and takes a factor of it: give one, as a rule 1"
+            yield keys, describe("learning_rate", rate, rule)
+        if projector not in (None, rate):
+            rule = f"{name} has one for all: leave it out, or give learning_rate = {rate:g}"
+            yield keys, describe("projector_learning_rate", projector, rule)
 
 
 def check_optimizer(name: str, arguments: Mapping[str, Any], weight_decay: float, device_type: str) -> None:

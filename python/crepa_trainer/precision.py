@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from crepa_kernels.config.rules import describe
 
 BasePrecision = Literal["bf16", "fp8", "int8", "fp8_dynamic", "nf4"]
 
@@ -27,6 +30,33 @@ def check_base_precision(base_precision: BasePrecision, device_type: str) -> Non
     if base_precision == "fp8_dynamic" and not _multiplies_fp8(device_type):
         rule = "a GPU that multiplies fp8 (compute capability 8.9 or MI300)"
         raise ValueError(f"{given} needs {rule}; use fp8 or int8")
+
+
+def base_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+    """Settings that contradict where the frozen weights lie and in which numbers, with the keys that they are about."""
+    base = describe("base_precision", values["base_precision"], "")
+    if values["base_precision"] in QUANTIZED and values["mixed_precision"] != "bf16":
+        yield {"base_precision", "mixed_precision"}, f'{base}it computes in bf16: mixed_precision must be "bf16"'
+    if values["base_precision"] != "bf16" and values["compile_blocks"]:
+        yield {"base_precision", "compile_blocks"}, f"{base}compile_blocks must be false"
+    if values["base_precision"] != "bf16" and values["training"] == "full":
+        yield {"base_precision", "training"}, f'{base}training = "full" keeps all weights in fp32'
+    if values["base_precision"] in QUANTIZED and values["lora_type"] in ("loha", "lokr"):
+        rule = f'lora_type = "{values["lora_type"]}" is for layers that are not quantized: bf16 or fp8'
+        yield {"base_precision", "lora_type"}, f"{base}{rule}"
+    if values["offload"] == "none":
+        return
+    offload = describe("offload", values["offload"], "")
+    if values["training"] == "full":
+        yield {"offload", "training"}, f'{offload}training = "full" has no frozen weights'
+    if not values["gradient_checkpointing"]:
+        rule = "the backward pass would find the weights gone: gradient_checkpointing must be true"
+        yield {"offload", "gradient_checkpointing"}, f"{offload}{rule}"
+    if values["compile_blocks"]:
+        yield {"offload", "compile_blocks"}, f"{offload}compile_blocks must be false"
+    if values["base_precision"] == "nf4":
+        rule = "the weights of bitsandbytes stay on the GPU: base_precision must be another"
+        yield {"offload", "base_precision"}, f"{offload}{rule}"
 
 
 def _multiplies_fp8(device_type: str) -> bool:

@@ -20,9 +20,10 @@ from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
 from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
 
+from .adapters import adapter_problems
 from .offload import Offload
-from .optimizers import OPTIMIZERS
-from .precision import QUANTIZED, BasePrecision
+from .optimizers import OPTIMIZERS, optimizer_problems
+from .precision import BasePrecision, base_problems
 
 logger = logging.getLogger(__name__)
 
@@ -271,9 +272,10 @@ class RunSettings(LayerSyncKeys, Settings):
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
         """Settings that contradict each other, or of which one would do nothing."""
         yield from self.layersync_problems()
-        yield from self._lora_problems()
-        yield from self._optimizer_problems()
-        yield from self._base_problems()
+        values = self.model_dump()
+        yield from adapter_problems(values)
+        yield from optimizer_problems(values, self.model_fields_set)
+        yield from base_problems(values)
         yield from self._sharding_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
         if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
@@ -299,50 +301,6 @@ class RunSettings(LayerSyncKeys, Settings):
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
 
-    def _lora_problems(self) -> Iterator[tuple[set[str], str]]:
-        given = {key: getattr(self, key) for key in ("lora_type", "lora_alpha", "lora_dropout", "lora_format")}
-        if self.training == "full":
-            rule = 'training = "full" trains all weights and has no LoRA'
-            for key, value in given.items():
-                if value != type(self).model_fields[key].default:
-                    yield {"training", key}, describe(key, value, rule)
-        elif self.lora_type in ("loha", "lokr"):
-            kind = f'lora_type = "{self.lora_type}"'
-            if self.lora_dropout:
-                rule = f"{kind} has none in peft, leave it out"
-                yield {"lora_type", "lora_dropout"}, describe("lora_dropout", self.lora_dropout, rule)
-            if self.lora_format in ("diffusers", "both"):
-                rule = f'pipelines of stock diffusers load no {kind}: must be "peft" or "comfyui"'
-                yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
-        elif self.lora_type == "dora" and self.lora_format in ("comfyui", "both"):
-            rule = 'ComfyUI reads lora_type = "dora" otherwise than it was trained: must be "diffusers" or "peft"'
-            yield {"lora_type", "lora_format"}, describe("lora_format", self.lora_format, rule)
-
-    def _optimizer_problems(self) -> Iterator[tuple[set[str], str]]:
-        kind, name = OPTIMIZERS[self.optimizer], self.optimizer
-        try:
-            json.dumps(self.optimizer_args)
-        except (TypeError, ValueError):  # a date of TOML
-            rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
-            yield {"optimizer_args"}, describe("optimizer_args", self.optimizer_args, rule)
-        if kind.schedule_free:
-            own = 'needs no schedule, and any warm-up is its own: optimizer_args = {"warmup_steps": ...}'
-            for key, value in (("lr_scheduler", self.lr_scheduler), ("lr_warmup_steps", self.lr_warmup_steps)):
-                if value not in ("constant", 0):
-                    yield {"optimizer", key}, describe(key, value, f"{name} {own}")
-            if self.ema_decay is not None:
-                rule = f"{name} averages the weights itself"
-                yield {"optimizer", "ema_decay"}, describe("ema_decay", self.ema_decay, rule)
-        if kind.one_rate:
-            keys = {"optimizer", "learning_rate", "projector_learning_rate"}
-            if "learning_rate" not in self.model_fields_set:
-                rule = f"{name} finds the step itself and takes a factor of it: give one, as a rule 1"
-                yield keys, describe("learning_rate", self.learning_rate, rule)
-            rate = self.projector_learning_rate
-            if rate is not None and rate != self.learning_rate:
-                rule = f"{name} has one for all: leave it out, or give learning_rate = {self.learning_rate:g}"
-                yield keys, describe("projector_learning_rate", rate, rule)
-
     def _sharding_problems(self) -> Iterator[tuple[set[str], str]]:
         """Of what each process has a share of: what has not been tried with it is refused."""
         if self.sharding == "none":
@@ -361,29 +319,6 @@ class RunSettings(LayerSyncKeys, Settings):
             if (value := getattr(self, key)) not in values:
                 few = " or ".join(json.dumps(each) for each in values)
                 yield {key, "sharding"}, describe(key, value, f'sharding = "fsdp2" needs {few}')
-
-    def _base_problems(self) -> Iterator[tuple[set[str], str]]:
-        """Of the frozen weights: where they lie and in which numbers."""
-        base = describe("base_precision", self.base_precision, "")
-        if self.base_precision in QUANTIZED and self.mixed_precision != "bf16":
-            yield {"base_precision", "mixed_precision"}, f'{base}it computes in bf16: mixed_precision must be "bf16"'
-        if self.base_precision != "bf16" and self.compile_blocks:
-            yield {"base_precision", "compile_blocks"}, f"{base}compile_blocks must be false"
-        if self.base_precision != "bf16" and self.training == "full":
-            yield {"base_precision", "training"}, f'{base}training = "full" keeps all weights in fp32'
-        if self.offload == "none":
-            return
-        offload = describe("offload", self.offload, "")
-        if self.training == "full":
-            yield {"offload", "training"}, f'{offload}training = "full" has no frozen weights'
-        if not self.gradient_checkpointing:
-            rule = "the backward pass would find the weights gone: gradient_checkpointing must be true"
-            yield {"offload", "gradient_checkpointing"}, f"{offload}{rule}"
-        if self.compile_blocks:
-            yield {"offload", "compile_blocks"}, f"{offload}compile_blocks must be false"
-        if self.base_precision == "nf4":
-            rule = "the weights of bitsandbytes stay on the GPU: base_precision must be another"
-            yield {"offload", "base_precision"}, f"{offload}{rule}"
 
     @property
     def layersync(self) -> LayerSyncConfig:

@@ -114,7 +114,7 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
         "line 3 column 7: output: o"
     )
     given = ("--config", f"{tmp_path}/config.json")
-    assert "learning_rate = 0.0001: prodigy finds the step itself" in error(*given, "--optimizer", "prodigy")
+    assert 'optimizer = "AdamV": of torch, or' in error(*given, "--optimizer", "AdamV")
     assert error(*given, "--caption_dropout", "0.1").endswith(
         "--caption_dropout: unknown key; captions are not dropped"
     )

@@ -226,3 +226,18 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(models: Path, tmp_path: P
     lora = "trained/pytorch_lora_weights.safetensors"
     assert (tmp_path / "killed" / lora).read_bytes() == (tmp_path / "whole" / lora).read_bytes()
     assert json.loads((tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json").read_text())["step"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_looking_at_averaged_weights_changes_nothing_of_a_run(models: Path, tmp_path: Path, name: str) -> None:
+    given: dict[str, Any] = {"optimizer": name, "optimizer_args": ARGUMENTS.get(name, {}), "checkpoint_every": 2}
+    plain = train(tiny_settings(models, tmp_path / "plain", **given), tiny_config(models))
+    prompts = {"validation_prompts": ["a"], "validation_every": 1, "validation_steps": 2}
+    assert train(tiny_settings(models, tmp_path / "seen", **given, **prompts), tiny_config(models)) == plain
+    # The clip at the end is of what was exported, and so is the checkpoint's LoRA.
+    file = "pytorch_lora_weights.safetensors"
+    trained = tmp_path / "seen" / "trained" / file
+    assert (tmp_path / "seen" / "checkpoints" / "step-00000004" / file).read_bytes() == trained.read_bytes()
+    strips = [tmp_path / "seen" / "validation" / f"step-{step:08d}" / "prompt-0.png" for step in (1, 4)]
+    assert strips[0].read_bytes() != strips[1].read_bytes()

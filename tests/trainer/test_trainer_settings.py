@@ -58,6 +58,17 @@ def test_a_file_gives_both_settings(tmp_path: Path) -> None:
     assert config == CrepaConfig(crepa_enabled=True, crepa_block_index=1)
 
 
+def test_a_table_of_toml_is_a_mapping_of_arguments(tmp_path: Path) -> None:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in REQUIRED.items()]
+    file = tmp_path / "settings.toml"
+    file.write_text("\n".join([*lines, "[optimizer_args]", "betas = [0.9, 0.99]", "eps = 1e-6"]))
+    settings, _ = load_settings(file, {"seed": 3})
+    assert settings == RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6}, seed=3)
+    file.write_text("\n".join([*lines, "[optimizer_args]", "eps = 2024-01-02"]))
+    with pytest.raises(ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers, text, true"):
+        load_settings(file, {})
+
+
 def test_settings_are_an_immutable_value() -> None:
     settings = RunSettings(**REQUIRED)
     assert hash(settings) == hash(RunSettings(**REQUIRED))

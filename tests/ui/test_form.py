@@ -22,7 +22,7 @@ from crepa_trainer.ui.form import (
 from crepa_trainer.ui.form_words import field_help, field_label
 from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.starting import read_settings, saved_name, settings_files
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_kernels.config import CrepaConfig
@@ -61,6 +61,9 @@ def test_labels_are_those_of_crepas_documentation() -> None:
 
 # Other processes take the time, not what is drawn.
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@example(
+    values={"cache_teacher": "true", "lr_scheduler": "1", "crepa_spatial_align": 0, "expert": "null", "data": '"a"'}
+)
 @given(values=st.dictionaries(st.sampled_from(sorted(FIELDS)), _VALUES, max_size=8))
 def test_values_come_back_from_file_command_and_fields(values: dict[str, Any]) -> None:
     assert read_json_text(json_text(values)) == values

@@ -252,12 +252,19 @@ def read_json_text(text: str) -> Values:
     return parse_settings(text or "{}")
 
 
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a value is written on a command line as it is: text that is not read as something else there."""
+    if not isinstance(value, str) or not _is_json(value):
+        return isinstance(value, str)
+    is_text = key in FIELDS and FIELDS[key].is_text
+    return is_text and not isinstance(json.loads(value), str | None)
+
+
 def command_line(values: Mapping[str, Any]) -> str:
     """The same as one command for a shell; `read_command_line` gives the values back."""
     words = ["crepa-train", "run"]
     for key, value in values.items():
-        is_plain = isinstance(value, str) and ((key in FIELDS and FIELDS[key].is_text) or not _is_json(value))
-        text = value if is_plain else json.dumps(value, ensure_ascii=False)
+        text = value if _is_plain(key, value) else json.dumps(value, ensure_ascii=False)
         # Behind = a value may begin with a dash.
         words.append(f"--{key}={text}")
     return " ".join(shlex.quote(word) for word in words)
