@@ -41,12 +41,16 @@ def base_problems(values: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
         yield {"base_precision", "compile_blocks"}, f"{base}compile_blocks must be false"
     if values["base_precision"] != "bf16" and values["training"] == "full":
         yield {"base_precision", "training"}, f'{base}training = "full" keeps all weights in fp32'
-    if values["base_precision"] in QUANTIZED and values["lora_type"] in ("loha", "lokr"):
-        rule = f'lora_type = "{values["lora_type"]}" is for layers that are not quantized: bf16 or fp8'
-        yield {"base_precision", "lora_type"}, f"{base}{rule}"
+    offload = describe("offload", values["offload"], "")
+    if values["lora_type"] not in ("lora", "rslora"):
+        # peft takes the weight itself for some of them, which is then of another type or elsewhere.
+        rule = f'lora_type = "{values["lora_type"]}" has only been tried on weights that are there as they are'
+        if values["base_precision"] != "bf16":
+            yield {"base_precision", "lora_type"}, f"{base}{rule}"
+        if values["offload"] != "none":
+            yield {"offload", "lora_type"}, f"{offload}{rule}"
     if values["offload"] == "none":
         return
-    offload = describe("offload", values["offload"], "")
     if values["training"] == "full":
         yield {"offload", "training"}, f'{offload}training = "full" has no frozen weights'
     if not values["gradient_checkpointing"]:

@@ -235,6 +235,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"offload": "leaf", "gradient_checkpointing": False}, ['offload = "leaf": ', "must be true"]),
     ({"offload": "leaf", "compile_blocks": True}, ['offload = "leaf": compile_blocks must be false']),
     ({"offload": "block", "base_precision": "nf4"}, ['offload = "block": ', "base_precision must be another"]),
+    ({"base_precision": "int8", "lora_type": "dora"}, ['base_precision = "int8": lora_type = "dora" has only been']),
+    (
+        {"offload": "leaf", "lora_type": "loha", "lora_format": "peft"},
+        ['offload = "leaf": lora_type = "loha" has only been'],
+    ),
     ({"sharding": "zero2"}, ['sharding = "zero2": ', 'must be "none" or "fsdp2"']),
     (
         {"sharding": "fsdp2", "mixed_precision": "fp16"},
