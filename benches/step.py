@@ -33,8 +33,8 @@ from torch import nn
 
 from benches.gpu.results import write_whole
 from benches.measure import Call, interleaved_medians, keep_heap_warm, machine, peak_bytes, waiting
+from benches.published import family_with
 from crepa_kernels import CrepaConfig, CrepaRegularizer
-from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
@@ -51,9 +51,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cogvideox": {},  # 2B
     "hunyuan_video": {"num_refiner_layers": 1},
 }  # fmt: skip
-# CogVideoX has its own noise.
-SCHEDULER = "CogVideoXDDIMScheduler"
-SCHEDULERS = {"cogvideox": {**constructor_defaults(SCHEDULER), "prediction_type": "v_prediction"}}
 HEADS = ("num_attention_heads", "num_cross_attention_heads")
 OF_ALL_HEADS = ("ffn_dim", "model_dim", "ff_dim")
 KANDINSKYS_HEAD = 64  # its axes_dims together; its config counts no heads
@@ -96,19 +93,7 @@ def transformer_config(family: type[TrainingFamily], size: Size) -> dict[str, An
 
 
 def family_of(name: str, size: Size) -> TrainingFamily:
-    kind = TrainingFamily.known[name]
-    vae = next(row.vaes[0] for row in FAMILIES if row.name == name)
-    configs = {
-        "pipeline": {
-            "transformer": ["diffusers", kind.transformer_class],
-            "vae": ["diffusers", vae],
-            "scheduler": ["diffusers", SCHEDULER],
-        },
-        "scheduler": SCHEDULERS.get(name, {}),
-        "transformer": transformer_config(kind, size),
-        "vae": constructor_defaults(vae),
-    }
-    return kind(name, "text2video", configs)
+    return family_with(name, transformer_config(TrainingFamily.known[name], size))
 
 
 def texts(config: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:

@@ -218,13 +218,13 @@ def take_over(folder: Path) -> list[Path]:
     return found
 
 
-def replaced(text: str, name: str, table: str) -> str:
+def replaced(text: str, name: str, table: str, kind: str = "measured") -> str:
     """``text`` with ``table`` between the marks of ``name``; ValueError unless they are there once."""
-    start = f"<!-- measured: {name} -->"
+    start = f"<!-- {kind}: {name} -->"
     pattern = f"{re.escape(start)}.*?{re.escape(END)}"
     made, count = re.subn(pattern, lambda _: f"{start}\n{table}\n{END}", text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{PAGE.name} must hold {start} ... {END} once, found {count}")
+        raise ValueError(f"the page must hold {start} ... {END} once, found {count}")
     return made
 
 

@@ -10,13 +10,14 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .grid import SpatialPlan, num_tokens
 from .neighbours import Neighbours
 from .ops.compiling import constant_when_compiled
 from .ops.resample import check_flag, check_type
-from .transfer import moved
+from .transfer import moved, touched_frames
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class LossInputs:
     Shapes: hidden_states (B, T, P, D), or (B, stop - start, D) with ``token_range``, teacher_features (B, S, N, E),
     frame_index (B, T) int64 or None (S = T then), teacher_mask (B, T) bool, teacher frames that exist, frame_mask
     (B, T) bool, student frames in the loss, which are among those whose teacher frame exists; None: all.
-    compute_dtype is the type of the products' operands.
+    compute_dtype is the type of the products' operands. context_group has the ranks with the rest of the same clips'
+    tokens, where a loss needs them.
     """
 
     hidden_states: torch.Tensor
@@ -59,6 +61,7 @@ class LossInputs:
     frames: int
     compute_dtype: torch.dtype
     token_range: tuple[int, int] | None = None
+    context_group: dist.ProcessGroup | None = None
     recompute: bool = False
 
     @property
@@ -69,6 +72,18 @@ class LossInputs:
     def feature_size(self) -> int:
         """E."""
         return self.teacher_features.shape[3]
+
+    @property
+    def touched_frames(self) -> range:
+        """Student frames of which the hidden states have a token: all, but with ``token_range``."""
+        if self.token_range is None:
+            return range(self.frames)
+        return touched_frames(self.token_range, self.plan.tokens)
+
+    @property
+    def taught_frames(self) -> range:
+        """Student frames whose teacher's frames are read: the touched ones, and as far as neighbours reach."""
+        return self.neighbours.around(self.touched_frames, self.frames)
 
     @property
     def statistics_type(self) -> torch.dtype:
@@ -298,6 +313,7 @@ def check_inputs(
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
     token_range: Sequence[int] | None = None,
+    context_group: dist.ProcessGroup | None = None,
     recompute: bool = False,
 ) -> LossInputs:
     """Checks the arguments of ``crepa_loss`` against each other; ValueError with the numbers in it."""
@@ -331,5 +347,6 @@ def check_inputs(
         # Without a projector nothing is projected in a narrower type.
         compute_dtype=hidden_states.dtype if weights.weight is None else product_type(hidden_states),
         token_range=token_range,
+        context_group=context_group,
         recompute=recompute,
     )

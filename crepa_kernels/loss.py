@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,7 @@ from .neighbours import Neighbours, Pairs, Relation
 from .ops.compiling import constant_when_compiled
 from .output import CrepaOutput
 from .projector import CrepaProjector
+from .transfer import check_group
 
 __all__ = ["CrepaOutput", "available_backends", "crepa_loss", "relational_loss", "similarity_matrix"]
 
@@ -194,6 +196,8 @@ def relational_loss(
     frame_index: torch.Tensor | Sequence[int] | None = None,
     frame_mask: torch.Tensor | None = None,
     teacher_mask: torch.Tensor | None = None,
+    token_range: Sequence[int] | None = None,
+    context_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Token relation distillation: a clip's tokens are to be as similar to each other as the teacher's are.
@@ -225,6 +229,10 @@ def relational_loss(
         frame_mask: (B, T) bool, student frames in the loss.
         teacher_mask: (B, T) bool, teacher frames that exist, after ``frame_index``. A frame is compared where both
             masks have it, and is as if it were not there where not.
+        token_range: (start, stop) of the clip's flattened T x P tokens, as in ``crepa_loss``.
+        context_group: the process group whose ranks have the rest of the same clips' tokens, with ``token_range``
+            alone: every token is compared with those of all ranks. Each rank's loss is a share, the shares add up to
+            the clips' loss, and the gradients are the clips'. All ranks call this, and the backward pass, alike.
         backend: as in ``crepa_loss``. Without a margin ``"triton"`` is the same algebra as ``"torch"``, which
             ``"auto"`` takes; with one it walks over tiles of pairs by kernels of its own.
 
@@ -236,6 +244,12 @@ def relational_loss(
         ValueError: as ``crepa_loss``, and for other ``pairs``, or a margin that is not a number of at least 0.
     """
     relation = Relation(pairs, distance, tau, margin)
+    if (token_range is None) != (context_group is None):
+        raise ValueError(
+            "token_range and context_group go together: every token is compared with those that other ranks have"
+        )
+    if context_group is not None:
+        check_group(context_group, "context_group")
     grid = grid_of(student_grid, latent_shape, patch, hidden_states)
 
     def run() -> torch.Tensor:
@@ -248,6 +262,8 @@ def relational_loss(
             frame_index=frame_index,
             frame_mask=frame_mask,
             teacher_mask=teacher_mask,
+            token_range=token_range,
+            context_group=context_group,
         )
         return _RELATIONAL[_backend_for(backend, inputs, relation)](inputs, relation)
 

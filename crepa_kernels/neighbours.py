@@ -52,6 +52,11 @@ class Neighbours:
         chosen = range(1, distance + 1) if self.cumulative else range(distance, distance + 1)
         return {offset: math.exp(-offset / self.tau) for offset in chosen if offset > 0}
 
+    def around(self, own: range, frames: int) -> range:
+        """Of a clip's ``frames`` those that the frames ``own`` are compared with, whichever of them exist."""
+        reach = min(self.distance, frames - 1)
+        return range(max(0, own.start - reach), min(frames, own.stop + reach))
+
     @property
     def most(self) -> float:
         """The largest ``alignment_score``: 1 + Σw, or 1 where the sum is normalised."""

@@ -16,42 +16,15 @@ from crepa_trainer import families
 from crepa_trainer.cli import main
 from crepa_trainer.reporting.plan import CrepaMemory, projector_bytes
 from crepa_trainer.reporting.table import readable_bytes
-from crepa_trainer.settings import RunSettings
-from crepa_trainer.state import add_lora
 
+from benches.published import MODELS
+from benches.scaling import lora_parameters, transformer_of
 from crepa_kernels import CrepaConfig
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.loss import KEPT_BYTES
 from crepa_kernels.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
-# What differs from diffusers' default config in each row of the table of memory, and D.
-COGVIDEOX_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-WAN_5B = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
-KANDINSKY = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
-KANDINSKY_LITE = KANDINSKY | {"model_dim": 1792, "ff_dim": 7168}
-KANDINSKY_PRO = KANDINSKY | {
-    "model_dim": 4096, "ff_dim": 16384, "time_dim": 1024, "num_text_blocks": 4, "num_visual_blocks": 60,
-    "axes_dims": (32, 48, 48),
-}  # fmt: skip
-ROWS: list[tuple[str, dict[str, Any], int]] = [
-    ("ltxvideo", {}, 2048),
-    ("sanavideo", {}, 2240),
-    ("hunyuan_video", {}, 3072),
-    ("wan", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1536),
-    ("wan", {}, 5120),
-    ("wan", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, 5120),
-    (
-        "wan",
-        {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30},
-        3072,
-    ),
-    ("kandinsky5_video", KANDINSKY_LITE, 1792),
-    ("kandinsky5_video", KANDINSKY_PRO, 4096),
-    ("cogvideox", {}, 1920),
-    ("cogvideox", COGVIDEOX_5B, 3072),
-    ("cogvideox", COGVIDEOX_5B | {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 512}, 3072),
-]
 # E and the parameters of DINOv2 giant.
 GIANT, GIANT_PARAMETERS = 1536, 1_136_480_768
 
@@ -67,8 +40,8 @@ def commands(page: str) -> list[list[str]]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Fills with the settings of CREPA and the run that would be planned or made."""
     given: list[Any] = []
-    monkeypatch.setattr("crepa_trainer.run.run", lambda *found: given.append(found[:2]))
-    monkeypatch.setattr("crepa_trainer.run.show_plan", lambda *found: given.append(found[:2]))
+    monkeypatch.setattr("crepa_trainer.run.run", lambda *found, **_: given.append(found[:2]))
+    monkeypatch.setattr("crepa_trainer.run.show_plan", lambda *found, **_: given.append(found[:2]))
     return given
 
 
@@ -113,7 +86,7 @@ def memory_table() -> list[list[str]]:
     text = (ROOT / "docs/families.md").read_text()
     (table,) = re.findall(r"\| family \| parameters \|.*\n\|[-|]*\n((?:\|.*\n)+)", text)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert len(rows) == len(ROWS)
+    assert len(rows) == len(MODELS)
     return rows
 
 
@@ -123,20 +96,16 @@ def three_digits(value: int) -> str:
 
 def test_the_documented_parameters_are_those_of_the_models() -> None:
     """Every transformer built without memory, and its LoRA as the trainer adds it."""
-    for (title, every, trained, *_), (family, overrides, hidden_size) in zip(memory_table(), ROWS, strict=True):
-        row: Any = families.TrainingFamily.known[family]
-        with torch.device("meta"):
-            transformer = getattr(diffusers, row.transformer_class)(**overrides)
-            counted = sum(each.numel() for each in transformer.parameters())
-            transformer.requires_grad_(False)
-            add_lora(transformer, row, RunSettings(model="unread", data=ROOT, output=ROOT / "out", max_train_steps=1))
-        assert family_of(transformer).hidden_size(transformer.config) == hidden_size, title
-        lora = sum(each.numel() for each in transformer.parameters() if each.requires_grad)
+    for (title, every, trained, *_), model in zip(memory_table(), MODELS, strict=True):
+        transformer = transformer_of(model)
+        counted = sum(each.numel() for each in transformer.parameters())
+        assert family_of(transformer).hidden_size(transformer.config) == model.width, title
+        lora = lora_parameters(model, transformer)
         assert [every, trained] == [three_digits(counted), three_digits(lora)], title
 
 
 def test_the_documented_memory_is_what_the_plan_predicts() -> None:
-    for row, (_, _, width) in zip(memory_table(), ROWS, strict=True):
+    for row, model in zip(memory_table(), MODELS, strict=True):
         name, _, _, tokens, projector, kept, teacher, total = row
         sizes = re.findall(r"[\d,]+", tokens)
         count, frames, height, width_of_grid = (int(size.replace(",", "")) for size in sizes)
@@ -144,8 +113,8 @@ def test_the_documented_memory_is_what_the_plan_predicts() -> None:
         grid = (height, width_of_grid)
         plan, half = plan_alignment("student", grid, grid), torch.bfloat16
         memory = CrepaMemory(
-            projector=projector_bytes(width, GIANT),
-            kept=KEPT_BYTES["torch"](plan, frames, width, GIANT, half, half, "cuda"),
+            projector=projector_bytes(model.width, GIANT),
+            kept=KEPT_BYTES["torch"](plan, frames, model.width, GIANT, half, half, "cuda"),
             teacher=GIANT_PARAMETERS * 2,
         )
         said = [memory.projector, memory.kept, memory.teacher, memory.total]

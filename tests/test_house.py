@@ -44,7 +44,7 @@ def test_a_test_that_pins_a_part_is_found(source: str) -> None:
 
 
 def test_whatever_is_imported_is_required_by_name() -> None:
-    distributions = {"pillow" if name == "PIL" else name for name in outside()}
+    distributions = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in outside()}
     assert distributions - {requirement.name for requirement in requirements()} == set()
 
 

@@ -13,6 +13,7 @@ from ..neighbours import Relation
 from ..ops.rows import NORM_FLOOR
 from ..output import CrepaOutput
 from ..reduction import plan_reduction, reduce_frames, reduce_pairs
+from ..transfer import sum_over
 
 
 def project(inputs: LossInputs, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -93,11 +94,16 @@ def unit_rows(features: torch.Tensor) -> torch.Tensor:
 def teacher_rows(inputs: LossInputs, aligned: bool = True) -> torch.Tensor:
     """y on the common grid, unit rows: (B, T, M, E), or all S teacher frames if not ``aligned`` to the student's.
 
-    Frames that do not exist are zero.
+    Frames that do not exist are zero, and so are those that no token of ``token_range`` is compared with.
     """
     features = inputs.teacher_features.to(inputs.statistics_type)
     if aligned and inputs.frame_index is not None:
         features = frames_at(features, inputs.frame_index)
+    if aligned and inputs.token_range is not None:
+        taught = inputs.taught_frames
+        features = F.pad(
+            features[:, taught.start : taught.stop], (0, 0, 0, 0, taught.start, inputs.frames - taught.stop)
+        )
     if inputs.teacher_mask is not None and (aligned or inputs.frame_index is None):
         features = features.where(inputs.teacher_mask[..., None, None], 0)
     return unit_rows(inputs.plan.align(features, "teacher"))
@@ -151,8 +157,16 @@ def relational_reference(inputs: LossInputs, relation: Relation) -> torch.Tensor
         if mask is not None:
             student, teacher = (rows.where(mask[..., None, None], 0) for rows in (student, teacher))
         p, y = student.flatten(1, 2), teacher.flatten(1, 2)
-        # torch.compile wants two tensors.
-        difference = product(p, p.clone()) - product(y, y.clone())
+        if inputs.token_range is None or inputs.context_group is None:
+            # torch.compile wants two tensors.
+            others = p.clone(), y.clone()
+        else:
+            token = torch.arange(y.shape[1], device=y.device)
+            own = (token >= inputs.token_range[0]) & (token < inputs.token_range[1])
+            y = y.where(own[:, None], 0)
+            # This rank's tokens against all: its share of the pairs.
+            others = sum_over(inputs.context_group, p), sum_over(inputs.context_group, y)
+        difference = product(p, others[0]) - product(y, others[1])
         cost = difference.square() if relation.margin is None else F.relu(difference.abs() - relation.margin)
         frames = (inputs.frames, inputs.plan.tokens)
         mean = cost.unflatten(2, frames).unflatten(1, frames).mean(dim=(2, 4))  # (B, T, T)

@@ -15,9 +15,9 @@ from .base import Settings
 HEAD = """# Options
 
 Written by `python -m crepa_kernels.config > docs/options.md` from the schemas. Each key is one of `CrepaConfig`,
-`UrepaConfig` or `LayerSyncConfig`, of the JSON file (null is the default), and an option of the command line
-(`--crepa_lambda 0.3`). A wrong value is one error that names key, value and rule, and so is a contradiction of several
-keys."""
+`UrepaConfig` or `LayerSyncConfig`, of the file of settings (JSON, or TOML and YAML by its suffix; null is the default),
+and an option of the command line (`--crepa_lambda 0.3`). A wrong value is one error that names key, value and rule, and
+so is a contradiction of several keys."""
 PRESETS = """`CrepaConfig.preset(name)` and `--preset`; what is empty is the default. The block is that of the
 transformer's [family](families.md)."""
 # U-REPA's settings have iREPA's keys as well as CREPA's.

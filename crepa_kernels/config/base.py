@@ -1,4 +1,4 @@
-"""`Settings`: one validated schema for the JSON file, the command line and a form, under keys with a prefix."""
+"""`Settings`: one validated schema for the file, the command line and a form, under keys with a prefix."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .rules import MOST_INTEGER, UNSUPPORTED, ConfigError, describe, is_off, refused_keys, unknown_key, whole_rule
-from .sources import add_json_options, read_json, unknown_options
+from .sources import add_json_options, read_settings, unknown_options
 
 Self = TypeVar("Self", bound="Settings")
 
@@ -43,7 +44,12 @@ def flag(default: bool, text: str) -> Any:
 
 def _is_text(kind: Any) -> bool:
     """Whether values of a field of this type are text in every case: a folder may be named 2024."""
-    return kind in (str, Path) or (get_origin(kind) is not tuple and any(map(_is_text, get_args(kind))))
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return all(isinstance(each, str) for each in parts)
+    if origin in (Union, UnionType):
+        return all(_is_text(each) for each in parts if each is not NoneType)
+    return _is_text(parts[0]) if origin is Annotated else kind in (str, Path)
 
 
 class Settings(BaseModel):
@@ -153,9 +159,9 @@ class Settings(BaseModel):
         return cls(**cls.ours(mapping))
 
     @classmethod
-    def from_json(cls: type[Self], path: str | Path, *, family: str | None = None) -> Self:
-        """From a JSON file that holds one object; errors begin with the file's name."""
-        values = read_json(path)
+    def from_file(cls: type[Self], path: str | Path, *, family: str | None = None) -> Self:
+        """From a file of JSON, TOML or YAML, by its suffix; errors begin with its name."""
+        values = read_settings(path)
         try:
             return cls.from_dict(values, family=family)
         except ConfigError as error:
@@ -193,7 +199,7 @@ class Settings(BaseModel):
         rest: Sequence[str] = (),
         family: str | None = None,
     ) -> Self:
-        """From a namespace of `add_arguments`, over `base` (a configuration, or a mapping as of `read_json`).
+        """From a namespace of `add_arguments`, over `base` (a configuration, or a mapping as of `read_settings`).
 
         `rest`: what `parser.parse_known_args` did not know; an option in it that begins with the prefix is an
         error that names the nearest one.

@@ -125,6 +125,9 @@ class CrepaConfig(TaughtSettings):
         ge=0,
         description="difference of cosines that costs nothing, squares where there is none; must be a number >= 0",
     )
+    crepa_recompute: bool = flag(
+        False, "keep nothing of size tokens x E between forward and backward, which makes it again"
+    )
     crepa_backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
         description="what computes the loss, CREPA_BACKEND in the environment overrides it; "
@@ -269,6 +272,7 @@ class CrepaConfig(TaughtSettings):
             "normalize_neighbour_sum": self.crepa_normalize_neighbour_sum,
             "normalize_by_frames": self.crepa_normalize_by_frames,
             "spatial_align": self.spatial_align,
+            "recompute": self.crepa_recompute,
             "backend": self.crepa_backend,
         }
 

@@ -1,42 +1,113 @@
-"""Where settings read their keys from: a JSON file, a command line."""
+"""Where settings read their keys from: a file of JSON, TOML or YAML, a command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .rules import ConfigError, nearest
 
+_FORMATS = {".json": "JSON", ".toml": "TOML", ".yaml": "YAML", ".yml": "YAML"}
+SUFFIXES = tuple(_FORMATS)  # of files of settings
+_SHOWN = 80  # characters of a line that is wrong
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError with the file's name: not JSON, not an object, a key twice.
 
-    FileNotFoundError for one that is not there, with the nearest name beside it.
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The keys and values in a file: TOML or YAML where it ends in .toml, .yaml or .yml, else JSON.
+
+    ValueError with the file's name, and the line where one is wrong: not of its format, not one mapping of keys to
+    values, a key twice. FileNotFoundError for one that is not there, with the nearest name beside it.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file{_similar(Path(path))}")
-    if Path(path).is_dir():
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file{_similar(path)}")
+    if path.is_dir():
         raise ConfigError(["is a folder, not a file of settings"], str(path))
-    if Path(path).suffix.lower() in (".yaml", ".yml", ".toml"):
-        raise ConfigError([f"settings are read from JSON, not from {Path(path).suffix} files"], str(path))
     try:
-        loaded = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError([f"not JSON: {error}"], str(path)) from None
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"not JSON: not UTF-8 text: {error}"], str(path)) from None
-    except RecursionError:
-        raise ConfigError(["not usable: nested too deeply"], str(path)) from None
+        raise ConfigError([f"not {_format(path.suffix)}: not UTF-8 text: {error}"], str(path)) from None
+    try:
+        return parse_settings(text, path.suffix)
     except ValueError as error:
         raise ConfigError([str(error)], str(path)) from None
+
+
+def parse_settings(text: str, suffix: str = ".json") -> dict[str, Any]:
+    """As `read_settings`, of a file's text."""
+    kind = _format(suffix)
+    try:
+        loaded = _PARSERS[kind](text)
+    except RecursionError:
+        raise ValueError("not usable: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{error}{_quoted_line(str(error), text)}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError([f"must hold one JSON object, not {type(loaded).__name__}"], str(path))
+        raise ValueError(f"must hold one {kind} object, not {type(loaded).__name__}")
     return loaded
+
+
+def _format(suffix: str) -> str:
+    return _FORMATS.get(suffix.lower(), "JSON")
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _from_toml(text: str) -> Any:
+    toml = _needed("tomllib" if sys.version_info >= (3, 11) else "tomli", "TOML")
+    try:
+        return toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"not TOML: {error}") from None
+
+
+def _from_yaml(text: str) -> Any:
+    yaml = _needed("yaml", "YAML", "pyyaml")
+    from .yaml_core import CoreLoader
+
+    try:
+        return yaml.load(text, CoreLoader)
+    except yaml.MarkedYAMLError as error:
+        mark, parsed = error.problem_mark, isinstance(error, yaml.constructor.ConstructorError)
+        where = f"line {mark.line + 1} column {mark.column + 1}"
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{'' if parsed else 'not YAML: '}{problem}: {where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {str(error).splitlines()[0]}") from None
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {"JSON": _from_json, "TOML": _from_toml, "YAML": _from_yaml}
+)
+
+
+def _needed(module: str, kind: str, package: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ValueError(f"{kind} cannot be read here: pip install {package or module}") from None
+
+
+def _quoted_line(problem: str, text: str) -> str:
+    """The line that a parser's error names, whose key it does not."""
+    found = re.search(r"line (\d+)", problem)
+    lines = text.splitlines()
+    if found is None or not 1 <= int(found[1]) <= len(lines):
+        return ""
+    return f": {lines[int(found[1]) - 1].strip()[:_SHOWN]}"
 
 
 def _similar(path: Path) -> str:

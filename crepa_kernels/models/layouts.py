@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 
 from ..grid import Grid, as_sizes
+from ..transfer import ContextShard
 from .image_ids import IMAGE_IDS, ReadIds
 
 # What a forward was called with, by the names of its parameters; of a tensor its shape, of image ids what they say.
@@ -37,6 +39,7 @@ class TokenLayout:
         temporal_ratio: pixel frames of one latent frame, where the transformer's config says it.
         sequence: tokens of the forward's ``hidden_states``, where others than the image's own may be among them.
         start: place of the image's first token in that sequence.
+        shard: of the tokens, those that blocks return on this rank; None: all.
     """
 
     frames: int
@@ -47,6 +50,7 @@ class TokenLayout:
     temporal_ratio: int | None = None
     sequence: int | None = None
     start: int = 0
+    shard: ContextShard | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,12 +58,28 @@ class TokenLayout:
         return self.frames * self.grid[0] * self.grid[1]
 
     @property
+    def held(self) -> int:
+        """Tokens of the clip that this rank has."""
+        return self.tokens if self.shard is None else self.shard.stop - self.shard.start
+
+    def over(self, group: dist.ProcessGroup) -> TokenLayout:
+        """The layout of a forward whose tokens lie on the ranks of ``group``, each of which has a run of them.
+
+        Raises:
+            ValueError: where a run of the model's sequence is no run of the clip's raster order.
+        """
+        if self.tile > 1 or self.sequence not in (None, self.tokens):
+            what = "tokens come by tiles" if self.tile > 1 else "reference images are among the tokens"
+            raise ValueError(f"context parallelism is not supported where {what}: a rank has no run of the clip's own")
+        return replace(self, shard=ContextShard.of(group, self.tokens))
+
+    @property
     def front_padding(self) -> int:
         """Latent frames that the first token frame lacks of ``patch``."""
         return self.frames * self.patch - self.latent_shape[0]
 
     def own(self, output: torch.Tensor) -> torch.Tensor:
-        """The image's own tokens (B, ``tokens``, D) of a block's output, without text in front and references.
+        """The image's own tokens (B, ``held``, D) of a block's output, without text in front and references.
 
         Those of a UNet's map (B, D, height, width) are its places.
         """
@@ -67,11 +87,17 @@ class TokenLayout:
             output = output.flatten(2).transpose(1, 2)
         if self.sequence is None or output.dim() != 3:
             return output
-        start = output.shape[1] - self.sequence + self.start
-        return output[:, start : start + self.tokens]
+        sequence = self.sequence if self.shard is None else self.held
+        start = output.shape[1] - sequence + self.start
+        return output[:, start : start + self.held]
 
     def by_frame(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, ``tokens``, D) in the transformer's order -> (B, T, P, D), each frame in raster order."""
+        """(B, ``tokens``, D) in the transformer's order -> (B, T, P, D), each frame in raster order.
+
+        Those of a ``shard`` stay as they are.
+        """
+        if self.shard is not None:
+            return tokens
         frames = tokens.unflatten(1, (self.frames, -1))
         if self.tile == 1:
             return frames

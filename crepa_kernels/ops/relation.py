@@ -21,9 +21,11 @@ It is an operator so that a compiled loss has one node for a clip, and not one f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .namespace import add_op_namespace_prefix, ops
@@ -53,7 +55,7 @@ def _relate_frames(
     """
     into = gradient.zero_() if gradient.numel() else None
     pairs = Pairs(dict(zip(offsets, weights, strict=True)), len(z))
-    if margin is None and not prefers_tokens(z, pairs, into is not None):
+    if margin is None and not prefers_tokens(z.shape[1:], pairs, into is not None):
         found = by_features(z, d, into, pairs)
     else:
         found = by_tokens(z, d, into, pairs, margin)
@@ -72,6 +74,7 @@ class Pairs:
 
     def __init__(self, weights: dict[int, float], frames: int) -> None:
         self.weights = weights
+        self.frames = frames
         alike = all(weight == 1 for weight in weights.values())
         self.all = alike and sorted(weights) == list(range(frames))
         self.all_others = alike and sorted(weights) == list(range(1, frames))
@@ -87,9 +90,9 @@ def tile_size(rows: Tensor) -> int:
     return TILE.get(rows.device.type, TILE_ELSEWHERE)
 
 
-def prefers_tokens(z: Tensor, pairs: Pairs, with_gradient: bool) -> bool:
-    """Whether the squares take fewer multiplications by tokens than by features."""
-    frames, tokens, features = z.shape
+def prefers_tokens(frame: Sequence[int], pairs: Pairs, with_gradient: bool) -> bool:
+    """Whether the squares take fewer multiplications by tokens than by features; ``frame``: (M, E)."""
+    frames, (tokens, features) = pairs.frames, frame
     # A tile takes two products for both of its directions, a frame's own tile one; each direction has a gradient.
     by_tokens = (pairs.own + pairs.apart) * (2 if with_gradient else 1) * tokens**2 * features
     sums = 0 if pairs.all or pairs.all_others else 3 * (pairs.own + pairs.apart)
@@ -191,6 +194,76 @@ def _add_gradient(gradient: Tensor | None, z: Tensor, d: Tensor, sums: _Moments,
         _add_product(gradient[frame], z[frame], of_z)
 
 
+class OfRank(NamedTuple):
+    """Which of a clip's rows a rank has: ``rows`` of its flattened frames from ``first`` on, of ``frames`` in all."""
+
+    group: dist.ProcessGroup
+    first: int
+    frames: int
+    rows: slice
+
+
+def relate_ranks(
+    z: Tensor, d: Tensor, weights: dict[int, float], margin: float | None, gradient: Tensor, own: OfRank
+) -> Tensor:
+    """As ``relate_frames`` of a clip whose rows several ranks have: this rank's share, the shares add up to it.
+
+    By features the moments are added up over the ranks, (E, E) each. By tokens the rows of all are brought together,
+    each rank takes tiles of its own, and the gradients are added up.
+
+    Args:
+        z, d: (T', M, E), the frames of which this rank has rows; zero where another rank has them.
+        gradient: (T', M, E), written: of this rank's rows the whole gradient, elsewhere zero. Or empty.
+    """
+    into = gradient.zero_() if gradient.numel() else None
+    pairs = Pairs(weights, own.frames)
+    if margin is None and not prefers_tokens(z.shape[1:], pairs, into is not None):
+        found = _ranks_by_features(z, d, into, pairs, own)
+    else:
+        found = _ranks_by_tokens(z, d, into, pairs, margin, own)
+    return found / z.shape[1] ** 2
+
+
+def _ranks_by_features(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs, own: OfRank) -> Tensor:
+    if pairs.all:
+        clip = _moments(z.flatten(0, 1), d.flatten(0, 1))
+        sums = torch.stack(clip)
+        dist.all_reduce(sums, group=own.group)
+        of_all = _Moments(*sums)
+        _add_gradient(gradient, z, d, of_all, range(len(z)))
+        return _cost(clip, of_all)
+    mine = {own.first + frame: _moments(z[frame], d[frame]) for frame in range(len(z))}
+    sums = z.new_zeros(own.frames, 3, z.shape[2], z.shape[2], dtype=wide_type(z))
+    for frame, moments in mine.items():
+        torch.stack(moments, out=sums[frame])
+    dist.all_reduce(sums, group=own.group)
+    held = {frame: _Moments(*matrices) for frame, matrices in enumerate(sums)}
+    whole = _Moments(*sums.sum(dim=0)) if pairs.all_others else None
+    total = z.new_zeros((), dtype=wide_type(z))
+    for frame, moments in mine.items():
+        around = _around(held, frame, pairs.weights) if whole is None else whole.plus(held[frame], -1.0)
+        total += _cost(moments, around)
+        _add_gradient(gradient, z, d, around, range(frame - own.first, frame - own.first + 1))
+    return total
+
+
+def _ranks_by_tokens(
+    z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs, margin: float | None, own: OfRank
+) -> Tensor:
+    mine = slice(own.first, own.first + len(z))
+    # No two ranks have the same row: their sum is every row.
+    rows = z.new_zeros(2, own.frames, *z.shape[1:])
+    rows[0, mine], rows[1, mine] = z, d
+    dist.all_reduce(rows, group=own.group)
+    of_all = None if gradient is None else gradient.new_zeros(rows.shape[1:])
+    share = dist.get_rank(own.group), dist.get_world_size(own.group)
+    total = by_tokens(rows[0], rows[1], of_all, pairs, margin, share)
+    if gradient is not None and of_all is not None:
+        dist.all_reduce(of_all, group=own.group)
+        gradient.flatten(0, 1)[own.rows] = of_all[mine].flatten(0, 1)[own.rows]
+    return total
+
+
 class Tile(NamedTuple):
     """The rows ``part`` of the frames ``left`` against all rows of the frames ``right``, one by one; all weigh w."""
 
@@ -228,12 +301,22 @@ def joined(
     return z.flatten(0, 1)[None], d.flatten(0, 1)[None], whole, {0: 1.0}
 
 
-def by_tokens(z: Tensor, d: Tensor, gradient: Tensor | None, pairs: Pairs, margin: float | None) -> Tensor:
-    """The sum of w phi(A) over all pairs of frames; the gradient is divided by the tokens of a frame."""
+def by_tokens(
+    z: Tensor,
+    d: Tensor,
+    gradient: Tensor | None,
+    pairs: Pairs,
+    margin: float | None,
+    share: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """The sum of w phi(A) over all pairs of frames; the gradient is divided by the tokens of a frame.
+
+    share: (rank, ranks), of the tiles every one that is this rank's.
+    """
     tokens = z.shape[1]
     z, d, gradient, weights = joined(z, d, gradient, pairs)
     total = z.new_zeros((), dtype=wide_type(z))
-    for tile in tiles(z.shape[0], z.shape[1], weights, tile_size(z)):
+    for tile in islice(tiles(z.shape[0], z.shape[1], weights, tile_size(z)), share[0], None, share[1]):
         left, right, part, weight = tile
         cost, slope = _cost_and_slope(_tile(z, d, left, right, part), margin)
         total += cost.mul_(weight * (1 if tile.own else 2))

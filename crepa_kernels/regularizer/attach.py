@@ -14,6 +14,7 @@ from torch import nn
 from ..models.families import Family
 from ..projector import Projector
 from ..transfer import HostCopy
+from .offloading import execution_device, stays
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def check_attachable(model: nn.Module, owner: Owner) -> None:
 
 
 def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, owner: Owner) -> Callable[[], None]:
-    """Registers ``projector`` (fp32, trainable, on the device of ``block``) and keeps it out of what is exported.
+    """Registers ``projector`` (fp32, trainable, where ``block`` computes) and keeps it out of what is exported.
 
     ``state_dict()`` has the projector, so that checkpoints of training (accelerate, DDP, FSDP) are complete.
     ``save_pretrained``, which exports the model for others, leaves it out.
@@ -102,9 +103,7 @@ def attach_projector(model: nn.Module, projector: Projector, block: nn.Module, o
         What undoes it all.
     """
     # A model may lie on several devices, or in part on none. The projector reads what the captured block writes.
-    devices = [parameter.device for parameter in (*block.parameters(), *model.parameters())]
-    device = next((each for each in devices if each.type != "meta"), devices[0])
-    projector.to(device=device, dtype=torch.float32).requires_grad_(True)
+    projector.to(device=execution_device(block, model), dtype=torch.float32).requires_grad_(True)
     model.add_module(owner.projector, projector)
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = partial(_save_without, model, owner.projector)  # type: ignore[assignment]
@@ -137,15 +136,18 @@ def check_attached(model: nn.Module, projector: Projector, owner: Owner) -> None
     if held is not projector:
         what = "is gone from" if held is None else f"was replaced by a {type(held).__name__} in"
         raise _out_of_order(owner, f"{what} the {owner.model}")
+    parameters = list(projector.named_parameters())
+    for name, parameter in parameters:
+        # Before layers are looked at: a quantizing library may replace those, too.
+        if type(parameter).__name__ not in _PLAIN:
+            raise _out_of_order(owner, f"must stay fp32, but {name} was quantized to {type(parameter).__name__}")
     # By identity: an adapter's layer may well be called Linear, too.
     if tuple(type(layer) for layer in projector) != projector.LAYERS:
         layers = ", ".join(f"{type(layer).__module__}.{type(layer).__name__}" for layer in projector)
         raise _out_of_order(owner, f"was wrapped by an adapter that was added after it: it is now {layers}")
-    for name, parameter in projector.named_parameters():
+    for name, parameter in parameters:
         if parameter.is_meta:
             raise _out_of_order(owner, f"has no weights: {name} is on the meta device")
-        if type(parameter).__name__ not in _PLAIN:
-            raise _out_of_order(owner, f"must stay fp32, but {name} was quantized to {type(parameter).__name__}")
         if parameter.dtype != torch.float32:
             raise _out_of_order(owner, f"must stay fp32, but {name} was cast to {parameter.dtype}")
         if not parameter.requires_grad:
@@ -158,11 +160,21 @@ def check_attached(model: nn.Module, projector: Projector, owner: Owner) -> None
 def check_runs(model: nn.Module, projector: Projector, owner: Owner) -> None:
     """``check_attached`` before a forward that could not run: the model or its hooks would fail without the reason.
 
-    Most kernels know neither 8-bit types nor quantized weights.
+    Most kernels know neither 8-bit types nor quantized weights. Where the model was offloaded after attaching, the
+    projector stays all the same: the loss reads its weights after the model's forward, and the optimizer changes them.
     """
+    stays(projector)
     for parameter in projector.parameters():
         if type(parameter).__name__ not in _PLAIN or parameter.dtype.itemsize == 1:
             check_attached(model, projector, owner)
+
+
+def check_device(projector: Projector, states: torch.Tensor, owner: Owner) -> None:
+    """ValueError, naming the order, for a projector on another device than the hidden ``states`` that it projects."""
+    for parameter in projector.parameters():
+        # Shards may wait on another device than they are gathered on.
+        if parameter.device != states.device and type(parameter).__name__ != "DTensor":
+            raise _out_of_order(owner, f"is on {parameter.device}, but the captured block computes on {states.device}")
 
 
 def _out_of_order(owner: Owner, what: str) -> ValueError:

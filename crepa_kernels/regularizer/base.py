@@ -10,6 +10,7 @@ from operator import add
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config.base import Settings
@@ -18,6 +19,7 @@ from ..models.families import Family
 from ..projector import Projector
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from ..transfer import ContextShard
 from .aligning import make_projector, projector_class
 from .attach import (
     CREPA,
@@ -27,11 +29,13 @@ from .attach import (
     attach_projector,
     check_attachable,
     check_attached,
+    check_device,
     check_in_optimizers,
     check_reach,
 )
 from .capture import Capture, CapturedStates
 from .monitor import NonFiniteMonitor
+from .offloading import execution_device
 from .saving import load_regularizer, load_weights, save_regularizer, whole_weights
 from .schedule import CrepaSchedule, Decision, run_length
 from .teacher import TeacherSource
@@ -47,15 +51,17 @@ class Measured(NamedTuple):
 
     Attributes:
         losses: terms of the loss by the names of their logs, with their gradients and without the schedule's weight.
-        logs: what else is logged.
+        logs: what else is logged, scalars.
         features: the teacher's.
+        shard: of whose tokens alone losses, logs and metric are, where other ranks have the rest of the clips.
         metric: gives the sum of what the threshold is compared with, and of how many; called where there is one.
     """
 
     losses: dict[str, torch.Tensor]
-    logs: Logs
+    logs: dict[str, torch.Tensor]
     features: torch.Tensor
     metric: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    shard: ContextShard | None = None
 
 
 class Regularizer:
@@ -115,6 +121,7 @@ class Regularizer:
         *,
         max_train_steps: int | None,
         feature_size: int | None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Puts hooks and projector on the model.
 
@@ -122,7 +129,7 @@ class Regularizer:
             family: the model's.
             blocks: index by the setting that chose it, the student's first.
             source: of the teacher's features.
-            max_train_steps, feature_size: as the constructors take them.
+            max_train_steps, feature_size, context_group: as the constructors take them.
         """
         model, settings = self._model, self.config.schedule
         self._family, self._source = family, source
@@ -131,9 +138,9 @@ class Regularizer:
         self._threshold = settings.similarity_threshold
         self._schedule = CrepaSchedule(self.config, run_length(settings, max_train_steps))
         hidden_size = family.hidden_size(getattr(model, "config", None))
-        size = source.feature_size(hidden_size, feature_size, next(model.parameters()).device)
+        size = source.feature_size(hidden_size, feature_size, execution_device(student, model))
         self.projector = make_projector(self.config, hidden_size, size)
-        self._capture = Capture(model, family, blocks, self.projector, self.OWNER)
+        self._capture = Capture(model, family, blocks, self.projector, self.OWNER, context_group)
         self._monitor = NonFiniteMonitor(self.OWNER)
         self._watch = TrainingWatch(self.projector, self.OWNER)
         self._looked_at_adapters = False
@@ -235,7 +242,10 @@ class Regularizer:
         if decision.probe:
             return aux, logs
         weighted = {name: decision.weight * term for name, term in measured.losses.items()}
-        return reduce(add, weighted.values()), logs | {n: term.detach() for n, term in weighted.items()} | measured.logs
+        found = {name: term.detach() for name, term in weighted.items()} | measured.logs
+        if measured.shard is not None:
+            found = measured.shard.summed(found)
+        return reduce(add, weighted.values()), logs | found
 
     def _measured(
         self,
@@ -247,6 +257,7 @@ class Regularizer:
         student = self._capture.states(self._block_index)
         if torch.is_grad_enabled():
             check_attached(self._model, projector, self.OWNER)
+            check_device(projector, student.hidden_states, self.OWNER)
             if not self._looked_at_adapters:
                 check_reach(self._model, self._family, self._block_index, student.hidden_states, self.OWNER)
                 self._looked_at_adapters = True

@@ -7,21 +7,42 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..grid import num_tokens
 from ..models.families import Family
 from ..models.image_ids import IMAGE_IDS, ImageIds
 from ..models.layouts import OUTPUT, Arguments, TokenLayout
 from ..projector import Projector
+from ..transfer import check_group
 from .attach import CREPA, Owner, check_runs
 
 
 class CapturedStates(NamedTuple):
-    """One block's output of the last forward: hidden_states (B, T, P, D), attached to the graph, and its layout."""
+    """One block's output of the last forward: hidden_states (B, T, P, D), attached to the graph, and its layout.
+
+    Of a context-parallel forward they are this rank's (B, stop - start, D), of which ``layout.shard`` says the range.
+    """
 
     hidden_states: torch.Tensor
     layout: TokenLayout
+
+    def gathered(self) -> CapturedStates:
+        """Those of the whole clips on each rank of a context-parallel group, all of which call this; differentiable."""
+        states, layout = self
+        if layout.shard is None:
+            return self
+        whole = layout.shard.gathered(states, layout.frames, num_tokens(layout.grid))
+        return CapturedStates(whole, replace(layout, shard=None))
+
+
+def context_group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which diffusers' ``enable_parallelism`` cuts the model's sequence; None where it does not."""
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    group: dist.ProcessGroup | None = None if config is None else config._flattened_mesh.get_group()
+    return group
 
 
 class _Slot:
@@ -173,6 +194,7 @@ class Capture:
         indices: block index by the name of the setting that chose it.
         projector: whose parameters enter the graph of each forward; None where nothing is trained beside the model.
         owner: who reads it.
+        context_group: over whose ranks the model's sequence is cut, where diffusers does not cut it.
 
     Attributes:
         projector_sum: of all its weights in the last forward with gradients, not finite when one of them is not.
@@ -188,7 +210,11 @@ class Capture:
         indices: Mapping[str, int],
         projector: Projector | None = None,
         owner: Owner = CREPA,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if context_group is not None:
+            check_group(context_group, "context_group")
+        self._context_group = context_group
         self._blocks = {index: family.block(transformer, index, key) for key, index in indices.items()}
         self.projector_sum: torch.Tensor | None = None
         self._transformer = transformer
@@ -294,11 +320,14 @@ class Capture:
         if output is None:
             raise ValueError(self._why_nothing(index))
         layout = self._hooks.layout(getattr(self._transformer, "config", None), output)
+        group = self._context_group or context_group_of(self._transformer)
+        layout = layout if group is None else layout.over(group)
         tokens = layout.own(output)
-        if tokens.dim() != 3 or tokens.shape[1] != layout.tokens:
+        if tokens.dim() != 3 or tokens.shape[1] != layout.held:
+            of_rank = "" if layout.shard is None else f", of which this rank has {layout.shard.token_range}"
             raise ValueError(
-                f"{self._family.called(index)} returned {tuple(output.shape)}, expected (B, {layout.tokens}, D): "
-                f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens"
+                f"{self._family.called(index)} returned {tuple(output.shape)}, expected (B, {layout.held}, D): "
+                f"{layout.frames} frames of {layout.grid[0]} x {layout.grid[1]} tokens{of_rank}"
             )
         return CapturedStates(layout.by_frame(tokens), layout)
 

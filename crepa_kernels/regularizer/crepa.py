@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config.schema import CrepaConfig
+from ..grid import num_tokens
 from ..inputs import check_mask
 from ..loss import crepa_loss, relational_loss, similarity_matrix
 from ..models.families import Family, family_for, family_of
@@ -19,6 +21,7 @@ from ..teachers import TeacherFeatures
 from ..teachers.clips import as_counts
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
+from ..transfer import index_into, touched_frames
 from .aligning import Sides
 from .attach import CREPA
 from .base import Logs, Measured, Regularizer
@@ -60,11 +63,16 @@ class CrepaRegularizer(Regularizer):
         max_train_steps: optimizer steps of the run; needed where the weight decays over the rest of the run.
         feature_size: E, where only the caller's features know it; else the encoder says it, or is asked once.
         vae_encodes: whether the training loop encodes with the same VAE; refuses ``crepa_drop_vae_encoder``.
+        teacher_device: where the encoder runs, such as another GPU or the CPU; None: with the transformer, and a module
+            that was given where it is.
+        teacher_offload: the encoder's weights are on the CPU between its uses.
         block, hidden_size, layout: of a transformer of no supported family, any ``nn.Module``: the block to align, or
             its name in the module, or that of an ``nn.ModuleList`` in which ``crepa_block_index`` counts; the width D
             of its tokens; and a callable from the arguments of the module's forward, by name and tensors as their
             shapes, to (frames, height, width) in tokens, in raster order, or to a ``TokenLayout``. ``vae`` then is
             any callable from latents (B, C, T, H, W) to pixels (B, P, 3, H, W) in [0, 1], or a VAE that a family has.
+        context_group: the process group over whose ranks the transformer's sequence is cut, in runs in their order as
+            ``torch.tensor_split`` cuts, where others than diffusers' ``enable_parallelism`` cut it, which is found.
 
     Attributes:
         config: as given, but on a transformer of images without neighbours, and of a preset that names no family at
@@ -91,9 +99,12 @@ class CrepaRegularizer(Regularizer):
         *,
         feature_size: int | None = None,
         vae_encodes: bool = False,
+        teacher_device: torch.device | str | None = None,
+        teacher_offload: bool = False,
         block: nn.Module | str | None = None,
         hidden_size: int | None = None,
         layout: Callable[[Arguments], TokenLayout | Sequence[int]] | None = None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.transformer = transformer
         own = None
@@ -115,8 +126,15 @@ class CrepaRegularizer(Regularizer):
         for key, index in blocks.items():
             family.block(transformer, index, key)
         self._teacher_block_index = blocks[keys[-1]]
-        source = TeacherSource(self.config, family, vae, encoder)
-        self._attach(family, blocks, source, max_train_steps=max_train_steps, feature_size=feature_size)
+        source = TeacherSource(self.config, family, vae, encoder, device=teacher_device, offload=teacher_offload)
+        self._attach(
+            family,
+            blocks,
+            source,
+            max_train_steps=max_train_steps,
+            feature_size=feature_size,
+            context_group=context_group,
+        )
 
     def loss(
         self,
@@ -154,7 +172,9 @@ class CrepaRegularizer(Regularizer):
             first value), and unless the weight is 0, as detached scalars on the device, ``crepa_loss`` (the weighted
             value), ``crepa_similarity``, ``crepa_similarity_self``, ``crepa_alignment_score``, and with
             ``crepa_relational_weight`` ``crepa_relational_loss``, likewise times both of its weights: the scalar is the
-            sum of the two losses.
+            sum of the two losses. Where the sequence is cut over ranks, the scalar is this rank's share: shares and
+            gradients add up over the group to the whole clips', as gradients of the transformer's own loss do. The
+            logs are the whole clips' on each rank.
 
         Raises:
             ValueError: when forward was not called before, something in the order of attaching is wrong, no optimizer
@@ -171,24 +191,47 @@ class CrepaRegularizer(Regularizer):
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
     ) -> Measured:
-        sides, masks = self._sides(student, inputs, frame_mask, teacher_mask)
-        output = sides.given_to(crepa_loss, **masks, **self.config.loss_options())
+        shard, parts = student.layout.shard, 1
+        if shard is not None and not self._takes_shards:
+            # Every rank compares the whole clips, and has an equal share of what comes of it.
+            student, parts = student.gathered(), shard.ranks
+        of_tokens, of_relation, wanted = self._shard_options(student.layout)
+        sides, masks = self._sides(student, inputs, frame_mask, teacher_mask, wanted)
+        output = sides.given_to(crepa_loss, **masks, **of_tokens, **self.config.loss_options())
         losses, weight = {"crepa_loss": output.loss}, self.config.crepa_relational_weight
         if weight > 0:
             # A Linear projects again: three products of a training step's thousands.
-            relations = sides.given_to(relational_loss, **masks, **self.config.relational_options())
-            losses["crepa_relational_loss"] = weight * relations
+            options = {**masks, **of_tokens, **of_relation, **self.config.relational_options()}
+            losses["crepa_relational_loss"] = weight * sides.given_to(relational_loss, **options)
 
         def metric() -> tuple[torch.Tensor, torch.Tensor]:
             count = counted_frames(output.frame_similarity, *masks.values())
-            return getattr(output, self.config.crepa_similarity_metric) * count, count
+            value = getattr(output, self.config.crepa_similarity_metric) * count / parts
+            return value, count if shard is None or shard.is_first else torch.zeros_like(count)
 
-        logs: Logs = {
+        logs = {
             "crepa_similarity": output.similarity,
             "crepa_similarity_self": output.self_similarity,
             "crepa_alignment_score": output.alignment_score,
         }
-        return Measured(losses, logs, sides.teacher_features, metric)
+        if parts > 1:
+            losses, logs = ({name: value / parts for name, value in each.items()} for each in (losses, logs))
+        return Measured(losses, logs, sides.teacher_features, metric, shard)
+
+    @property
+    def _takes_shards(self) -> bool:
+        """Whether a rank's tokens are compared where they lie: no neighbouring token of the grid has a part in it."""
+        return self.config.spatial_align == "student" and not self.config.irepa_enabled
+
+    def _shard_options(self, layout: TokenLayout) -> tuple[dict[str, Any], dict[str, Any], range | None]:
+        """What both losses take of a rank's tokens, what the relational one takes, and the frames that teach them."""
+        if layout.shard is None:
+            return {}, {}, None
+        token_range = layout.shard.token_range
+        touched = touched_frames(token_range, num_tokens(layout.grid))
+        wanted = self.config.neighbours.around(touched, layout.frames)
+        of_tokens = {"token_range": token_range, "frame_index": index_into(wanted, layout.frames)}
+        return of_tokens, {"context_group": layout.shard.group}, wanted
 
     def _sides(
         self,
@@ -196,12 +239,18 @@ class CrepaRegularizer(Regularizer):
         inputs: ClipInputs,
         frame_mask: torch.Tensor | None,
         teacher_mask: torch.Tensor | None,
+        wanted: range | None = None,
     ) -> tuple[Sides, dict[str, torch.Tensor | None]]:
-        """What losses take, and both masks on the device without the frames that are not in their clip."""
+        """What losses take, and both masks on the device without the frames that are not in their clip.
+
+        wanted: frames whose teacher's are asked for; None: all.
+        """
         device, shape = student.hidden_states.device, (len(student.hidden_states), student.layout.frames)
         given = {"frame_mask": frame_mask, "teacher_mask": teacher_mask}
         masks = {name: check_mask(mask, name, shape, device) for name, mask in given.items()}
-        teacher, lengths = self._source.teach(inputs, student, lambda: self._capture.states(self._teacher_block_index))
+        teacher, lengths = self._source.teach(
+            inputs, student, lambda: self._capture.states(self._teacher_block_index), wanted
+        )
         if lengths is not None:
             masks = {name: lengths.within(mask, device) for name, mask in masks.items()}
         return Sides.of(self.config, cast(Projector, self.projector), student, teacher), masks
@@ -213,10 +262,11 @@ class CrepaRegularizer(Regularizer):
         """What the losses compare of the last forward, and ``frame_mask`` and ``teacher_mask`` as they take them.
 
         It takes what ``loss`` takes but ``step``. Call it before ``release``. ValueError where nothing was captured, as
-        in a step whose weight is 0, or CREPA is off.
+        in a step whose weight is 0, or CREPA is off. Where the sequence is cut over ranks, all of the group call it,
+        and each has the whole clips.
         """
         given["num_frames"] = as_counts(given.get("num_frames"))
-        student = self.captured()
+        student = self.captured().gathered()
         return self._sides(student, ClipInputs(**given), frame_mask, teacher_mask)
 
     @torch.no_grad()

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config.layersync import LayerSyncConfig
+from ..grid import num_tokens
 from ..loss import crepa_loss
 from ..models.families import family_of
+from ..transfer import in_touched_frames, index_into, touched_frames
 from .attach import LAYERSYNC, check_attachable, check_reach
 from .capture import Capture
 
@@ -33,6 +36,7 @@ class LayerSync:
     Args:
         config: ``LayerSyncConfig`` or a mapping of its keys.
         transformer: a supported diffusers transformer (``supported_families()``), not wrapped.
+        context_group: as ``CrepaRegularizer`` takes it; the loss is a rank's share there, too.
 
     Attributes:
         config, transformer: as given.
@@ -41,7 +45,13 @@ class LayerSync:
         ValueError: for a wrong configuration, an unsupported or wrapped transformer, or a block index out of range.
     """
 
-    def __init__(self, config: LayerSyncConfig | Mapping[str, Any], transformer: nn.Module) -> None:
+    def __init__(
+        self,
+        config: LayerSyncConfig | Mapping[str, Any],
+        transformer: nn.Module,
+        *,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.config = config if isinstance(config, LayerSyncConfig) else LayerSyncConfig.from_dict(config)
         self.transformer = transformer
         self._capture: Capture | None = None
@@ -57,7 +67,7 @@ class LayerSync:
         for key in ("layersync_student_block", "layersync_teacher_block"):
             indices[key] = getattr(self.config, key)
             self._blocks.append(indices[key])
-        self._capture = Capture(transformer, self._family, indices, owner=LAYERSYNC)
+        self._capture = Capture(transformer, self._family, indices, owner=LAYERSYNC, context_group=context_group)
         self._looked_at_adapters = False
         self._capture.attach()
 
@@ -83,17 +93,26 @@ class LayerSync:
         if torch.is_grad_enabled() and not self._looked_at_adapters:
             check_reach(self.transformer, self._family, self._blocks[0], student.hidden_states, LAYERSYNC)
             self._looked_at_adapters = True
+        features, shard = teacher.hidden_states.detach(), student.layout.shard
+        options: dict[str, Any] = {}
+        if shard is not None:
+            frames, per_frame = student.layout.frames, num_tokens(student.layout.grid)
+            features = in_touched_frames(features, shard.token_range, per_frame)
+            own = index_into(touched_frames(shard.token_range, per_frame), frames)
+            options = {"token_range": shard.token_range, "frame_index": own}
         output = crepa_loss(
             student.hidden_states,
-            teacher.hidden_states.detach(),
+            features,
             None,
             student_grid=student.layout.grid,
             teacher_grid=teacher.layout.grid,
             distance=0,
             frame_mask=frame_mask,
+            **options,
         )
         aux = self.config.layersync_lambda * output.loss
-        return aux, {"layersync_loss": aux.detach(), "layersync_similarity": output.similarity}
+        logs = {"layersync_loss": aux.detach(), "layersync_similarity": output.similarity}
+        return aux, logs if shard is None else shard.summed(logs)
 
     def release(self) -> None:
         """Lets go of the captured hidden states, which otherwise stay until the next forward."""

@@ -116,7 +116,7 @@ def load_regularizer(
     settings, file = Path(folder, config_file(owner)), Path(folder, projector_file(owner))
     if not settings.is_file():
         raise ValueError(f"{folder} has no {settings.name}: it was not written by {owner.regularizer}.save_pretrained")
-    config = kind.from_json(settings)
+    config = kind.from_file(settings)
     if not config.enabled:
         return config, {}
     if not file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +72,7 @@ class TeacherSource:
         family: the transformer's.
         vae, encoder: as ``CrepaRegularizer`` takes them.
         owner: who asks, for messages.
+        placing: ``device`` and ``offload`` of ``FrameEncoder``.
 
     Raises:
         ValueError: for sources of the wrong type, or an encoder of the wrong kind.
@@ -83,10 +85,11 @@ class TeacherSource:
         vae: VaeSource | None,
         encoder: EncoderSource | None,
         owner: Owner = CREPA,
+        **placing: Any,
     ) -> None:
         settings = config.teacher
         self.backbone = settings.backbone
-        self.teacher = FrameEncoder.from_config(config, encoder)
+        self.teacher = FrameEncoder.from_config(config, encoder, **placing)
         # Backbone mode decodes nothing, so the VAE is not touched.
         self.decoder = LatentDecoder(
             None if self.backbone else vae, family, drop_encoder=settings.drop_vae_encoder, owner=owner.regularizer
@@ -119,7 +122,11 @@ class TeacherSource:
         return size
 
     def teach(
-        self, inputs: ClipInputs, student: CapturedStates, deeper: Callable[[], CapturedStates]
+        self,
+        inputs: ClipInputs,
+        student: CapturedStates,
+        deeper: Callable[[], CapturedStates],
+        wanted: range | None = None,
     ) -> tuple[TeacherFeatures, ClipLengths | None]:
         """Teacher features (B, T, N, E), detached, on the student's device, and each clip's length where known.
 
@@ -127,29 +134,33 @@ class TeacherSource:
             inputs: the first given of features, pixels and latents is used.
             student: the captured states that they are for.
             deeper: the teaching block's states, called in backbone mode only.
+            wanted: student frames whose teacher's are asked for, (B, len(wanted), N, E); None: all.
 
         Raises:
             ValueError: when nothing is given to teach from, or shapes, types and ranges do not fit.
         """
         layout = student.layout
+        frames = slice(None) if wanted is None else slice(wanted.start, wanted.stop)
         if self._family.images:
             inputs = inputs.of_images(layout.grid)
         batch, device = len(student.hidden_states), student.hidden_states.device
         if self.backbone:
-            return TeacherFeatures(deeper().hidden_states.detach(), layout.grid), None
+            states, held = deeper()
+            whole = CapturedStates(states.detach(), held).gathered().hidden_states
+            return TeacherFeatures(whole[:, frames], layout.grid), None
         if inputs.features is not None:
             found, lengths = given_features(
                 inputs.features, inputs.feature_grid, inputs.num_frames, self._rule, batch, layout
             )
             if lengths is not None:
                 self._check_frames("features are of", lengths)
-            return TeacherFeatures(moved(found.features.detach(), device), found.grid), lengths
+            return TeacherFeatures(moved(found.features[:, frames].detach(), device), found.grid), lengths
         pixels = self._pixels(inputs, student)
         clips = ClipLengths.of(inputs.num_frames, batch, pixels.shape[1], layout)
         # What decoding returned is right by itself.
         if inputs.pixels is not None:
             self._check_frames("pixels have", clips)
-        return encode_clips(self.teacher, pixels, clips, self._rule, device), clips
+        return encode_clips(self.teacher, pixels, clips, self._rule, device, wanted), clips
 
     def _check_frames(self, what: str, lengths: ClipLengths) -> None:
         ratio = lengths.layout.temporal_ratio

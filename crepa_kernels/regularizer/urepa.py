@@ -120,7 +120,7 @@ class UrepaRegularizer(Regularizer):
         sides = Sides.of(self.config, cast(Projector, self.projector), student, teacher, self.OWNER)
         align = self.config.urepa_spatial_align
         aligned = sides.given_to(crepa_loss, distance=0, spatial_align=align)
-        logs: Logs = {"urepa_alignment_loss": aligned.loss.detach(), "urepa_similarity": aligned.similarity}
+        logs = {"urepa_alignment_loss": aligned.loss.detach(), "urepa_similarity": aligned.similarity}
         loss = aligned.loss
         if self.config.urepa_manifold_weight > 0:
             manifold = sides.given_to(relational_loss, pairs="frame", spatial_align=align)

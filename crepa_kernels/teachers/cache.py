@@ -18,6 +18,7 @@ from ..optional import require
 from ..regularizer.saving import replacing
 from . import TeacherFeatures
 
+PRECISIONS = ("teacher", "int8")
 CHECKSUM = "crc32"  # and the file's name, in one entry: several are written in no fixed order
 
 
@@ -32,14 +33,21 @@ class TeacherCache:
 
     Args:
         folder: made when the first is written.
+        precision: "teacher" for the type that the teacher makes, or "int8" for 8 bits with a scale for each token, of
+            which `unpacked` says the error. Caches of both may share a folder.
+
+    Raises:
+        ValueError: for another precision.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], precision: str = "teacher") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be {' or '.join(map(repr, PRECISIONS))}, got {precision!r}")
+        self.folder, self.precision = Path(folder), precision
 
     def path(self, content: Mapping[str, Any]) -> Path:
         """The file of what is made from ``content``."""
-        return self.folder / file_name(content)
+        return self.folder / file_name(content if self.precision == "teacher" else {**content, "bits": 8})
 
     def get(self, content: Mapping[str, Any], make: Callable[[], TeacherFeatures]) -> TeacherFeatures:
         """The features that are kept under ``content``, on the CPU, or those that ``make`` gives, which are kept.
@@ -54,14 +62,43 @@ class TeacherCache:
         """
         path = self.path(content)
         with contextlib.suppress(FileNotFoundError, DamagedFile, KeyError):
-            kept = read_tensors(path)
-            height, width = kept["feature_grid"].tolist()
-            return TeacherFeatures(kept["features"], (height, width))
-        features, grid = make()
-        features = features.detach().cpu()
+            return _as_features(read_tensors(path))
+        made = make()
+        kept = packed(TeacherFeatures(made.features.detach().cpu(), made.grid), self.precision)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"features": features, "feature_grid": torch.tensor(grid)})
-        return TeacherFeatures(features, grid)
+        write_tensors(path, kept)
+        # The first time too what every later one gives.
+        return _as_features(kept)
+
+
+def packed(made: TeacherFeatures, precision: str) -> dict[str, Tensor]:
+    """Features (..., N, E) and their grid as they are kept: `features` in their type or in 8 bits, then with
+    `feature_scale` (..., N) in fp32, and `feature_grid` (2,) int64.
+    """
+    features, kept = made.features, {"feature_grid": torch.tensor(made.grid)}
+    if precision == "teacher":
+        return {"features": features, **kept}
+    wide = features.float()
+    scale = wide.abs().amax(-1) / 127
+    # A token of zeros has no scale.
+    rounded = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
+    return {"features": rounded.to(torch.int8), "feature_scale": scale, **kept}
+
+
+def unpacked(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `packed` gave, with `features` as the loss takes them: of 8 bits in fp32.
+
+    Each number of a token is then at most half a step off, max|y| / 254.
+    """
+    rest = {name: tensor for name, tensor in kept.items() if name != "feature_scale"}
+    if "feature_scale" in kept:
+        rest["features"] = kept["features"].float() * kept["feature_scale"][..., None]
+    return rest
+
+
+def _as_features(kept: Mapping[str, Tensor]) -> TeacherFeatures:
+    height, width = kept["feature_grid"].tolist()
+    return TeacherFeatures(unpacked(kept)["features"], (height, width))
 
 
 def file_name(content: Mapping[str, Any]) -> str:

@@ -147,33 +147,35 @@ def check_pixels(pixels: torch.Tensor, batch: int, *, look: bool) -> None:
 
 
 def encode_clips(
-    teacher: FrameEncoder, pixels: torch.Tensor, lengths: ClipLengths, rule: str, device: torch.device
+    teacher: FrameEncoder,
+    pixels: torch.Tensor,
+    lengths: ClipLengths,
+    rule: str,
+    device: torch.device,
+    wanted: range | None = None,
 ) -> TeacherFeatures:
-    """Teacher features (B, T, N, E) of clips' pixels (B, P, 3, H, W); encodes only the frames that ``rule`` needs."""
+    """Teacher features (B, T, N, E) of clips' pixels (B, P, 3, H, W); encodes only the frames that ``rule`` needs.
+
+    wanted: student frames whose teacher's are made, (B, len(wanted), N, E); None: all.
+    """
     layout = lengths.layout
-    counts = list(zip(lengths.pixels, lengths.latents, strict=True))
-    if rule == "mean":
-        chosen = [list(range(pixels)) for pixels, _ in counts]
-    else:
-        groups = [clip_groups(*count, layout.latent_shape[0], layout.patch) for count in counts]
-        chosen = [[teacher_frame(rule, group) for group in own] for own in groups]
-    needed = [sorted(set(indices)) for indices in chosen]
+    wanted = range(layout.frames) if wanted is None else wanted
+    clips = [
+        clip_groups(*count, layout.latent_shape[0], layout.patch)[wanted.start : wanted.stop]
+        for count in zip(lengths.pixels, lengths.latents, strict=True)
+    ]
+    # Of each student frame the first pixel frame and the last that its teacher's features are the mean of.
+    chosen = [groups if rule == "mean" else [(teacher_frame(rule, group),) * 2 for group in groups] for groups in clips]
+    needed = [sorted({frame for first, last in own for frame in range(first, last + 1)}) for own in chosen]
     # Slices instead of an index tensor: a list copied to a GPU would make the host wait.
     frames = torch.stack([clip[index] for clip, indices in zip(pixels, needed, strict=True) for index in indices])
     features, grid = teacher.encode(frames, layout.grid, device)
-    if rule != "mean" and all(len(indices) == layout.frames for indices in needed):
-        return TeacherFeatures(features.unflatten(0, (len(pixels), layout.frames)), grid)
-    clips = features.split([len(indices) for indices in needed])
-    if rule == "mean":
-        rows = [
-            select_frames(clip[None], rule, layout.latent_shape[0], num_latents=latents, patch=layout.patch)[0]
-            for clip, latents in zip(clips, lengths.latents, strict=True)
-        ]
-    else:
-        rows = [
-            torch.stack([clip[indices.index(frame)] for frame in own])
-            for clip, indices, own in zip(clips, needed, chosen, strict=True)
-        ]
+    if rule != "mean" and all(len(indices) == len(wanted) for indices in needed):
+        return TeacherFeatures(features.unflatten(0, (len(pixels), len(wanted))), grid)
+    rows = [
+        torch.stack([clip[indices.index(first) : indices.index(last) + 1].mean(dim=0) for first, last in own])
+        for clip, indices, own in zip(features.split([len(each) for each in needed]), needed, chosen, strict=True)
+    ]
     return TeacherFeatures(torch.stack(rows), grid)
 
 

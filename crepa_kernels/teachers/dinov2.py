@@ -98,9 +98,13 @@ class DinoV2:
     def dtype(self, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
 
+    def skeleton(self) -> nn.Module:
+        """Frames to patches, with weights of no meaning."""
+        return Dinov2Patches(self._class(self._config))
+
     def parameters(self) -> int:
         with torch.device("meta"):
-            return sum(each.numel() for each in self._class(self._config).parameters())
+            return sum(each.numel() for each in self.skeleton().parameters())
 
     def content_key(self) -> None:
         """Its folder or hub id says it."""

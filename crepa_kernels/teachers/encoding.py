@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,9 @@ class FrameEncoder:
         resize: ``"square"``, or ``"grid"`` for one patch for each student token: the features then lie on the
             student's grid. An encoder without a patch size gets squares all the same.
         frames_batch_size: frames encoded at a time; <= 0: all at once.
+        device: where the encoder goes and stays, also one that was given; None: with the frames' features, and one that
+            was given where it is.
+        offload: its weights are on the CPU between its uses.
         keys: of ``source`` and ``image_size`` in the settings, for messages.
 
     Attributes:
@@ -129,6 +133,8 @@ class FrameEncoder:
         image_size: int = 518,
         resize: str = "square",
         frames_batch_size: int = -1,
+        device: torch.device | str | None = None,
+        offload: bool = False,
         keys: tuple[str, str] = ("crepa_encoder", "crepa_encoder_image_size"),
     ) -> None:
         if isinstance(image_size, bool) or not isinstance(image_size, int):
@@ -137,6 +143,8 @@ class FrameEncoder:
             raise ValueError(f'resize must be "square" or "grid", got {resize!r}')
         self.frames_encoded = 0
         self._told: set[str] = set()
+        self._device = None if device is None else torch.device(device)
+        self._offload = offload
         self._size_key = keys[1]
         self._resize, self._image_size, self._frames_batch_size = resize, image_size, frames_batch_size
         self._source = encoder_of(source, keys[0])
@@ -146,8 +154,13 @@ class FrameEncoder:
             self.load(torch.device("cpu"))
 
     @classmethod
-    def from_config(cls, config: CrepaConfig | UrepaConfig, source: EncoderSource | None = None) -> FrameEncoder:
-        """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors."""
+    def from_config(
+        cls, config: CrepaConfig | UrepaConfig, source: EncoderSource | None = None, **placing: Any
+    ) -> FrameEncoder:
+        """The teacher of a configuration, or ``source`` with its sizes; the constructor's errors.
+
+        placing: ``device`` and ``offload``, as the constructor takes them.
+        """
         teacher = config.teacher
         return cls(
             teacher.encoder if source is None else source,
@@ -155,6 +168,7 @@ class FrameEncoder:
             resize=teacher.resize,
             frames_batch_size=teacher.frames_batch_size,
             keys=(teacher.encoder_key, teacher.size_key),
+            **placing,
         )
 
     @property
@@ -171,7 +185,10 @@ class FrameEncoder:
         self._check_image_size(patch)
         if size is None and self._asked is None and self._loaded is not None:
             side = self._image_size if patch is None else patch * max(self._image_size // patch, 1)
-            self._asked = self._features(self._loaded, torch.zeros(1, 3, side, side), (side, side), device).shape[-1]
+            place = self._place(self._loaded, torch.device(device))
+            with self._at_work(self._loaded, place):
+                blank = torch.zeros(1, 3, side, side)
+                self._asked = self._features(self._loaded, blank, (side, side), place).shape[-1]
         return self._asked if size is None else size
 
     def grid(self, student_grid: Grid) -> Grid | None:
@@ -205,8 +222,8 @@ class FrameEncoder:
         resize = resize or self._resize
         if patch is not None and resize == "grid":
             size = (patch * student_grid[0], patch * student_grid[1])
-        place = encoder.place(device)
-        if place.type != device.type:
+        place = self._place(encoder, device)
+        if place.type != device.type and self._device is None:
             self._tell(
                 logging.WARNING,
                 f"the teacher runs on {place} while the model trains on {device}: slow if not meant",
@@ -216,7 +233,8 @@ class FrameEncoder:
                 logging.INFO, f"{encoder.name} says no patch size: frames are {size[0]} x {size[1]}, not by the grid"
             )
         at_a_time = self._frames_batch_size if self._frames_batch_size > 0 else len(frames)
-        answers = [self._features(encoder, batch, size, device) for batch in frames.split(at_a_time)]
+        with self._at_work(encoder, place):
+            answers = [self._features(encoder, batch, size, place) for batch in frames.split(at_a_time)]
         if len(shapes := {tuple(each.shape[1:]) for each in answers}) > 1:
             raise ValueError(
                 f"the encoder {encoder.name} must answer one (h, w, E) for frames of one size, got {shapes}"
@@ -225,12 +243,32 @@ class FrameEncoder:
         self.frames_encoded += len(frames)
         return TeacherFeatures(moved(features.flatten(1, 2), device), (features.shape[1], features.shape[2]))
 
+    def _place(self, encoder: FrozenEncoder, device: torch.device) -> torch.device:
+        """Where it works for a model on ``device``."""
+        if self._device is not None:
+            return self._device
+        return device if self._offload else encoder.place(device)
+
+    @contextmanager
+    def _at_work(self, encoder: FrozenEncoder, place: torch.device) -> Iterator[None]:
+        """With its weights on ``place``, from where they go back to the CPU where they are offloaded."""
+        module = encoder.encode
+        # One that was given may lie on several devices.
+        if not isinstance(module, nn.Module) or (self._device is None and not self._offload):
+            yield
+            return
+        module.to(place)
+        try:
+            yield
+        finally:
+            if self._offload:
+                module.to("cpu")
+
     @torch.no_grad()
     def _features(
-        self, encoder: FrozenEncoder, frames: torch.Tensor, size: tuple[int, int], device: torch.device | str
+        self, encoder: FrozenEncoder, frames: torch.Tensor, size: tuple[int, int], place: torch.device
     ) -> torch.Tensor:
         """The checked answer (k, h, w, E) to frames that are resized to ``size``, where the encoder is."""
-        place = encoder.place(torch.device(device))
         images = resized(moved(frames, place), size)
         with torch.autocast(place.type, enabled=False):
             features = encoder.encode(images)
@@ -241,15 +279,15 @@ class FrameEncoder:
         """The encoder with its weights, loaded now and not at the first frame; the same one until ``unload``.
 
         Args:
-            device: where one of a name, folder or hub id goes; one that was given, or comes from a loader, stays where
-                it is.
+            device: where one of a name, folder or hub id goes, unless the constructor was told; one that was given, or
+                comes from a loader, stays where it is.
 
         Raises:
             ValueError: as the constructor, for what its source holds.
         """
         if self._loaded is None:
             self._check_image_size(self._source.patch_size)
-            loaded = self._source.load(torch.device(device))
+            loaded = self._source.load(self._device or torch.device(device))
             self._check_image_size(loaded.patch_size)
             self._loaded = loaded
         return self._loaded

@@ -25,6 +25,7 @@ from crepa_kernels.teachers.encoding import named_encoder
 from .data.dataset import listed
 from .data.files import model_identity
 from .data.names import teacher_is_encoder
+from .optimizers import OPTIMIZERS, SHAPED_OTHERWISE, weights_for_use
 from .ranks import anywhere
 from .sharding import is_sharded, place_shares, read_shares, read_whole, take_shares, whole_weights, write_shares
 from .state import trained_parameters
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
+# Of a schedule-free optimizer, which trains others than are to be used.
+UNAVERAGED_FILE = "unaveraged_weights.safetensors"
 SHARES = "shares"  # the folder with what each process had of a sharded run, also of the trained weights
 _WEIGHTS = "weights."  # before their names there
 _WRITING = ".writing-"
@@ -63,10 +66,14 @@ _FREE = {
     "validation_guidance",
     "validation_seed",
     "matrix_every",
+    "report_to",
     "strict",
     "workers",
     "crepa_backend",
+    "crepa_recompute",
+    "teacher_offload",
     "lora_format",
+    "offload",
     "step_timeout",
 }
 # Together they say which clips a step takes: the first two may differ where their product does not.
@@ -250,7 +257,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 class Checkpoints:
     """Writes and loads a run's checkpoints, the same calls in every process.
 
-    Optimiser, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
+    Optimizer, scheduler, scaler, the random state of each rank, CREPA's state and the EMA; of the transformer the
     trained weights only, and a LoRA also as stock pipelines load it from there. All of it as safetensors and JSON: a
     checkpoint that somebody else made runs none of their code. Of a sharded run each process writes its shares.
 
@@ -280,6 +287,7 @@ class Checkpoints:
         self._save_lora, self._model = save_lora, model
         self._folder, self._kept, self._identity = output / FOLDER, kept, identity
         self._transformer: nn.Module = state.accelerator.unwrap_model(state.transformer)
+        self._schedule_free = OPTIMIZERS[identity["optimizer"]].schedule_free
         self._rank, self._sharded = state.accelerator.process_index, is_sharded(self._transformer)
 
     def described(self, folder: Path, step: int) -> Checkpoint:
@@ -316,7 +324,7 @@ class Checkpoints:
         if self._sharded:
             states = self._load_shares(folder, states)
         else:
-            self._load_weights(folder / WEIGHTS_FILE)
+            self._load_weights(folder / (UNAVERAGED_FILE if self._schedule_free else WEIGHTS_FILE))
         for name, part in parts.items():
             _put_back(folder / f"{name}.safetensors", partial(_give, name, part, states[name]))
         if self._ema is not None:
@@ -369,13 +377,15 @@ class Checkpoints:
         write_state(temporary / _random_file(self._rank), random_state(self._state.accelerator.device))
         if not self._state.accelerator.is_main_process:
             return
-        if not self._sharded:
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
-            save_file(tensors, temporary / WEIGHTS_FILE)
-        if self._save_lora is not None:
-            self._save_lora(trained, self.described(temporary, step))
         for name, state in states.items():
             write_state(temporary / f"{name}.safetensors", state)
+        if self._schedule_free:
+            _save_weights(trained, temporary / UNAVERAGED_FILE)
+        with weights_for_use(self._state.optimizer):
+            if not self._sharded:
+                _save_weights(trained, temporary / WEIGHTS_FILE)
+            if self._save_lora is not None:
+                self._save_lora(trained, self.described(temporary, step))
 
     def _finish(self, temporary: Path, target: Path, step: int) -> None:
         if not self._state.accelerator.is_main_process:
@@ -428,6 +438,10 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
+def _save_weights(trained: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}, file)
+
+
 def _random_file(rank: int) -> str:
     return f"random_state_{rank}.safetensors"
 
@@ -454,14 +468,16 @@ def _give(name: str, part: Any, state: dict[str, Any]) -> None:
 def _numbered(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimiser's state with its parameters numbered again (JSON has text for keys).
 
-    ValueError where a moment is not of its parameter's shape.
+    ValueError where a moment is not of its parameter's shape, or larger where it need not be.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {int(number): each for number, each in state["state"].items()}
     for number, tensors in moments.items():
         shape = parameters[number].shape
-        if any(isinstance(each, Tensor) and each.ndim and each.shape != shape for each in tensors.values()):
-            raise ValueError(f"its parameter {number} is not of the shape {tuple(shape)}")
+        found = {name: each for name, each in tensors.items() if isinstance(each, Tensor) and each.ndim}
+        for name, each in found.items():
+            if each.numel() > shape.numel() or (each.shape != shape and name not in SHAPED_OTHERWISE):
+                raise ValueError(f"its parameter {number} is not of the shape {tuple(shape)}")
     return {**state, "state": moments}
 
 

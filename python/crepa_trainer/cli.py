@@ -80,6 +80,7 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command]] = {
         "run": (_add_run_options, _run_training),
+        "cache": (_add_cache_options, _run_cache),
         "export": (_add_export_options, _run_export),
         "demo": (_add_demo_options, _run_demo),
         "control": (_add_control_options, _run_control),
@@ -93,6 +94,15 @@ def _run(argv: Sequence[str]) -> int:
         help="train a model on a folder of videos with captions beside them",
         description="Trains a LoRA or the whole transformer on videos with captions. Every key of the settings' file "
         "is an option too, which goes before the file; values are read as JSON.",
+        allow_abbrev=False,
+    )
+    cache = commands.add_parser(
+        "cache",
+        usage="%(prog)s [--shard I/N] [--config FILE] [--KEY VALUE ...] [--crepa_... VALUE ...] [--preset NAME]",
+        help="encode what a run would, without the training, in as many jobs as there are machines",
+        description="Encodes videos, captions and the teacher's side into the cache of a run with the same settings, "
+        "which then encodes nothing. With --shard one share of them: jobs with the same n may run side by side, on "
+        "machines that share the folder, and be killed and started again.",
         allow_abbrev=False,
     )
     export = commands.add_parser(
@@ -135,7 +145,9 @@ def _run(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parsers = {"run": run, "export": export, "demo": demo, "control": control, "report": report, "ui": page}
+    parsers = {
+        "run": run, "cache": cache, "export": export, "demo": demo, "control": control, "report": report, "ui": page,
+    }  # fmt: skip
     chosen = parsers.get(argv[0] if argv else "")
     if chosen is not None:
         # Only its own options: those of the other command would import what only that one needs.
@@ -149,7 +161,7 @@ def _run(argv: Sequence[str]) -> int:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     from . import settings
 
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="file of settings: JSON, TOML or YAML")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--json", action="store_true", help="print the plan's names and values as JSON, and stop")
     parser.add_argument(
@@ -163,20 +175,41 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 
     console = _console(given.debug)
     settings, config = load_settings(given.config, given_values(given), rest=rest)
+    from .run import check_resume, plan_run, run, show_plan
+
+    if given.json or given.plan:
+        check_resume(settings, config)
     if given.json:
         from .reporting.table import plan_rows
-        from .run import plan_run
 
-        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize)))
-        return
-    if given.plan:
-        from .run import show_plan
+        print(json.dumps(plan_rows(plan_run(settings, config), named=sys.maxsize, memory=True)))
+    elif given.plan:
+        show_plan(settings, config, console, memory=True)
+    else:
+        run(settings, config, console, given.queue)
 
-        show_plan(settings, config, console)
-        return
-    from .run import run
 
-    run(settings, config, console, given.queue)
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
+    from . import settings
+
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, those of the run")
+    parser.add_argument("--shard", metavar="I/N", help="encode the I-th of N shares alone, such as 1/8")
+    settings.add_arguments(parser)
+
+
+def _run_cache(given: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    from .data.shares import Share
+    from .settings import given_values, load_settings
+
+    share = None if given.shard is None else Share.read(given.shard)
+    console = _console(given.debug)
+    settings, config = load_settings(given.config, given_values(given), rest=rest)
+    from .caching import fill_cache
+
+    try:
+        fill_cache(settings, config, share, console)
+    except Stopped as stopped:
+        raise Stopped(stopped.number, ": start it again, what is encoded is kept") from None
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,9 @@ class RunControl:
             return
         self._shown = True
         _write(self.output / SETTINGS_FILE, settings)
-        about = {"format": FORMAT, "total": self._status["total"], "started": time.time(), **about}
+        # From where relative paths of the settings go on.
+        where = {"format": FORMAT, "total": self._status["total"], "started": time.time(), "folder": os.getcwd()}
+        about = {**where, **about}
         _write(self.output / RUN_FILE, about)
 
     def phase(self, name: str, detail: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
+from .adapters import Adapter, adapter_layers, peft_names
 from .checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, trained_weights
-from .comfyui import DOWN, comfyui_lora
+from .comfyui import comfyui_lora
 from .sharding import is_sharded, whole_copy, whole_weights
 from .state import trained_parameters
 from .state_files import json_digest
@@ -46,8 +47,9 @@ def export(
     in one process, or where they are sharded in all of them, of which the first writes.
 
     A LoRA of the form "diffusers" is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, of "comfyui"
-    `comfyui_lora.safetensors`, of "both" the two; a whole transformer is for `from_pretrained(folder,
-    subfolder="transformer")`, or "transformer_2" where that was trained. Beside them CREPA's projector and settings.
+    `comfyui_lora.safetensors`, of "both" the two, of "peft" a folder for `PeftModel.from_pretrained`. A whole
+    transformer is for `from_pretrained(folder, subfolder="transformer")`, or "transformer_2" where that was trained.
+    Beside them CREPA's projector and settings.
     """
     _write(family, transformer, described, form)
     if crepa is not None:
@@ -81,13 +83,14 @@ def where(folder: Path, *, full: bool, expert: str | None) -> str:
 def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.dtype) -> str:
     """Writes a checkpoint's trained weights in `dtype` into `folder`, None: `exported/step-...` beside the checkpoints.
 
-    place: a checkpoint, or a run's output folder, whose newest is taken. form: as of `export`, or "peft", an adapter's
-    folder for PeftModel.from_pretrained. Returns a line that says where they are.
+    place: a checkpoint, or a run's output folder, whose newest is taken. form: as of `export`. Returns a line that
+    says where they are.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, another form than "diffusers" of one without a LoRA, or ComfyUI's
-            where no original names are known; for ComfyUI, and where all weights were trained, also as
-            `TrainingFamily.of`: of the first the model's configs are read, of the second its weights.
+        ValueError: no checkpoint, a damaged one, another form than "diffusers" of one without a LoRA, that form of what
+            diffusers does not load, or ComfyUI's where no original names are known; for ComfyUI, and where all weights
+            were trained, also as `TrainingFamily.of`: of the first the model's configs are read, of the second its
+            weights.
     """
     place = newest_checkpoint(place) or place
     checkpoint = read_checkpoint(place)
@@ -103,18 +106,24 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
         transformer: Any = family.load_transformer(dtype)
         transformer.load_state_dict({**transformer.state_dict(), **weights})
         transformer.save_pretrained(folder / family.transformer_part)
-    elif form == "peft":
-        _write_for_peft(_lora(weights), described)
     else:
-        _write_lora(None if form == "diffusers" else _family(checkpoint), _lora(weights), described, form)
+        adapter = Adapter.of(identity)
+        if form in ("diffusers", "both") and not adapter.is_lora:
+            raise ValueError(f"--format {form}: stock diffusers loads no {adapter.kind}: take peft or comfyui")
+        _write_lora(_family(checkpoint) if form in ("comfyui", "both") else None, peft_names(weights), described, form)
     return where(folder, full=full, expert=identity["expert"])
 
 
 def save_lora(
-    family: TrainingFamily, weights: Mapping[str, Tensor], described: Checkpoint, form: str = "diffusers"
+    family: TrainingFamily, weights: Mapping[str, Tensor], described: Checkpoint, form: str | None = None
 ) -> None:
-    """Writes a LoRA, given as trained weights by name, into the folder of `described`; form: as of `export`."""
-    _write_lora(family, _lora(weights), described, form)
+    """Writes a LoRA, given as trained weights by name, into the folder of `described`.
+
+    form: as of `export`; None is that of stock diffusers, or of peft where it loads no such adapter.
+    """
+    if form is None:
+        form = "diffusers" if Adapter.of(described.identity).is_lora else "peft"
+    _write_lora(family, peft_names(weights), described, form)
 
 
 def _write(family: TrainingFamily, transformer: Any, described: Checkpoint, form: str) -> None:
@@ -127,11 +136,6 @@ def _write(family: TrainingFamily, transformer: Any, described: Checkpoint, form
         save_lora(family, weights, described, form)
 
 
-def _lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trained weights of an adapter by the names of its layers alone."""
-    return {name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
 def _family(checkpoint: Checkpoint) -> TrainingFamily:
     from .families import TrainingFamily
 
@@ -139,26 +143,22 @@ def _family(checkpoint: Checkpoint) -> TrainingFamily:
 
 
 def _write_lora(family: TrainingFamily | None, lora: Mapping[str, Tensor], described: Checkpoint, form: str) -> None:
-    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
-    files: dict[str, dict[str, Tensor]] = {}
+    adapter, layers = Adapter.of(described.identity), adapter_layers(lora)
+    metadata = _metadata(adapter, layers, described)
+    described.folder.mkdir(parents=True, exist_ok=True)
     if form in ("diffusers", "both"):
-        files[LORA_WEIGHT_NAME_SAFE] = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+        told = {f"transformer.{key}": value for key, value in adapter.told_to_diffusers(layers).items()}
+        more = {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)} if told else {}
+        weights = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+        _save(weights, described.folder / LORA_WEIGHT_NAME_SAFE, metadata | more)
     if family is not None and form in ("comfyui", "both"):
-        files[COMFYUI_FILE] = comfyui_lora(family, lora)
-    described.folder.mkdir(parents=True, exist_ok=True)
-    for name, tensors in files.items():
-        _save(tensors, described.folder / name, _metadata(lora, described))
-
-
-def _write_for_peft(lora: Mapping[str, Tensor], described: Checkpoint) -> None:
-    from peft import LoraConfig
-
-    layers, rank = _layers(lora), described.identity["lora_rank"]
-    described.folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).save_pretrained(str(described.folder))
-    named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-    _save(named, described.folder / "adapter_model.safetensors", _metadata(lora, described))
+        _save(comfyui_lora(family, lora, adapter), described.folder / COMFYUI_FILE, metadata)
+    if form == "peft":
+        adapter.config(layers).save_pretrained(str(described.folder))
+        named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
+        _save(named, described.folder / "adapter_model.safetensors", metadata)
 
 
 def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -172,22 +172,18 @@ def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> N
         opened.writelines((len(text).to_bytes(8, "little"), text, content[begin:]))
 
 
-def _layers(lora: Mapping[str, Tensor]) -> list[str]:
-    return sorted(name.removesuffix(DOWN) for name in lora if name.endswith(DOWN))
-
-
-def _metadata(lora: Mapping[str, Tensor], described: Checkpoint) -> dict[str, str]:
+def _metadata(adapter: Adapter, layers: Sequence[str], described: Checkpoint) -> dict[str, str]:
     """What a LoRA's file says of itself, in its header."""
     identity, model = described.identity, Path(described.model)
-    rank = str(identity["lora_rank"])
     return {
         "format": "pt",
         # A folder's name: where it lies is nobody's business.
         "base_model": model.name if model.is_absolute() else described.model,
         **({} if identity["expert"] is None else {"expert": identity["expert"]}),
-        "rank": rank,
-        "alpha": rank,
-        "targets": json.dumps(sorted({re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in _layers(lora)})),
+        **({} if adapter.kind == "lora" else {"type": adapter.kind}),
+        "rank": str(adapter.rank),
+        "alpha": str(adapter.alpha),
+        "targets": json.dumps(sorted({re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in layers})),
         "steps": str(described.step),
         "settings_sha256": json_digest(dict(identity)),
         "versions": json.dumps(versions()),

@@ -36,9 +36,30 @@ def training_device() -> str:
     return device.type if device is not None and torch.accelerator.is_available() else "cpu"
 
 
+def device_memory() -> int | None:
+    """Bytes of the training device, of the first where there are several; None on a CPU, or where it does not say."""
+    if training_device() != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def check_teacher_device(settings: RunSettings) -> None:
+    """ValueError for a `teacher_device` that this machine does not have."""
+    if settings.teacher_device is None:
+        return
+    wanted, there = torch.device(settings.teacher_device), torch.accelerator.current_accelerator()
+    if wanted.type == "cpu":
+        return
+    number = torch.accelerator.device_count()
+    if there is None or wanted.type != there.type or (wanted.index or 0) >= number:
+        found = "a CPU alone" if there is None or not number else f"{number} x {there.type}"
+        raise ValueError(f"teacher_device = {settings.teacher_device}: this machine has {found}")
+
+
 def check_launcher(settings: RunSettings) -> None:
     """ValueError that names each variable of accelerate's environment, which `accelerate launch` sets from its config,
-    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU.
+    that says something else than the settings, or asks for what this trainer cannot do; and fp16 without a GPU,
+    and offloading in several processes.
     """
     refused = [
         f"{name} = {os.environ[name]}: launched with {what}"
@@ -61,5 +82,12 @@ def check_launcher(settings: RunSettings) -> None:
         refused.append(f"ACCELERATE_MIXED_PRECISION = {precision}: {rule}")
     if refused:
         raise ValueError("; ".join(refused))
+    if settings.offload != "none" and launched_processes() > 1:
+        rule = "processes that share their gradients keep all weights on their devices; use none, or one process"
+        raise ValueError(f"offload = {settings.offload}: launched as {launched_processes()} processes: {rule}")
+    if settings.context_parallel > 1 and not torch.accelerator.device_count():
+        raise ValueError(
+            f"context_parallel = {settings.context_parallel} needs GPUs: diffusers shares out no tokens on CPUs"
+        )
     if settings.mixed_precision == "fp16" and training_device() == "cpu":
         raise ValueError("mixed_precision = fp16 needs a GPU: use bf16 or no")

@@ -29,21 +29,24 @@ from .data.dataset import ClipKey, FoundClips, find_clips
 from .data.sampler import ClipOrder, MicroBatch, MicroBatches, Position, RankPositions, micro_batches
 from .data.video import VideoError
 from .families import TrainingFamily
-from .folders import METRICS_FILE, check_folders, one_run_in
-from .launcher import check_launcher, launched_processes, training_device
+from .folders import check_folders, one_run_in
+from .launcher import check_launcher, check_teacher_device, device_memory, launched_processes, training_device
+from .optimizers import weights_for_use
+from .precision import check_base_precision
 from .ranks import PATIENCE, limit_waits, wait_for_all
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
-from .reporting.trackers import MetricsTracker, peak_memory
+from .reporting.trackers import log_picture, make_trackers, peak_memory, start_trackers
 from .sharding import is_sharded
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
 from .stopping import Stopped, stop_kept
-from .terminal import say
+from .terminal import say, several
 from .validation import Sampling, sample_clips, save_clip, save_index
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers.training_utils import EMAModel
 
     from crepa_kernels import CrepaConfig
@@ -103,7 +106,8 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
     control.phase("loading")
     identity = run_identity(settings, config, launched_processes())
     checkpoint = find_checkpoint(settings, identity)
-    family, found = show_plan(settings, config, console)
+    # A run on a CPU has nothing to fit into, and does not wait for the count.
+    family, found = show_plan(settings, config, console, memory=training_device() != "cpu")
     if checkpoint is not None:
         check_videos(checkpoint, found)
     identity["videos"] = videos_identity(found)
@@ -120,11 +124,20 @@ def _run(settings: RunSettings, config: CrepaConfig, console: Console, control: 
     return train_on(clips, accelerator, family, settings, config, console, identity, checkpoint, control)
 
 
-def show_plan(settings: RunSettings, config: CrepaConfig, console: Console) -> tuple[TrainingFamily, FoundClips]:
-    """Prints what the run will do; returns what it found. ValueError as `plan_run`."""
+def show_plan(
+    settings: RunSettings, config: CrepaConfig, console: Console, *, memory: bool = False
+) -> tuple[TrainingFamily, FoundClips]:
+    """Prints what the run will do; returns what it found. ValueError as `plan_run`. memory: as `print_plan`."""
     plan = plan_run(settings, config)
-    print_plan(console, plan)
+    if not console.quiet:
+        print_plan(console, plan, memory=memory)
     return plan.family, plan.found
+
+
+def check_resume(settings: RunSettings, config: CrepaConfig) -> None:
+    """ValueError where `resume` names no checkpoint, or one that the run cannot go on from."""
+    if settings.resume is not None:
+        find_checkpoint(settings, run_identity(settings, config, launched_processes()))
 
 
 def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
@@ -134,10 +147,20 @@ def plan_run(settings: RunSettings, config: CrepaConfig) -> Plan:
     """
     check_launcher(settings)
     check_folders(settings)
+    check_base_precision(settings.base_precision, training_device())
+    check_teacher_device(settings)
     family = TrainingFamily.of(settings.model, settings.task, settings.family, settings.expert)
     found = find_clips(settings, family)
     # Where the run will be: no accelerator is made for a plan.
-    return make_plan(settings, config, family, found, processes=launched_processes(), device_type=training_device())
+    return make_plan(
+        settings,
+        config,
+        family,
+        found,
+        processes=launched_processes(),
+        device_type=training_device(),
+        available=device_memory(),
+    )
 
 
 def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
@@ -152,7 +175,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=["tensorboard", MetricsTracker(settings.output / METRICS_FILE, first_step)],
+        log_with=make_trackers(settings, first_step),
         project_dir=settings.output,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
@@ -162,7 +185,8 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
     )
     if accelerator.num_processes != launched_processes():
         raise ValueError(
-            f"launched as {launched_processes()} processes, of which each knows {accelerator.num_processes}"
+            f"launched as {several(launched_processes(), 'process', 'es')}, "
+            f"of which each knows {accelerator.num_processes}"
         )
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
@@ -208,8 +232,7 @@ def train_on(
         checkpoints.load(checkpoint)
     elif settings.resume is not None:
         say(console, "there is no checkpoint yet: starting at step 0")
-    # TensorBoard then leaves out what a run that was killed has logged from there on.
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
+    start_trackers(accelerator, settings.model_dump(mode="json") | config.to_dict())
     trained = TrainingRun(family, settings, clips, state, ema, checkpoints, control)
     limit_waits(timedelta(seconds=settings.step_timeout))
     stopped = trained.steps(first_step, console)
@@ -217,7 +240,8 @@ def train_on(
         folder = settings.output / export.FOLDER
         control.phase("exporting")
         described = checkpoints.described(folder, settings.max_train_steps)
-        export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
+        with weights_for_use(state.optimizer):
+            export.export(family, transformer, state.crepa, ema, described, settings.lora_format)
         say(console, export.where(folder, full=full, expert=settings.expert))
     # Together, also because gloo hangs where it is shut down within microseconds of its last reduction: its thread
     # wants the interpreter's lock to let go of the tensor, and shutting down waits for that thread with the lock held.
@@ -251,13 +275,19 @@ class TrainingRun:
             [key.bucket for key in self.clips.keys],
             batch_size=self.settings.batch_size,
             accumulation=self.settings.gradient_accumulation_steps,
-            world=self.accelerator.num_processes,
+            world=self.accelerator.num_processes // self.settings.context_parallel,
             seed=self.settings.seed,
         )
         self.transformer = self.accelerator.unwrap_model(self.state.transformer)
+        # Of the processes that take the same clips.
+        self._rank = self.accelerator.process_index // self.settings.context_parallel
+        # Every process has to take part in what calls a transformer whose weights or tokens are shared out.
+        shared = self.settings.context_parallel > 1 or is_sharded(self.transformer)
+        self._together = self.accelerator.is_main_process or shared
         self._stopped: int | None = None  # the signal that has reached any of several processes
         self._asked: set[Command] = set()  # of all of them, at the same step
         self._seconds = 0.0  # that the last step took
+        self._pictures: dict[int, np.ndarray] = {}  # of steps whose values are under way
 
     def steps(self, first_step: int, console: Console) -> Stopped | None:
         """All steps from `first_step` on, with their checkpoints and validations; or up to a signal, with a checkpoint.
@@ -266,10 +296,10 @@ class TrainingRun:
         """
         settings, total = self.settings, self.settings.max_train_steps
         self.state.transformer.train()
-        positions = RankPositions(self.order.accumulation, self.accelerator.process_index, first_step)
+        positions = RankPositions(self.order.accumulation, self._rank, first_step)
         device = self.accelerator.device
         with (
-            stop_kept() as asked,
+            stop_kept(lambda line: say(console, line)) as asked,
             training_progress(console, total, first_step) as show,
             StepReports(self.state, lambda step, values: self._report(step, values, show)) as late,
             micro_batches(
@@ -326,19 +356,20 @@ class TrainingRun:
         self._asked |= {command for command, bit in _BITS.items() if bits & bit}
         measured = {"time": time.time(), "seconds": self._seconds, "memory": peak_memory(self.accelerator.device)}
         self.accelerator.log({**values, **measured}, step=step)
+        # Not before the values of its step: some trackers take nothing of an earlier step than the last.
+        if (picture := self._pictures.pop(step, None)) is not None:
+            log_picture(self.accelerator.trackers, "similarity_matrix", picture, step)
         show(step, values)
 
     def _step(self, step: int, batches: Iterator[MicroBatch]) -> StepValues:
         values = StepValues()
         every = self.settings.matrix_every
         for micro in range(self.settings.gradient_accumulation_steps):
-            position = Position(step, micro, self.accelerator.process_index)
+            position = Position(step, micro, self._rank)
             batch = next(batches)
             if self._untaught:
                 batch = batch._replace(teacher={})  # it was made ahead
-            # Every process has to take part in what uses a sharded projector.
-            looks = self.accelerator.is_main_process or is_sharded(self.transformer)
-            look = every and step % every == 0 and micro == 0 and looks
+            look = every and step % every == 0 and micro == 0 and self._together
             logs = training_step(self.state, self.family, batch, position, look=bool(look))
             seen, crepa = logs.pop("look", None), self.state.crepa
             if seen is not None and crepa is not None and self.accelerator.is_main_process:
@@ -352,10 +383,9 @@ class TrainingRun:
 
     def _keep_look(self, step: int, clip: int, look: AlignedClip, config: CrepaConfig) -> None:
         from .reporting.looks import save_look
-        from .reporting.plots import similarity_figure
+        from .reporting.plots import figure_pixels, similarity_figure
 
-        figure = similarity_figure({f"step {step}": look.matrix})
-        self._tensorboard().add_figure("similarity_matrix", figure, step)
+        self._pictures[step] = figure_pixels(similarity_figure({f"step {step}": look.matrix}))
         key = self.clips.keys[clip]
         frames = teacher_frames(config, key.bucket.frames, len(look.matrix))
         save_look(self.settings.output, step, key.name, frames, self._frames(key, frames), look)
@@ -374,18 +404,17 @@ class TrainingRun:
             say(console, f"step {done}: nothing to sample, validation_prompts is empty")
             return
         self.control.phase("validating")
-        # Every process has to take part in what calls a sharded transformer.
-        if self.accelerator.is_main_process or is_sharded(self.transformer):
+        if self._together:
             sampling = self._sampling()
-            with export.ema_weights(self.transformer, self.ema):
+            with weights_for_use(self.state.optimizer), export.ema_weights(self.transformer, self.ema):
                 clips = sample_clips(self.family, self.transformer, sampling, self.accelerator.device)
         if self.accelerator.is_main_process:
             folder = self.settings.output / "validation" / f"step-{done:08d}"
             for number, clip in enumerate(clips):
                 strip = save_clip(clip, folder, f"prompt-{number}")
-                self._tensorboard().add_image(f"validation/{number}", strip, done, dataformats="HWC")
+                log_picture(self.accelerator.trackers, f"validation/{number}", strip, done)
             save_index(folder, self.settings.validation_prompts, sampling)
-            say(console, f"step {done}: {len(clips)} clip{'s' if len(clips) != 1 else ''} sampled into {folder}")
+            say(console, f"step {done}: {several(len(clips), 'clip')} sampled into {folder}")
         wait_for_all()
 
     def _sampling(self) -> Sampling:
@@ -404,6 +433,3 @@ class TrainingRun:
             tiling=settings.vae_tiling,
             clips=given,
         )
-
-    def _tensorboard(self) -> Any:
-        return self.accelerator.get_tracker("tensorboard", unwrap=True)

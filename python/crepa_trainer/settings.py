@@ -1,8 +1,9 @@
-"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a JSON file and the command line."""
+"""`RunSettings`: what `crepa-train run` is told besides CREPA's own keys, from a file and the command line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +11,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from crepa_kernels.config import ConfigError, CrepaConfig, LayerSyncConfig, UrepaConfig
 from crepa_kernels.config.base import Integer, Settings, flag, integer, number
 from crepa_kernels.config.layersync import LayerSyncKeys
 from crepa_kernels.config.rules import PRESETS, describe, recommended_block_index, unknown_preset
-from crepa_kernels.config.sources import add_json_options, read_json, unknown_options
+from crepa_kernels.config.sources import add_json_options, read_settings, unknown_options
+
+from .adapters import adapter_problems
+from .offload import Offload
+from .optimizers import OPTIMIZERS, optimizer_problems
+from .precision import BasePrecision, base_problems
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +41,37 @@ def at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+def _device(value: str) -> str:
+    try:
+        torch.device(value)
+    except RuntimeError:
+        raise ValueError('must be a device such as "cpu" or "cuda:1"') from None
+    return value
+
+
 Place = Annotated[str, BeforeValidator(at_home)]
 Folder = Annotated[
     Path, BeforeValidator(lambda value: Path(at_home(value)) if isinstance(value, str) and value else value)
 ]
+Device = Annotated[str, AfterValidator(_device)]
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments as a value of settings, equal and hashed by what they say; nobody changes them."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _arguments(value: Any) -> Any:
+    return Arguments({key: _tuples(each) for key, each in value.items()}) if isinstance(value, dict) else value
+
+
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
+WordOrWords = Annotated[Words, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class RunSettings(LayerSyncKeys, Settings):
@@ -51,7 +81,6 @@ class RunSettings(LayerSyncKeys, Settings):
     PREFIXES = ("",)  # none
     UNKNOWN = MappingProxyType(
         {
-            "optimizer": "unknown key; it is AdamW: see learning_rate, weight_decay and lr_scheduler",
             "caption_dropout": "unknown key; captions are not dropped",
             "config": "the file of settings is given on the command line, as --config FILE",
             **dict.fromkeys(
@@ -77,17 +106,27 @@ class RunSettings(LayerSyncKeys, Settings):
         'model has one; must be "high" or "low"',
     )
     training: Literal["lora", "full"] = Field("lora", description='trained weights; must be "lora" or "full"')
-    lora_rank: Integer = integer(16, "rank of the LoRA, and its alpha", ge=1)
+    lora_type: Literal["lora", "dora", "rslora", "loha", "lokr"] = Field(
+        "lora",
+        description='the adapter that is trained, as peft has it; must be "lora", "dora", "rslora", "loha" or "lokr"',
+    )
+    lora_rank: Integer = integer(16, "rank of the LoRA", ge=1)
+    lora_alpha: float | None = number(
+        None, "of the LoRA, whose product is multiplied by it and divided by the rank, lora_rank when null", gt=0
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the LoRA's inputs that are left out in training; must be in [0, 1)"
+    )
     lora_targets: Words | None = Field(
         None,
         min_length=1,
         description="layers that get a LoRA, the attention's projections when null; "
         'must be a list of names such as ["to_q", "to_v"]',
     )
-    lora_format: Literal["diffusers", "comfyui", "both"] = Field(
+    lora_format: Literal["diffusers", "comfyui", "both", "peft"] = Field(
         "diffusers",
-        description="the file of the trained LoRA, for stock diffusers or by the original names for ComfyUI; must be "
-        '"diffusers", "comfyui" or "both"',
+        description="the file of the trained LoRA, for stock diffusers, by the original names for ComfyUI, the two, or "
+        'for peft; must be "diffusers", "comfyui", "both" or "peft"',
     )
     resolutions: Sizes = Field(
         ((480, 832),),
@@ -104,9 +143,40 @@ class RunSettings(LayerSyncKeys, Settings):
     max_train_steps: Integer = Field(ge=1, description="optimiser steps; must be an integer >= 1, required")
     batch_size: Integer = integer(1, "clips of a micro-batch on each process", ge=1)
     gradient_accumulation_steps: Integer = integer(1, "micro-batches of an optimiser step", ge=1)
+    optimizer: Literal[
+        "adamw",
+        "adam",
+        "nadam",
+        "radam",
+        "adamax",
+        "adagrad",
+        "adafactor",
+        "rmsprop",
+        "sgd",
+        "muon",
+        "adamw8bit",
+        "adam8bit",
+        "ademamix8bit",
+        "lion8bit",
+        "paged_adamw8bit",
+        "lion",
+        "prodigy",
+        "adamw_schedulefree",
+        "radam_schedulefree",
+        "sgd_schedulefree",
+    ] = Field(
+        "adamw",
+        description="of torch, or of the package that its name says; must be one of "
+        + ", ".join(f'"{name}"' for name in OPTIMIZERS),
+    )
+    optimizer_args: Annotated[dict[str, Any], AfterValidator(_arguments)] = Field(
+        Arguments(),
+        description="more arguments of the optimizer, by its own names; must be a mapping such as "
+        '{"betas": [0.9, 0.99]}',
+    )
     learning_rate: float = Field(1e-4, gt=0, description="must be a number > 0")
     projector_learning_rate: float | None = number(None, "of CREPA's projector, learning_rate when null", gt=0)
-    weight_decay: float = number(1e-2, "of AdamW", ge=0)
+    weight_decay: float = number(1e-2, "of the optimizer", ge=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field(
@@ -119,12 +189,25 @@ class RunSettings(LayerSyncKeys, Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description='type of the forward pass and of frozen weights; must be "no", "fp16" or "bf16"'
     )
+    base_precision: BasePrecision = Field(
+        "bf16",
+        description='numbers in which frozen weights are kept, "bf16" for the type of mixed_precision; must be "bf16", '
+        '"fp8", "int8", "fp8_dynamic" or "nf4"',
+    )
+    offload: Offload = Field(
+        "none",
+        description="frozen weights that wait in host memory for their turn, by blocks or by single layers; must be "
+        '"none", "block" or "leaf"',
+    )
     sharding: Literal["none", "fsdp2"] = Field(
         "none",
         description="whether each of several processes keeps the whole model or, by blocks, its share of weights, "
         'gradients and optimizer; must be "none" or "fsdp2"',
     )
     step_timeout: Integer = integer(600, "seconds that processes wait for each other in a step before all stop", ge=1)
+    context_parallel: Integer = integer(
+        1, "processes that share out the tokens of each clip among them, by diffusers' Ulysses attention", ge=1
+    )
     gradient_checkpointing: bool = flag(True, "compute activations again in the backward pass")
     compile_blocks: bool = flag(False, "torch.compile each block")
     ema_decay: float | None = Field(
@@ -137,6 +220,17 @@ class RunSettings(LayerSyncKeys, Settings):
         description="what is kept of the teacher's side, the frames it will see or what it made of them; "
         'must be "frames" or "features"',
     )
+    cache_teacher_precision: Literal["teacher", "int8"] = Field(
+        "teacher",
+        description="of kept features, the type that the teacher makes or 8 bits with a scale for each token; "
+        'must be "teacher" or "int8"',
+    )
+    teacher_device: Device | None = Field(
+        None,
+        min_length=1,
+        description='where the teacher runs, the training device when null; must be a device such as "cpu" or "cuda:1"',
+    )
+    teacher_offload: bool = flag(False, "keep the teacher's weights on the CPU between its uses")
     vae_tiling: bool = flag(
         False, "encode and decode clips in overlapping tiles, which needs less memory and changes them a little"
     )
@@ -150,7 +244,12 @@ class RunSettings(LayerSyncKeys, Settings):
     validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
     validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
     validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
-    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and TensorBoard, 0 for never", ge=0)
+    matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and in trackers, 0 for never", ge=0)
+    report_to: WordOrWords = Field(
+        ("tensorboard",),
+        description="where values are logged beside metrics.jsonl, by accelerate's names for its trackers; "
+        'must be a name or a list of names such as ["tensorboard", "wandb"]',
+    )
     fps: float | None = Field(
         None,
         gt=0,
@@ -173,14 +272,13 @@ class RunSettings(LayerSyncKeys, Settings):
     def _joint_problems(self) -> Iterator[tuple[set[str], str]]:
         """Settings that contradict each other, or of which one would do nothing."""
         yield from self.layersync_problems()
-        if self.training == "full" and self.lora_format != "diffusers":
-            rule = 'training = "full" trains all weights and has no LoRA'
-            yield {"training", "lora_format"}, describe("lora_format", self.lora_format, rule)
-        if self.sharding == "fsdp2" and self.mixed_precision == "fp16":
-            rule = 'sharding = "fsdp2" has no gradient scaler: use "bf16" or "no"'
-            yield {"mixed_precision", "sharding"}, describe("mixed_precision", self.mixed_precision, rule)
+        values = self.model_dump()
+        yield from adapter_problems(values)
+        yield from optimizer_problems(values, self.model_fields_set)
+        yield from base_problems(values)
+        yield from self._sharding_problems()
         warm_up, most, prompts = self.lr_warmup_steps, self.max_train_steps, self.validation_prompts
-        if warm_up and self.lr_scheduler == "constant":
+        if warm_up and self.lr_scheduler == "constant" and not OPTIMIZERS[self.optimizer].schedule_free:
             rule = 'lr_scheduler = "constant" has no warm-up: use "constant_with_warmup"'
             yield {"lr_warmup_steps", "lr_scheduler"}, describe("lr_warmup_steps", warm_up, rule)
         if warm_up > most:
@@ -193,9 +291,34 @@ class RunSettings(LayerSyncKeys, Settings):
         if prompts and "validation_every" not in self.model_fields_set:
             rule = "validation_every is not given: give the steps between validations, or 0 for never"
             yield keys, describe("validation_prompts", prompts, rule)
+        if self.cache_teacher_precision == "int8" and self.cache_teacher == "frames":
+            rule = 'only features are kept in 8 bits: give cache_teacher = "features"'
+            yield {"cache_teacher_precision", "cache_teacher"}, describe("cache_teacher_precision", "int8", rule)
+        if self.teacher_offload and self.teacher_device is not None and torch.device(self.teacher_device).type == "cpu":
+            rule = f"teacher_device = {self.teacher_device}, where its weights are already: give one of the two"
+            yield {"teacher_offload", "teacher_device"}, describe("teacher_offload", True, rule)
         if self.output.resolve() == self.data.resolve():
             rule = "must be another folder than data, whose videos are trained on"
             yield {"output", "data"}, describe("output", str(self.output), rule)
+
+    def _sharding_problems(self) -> Iterator[tuple[set[str], str]]:
+        """Of what each process has a share of: what has not been tried with it is refused."""
+        if self.sharding == "none":
+            return
+        if self.mixed_precision == "fp16":
+            rule = 'sharding = "fsdp2" has no gradient scaler: use "bf16" or "no"'
+            yield {"mixed_precision", "sharding"}, describe("mixed_precision", self.mixed_precision, rule)
+        known: dict[str, tuple[Any, ...]] = {
+            "optimizer": ("adamw", "adam", "sgd"),
+            "lora_type": ("lora", "rslora"),
+            "base_precision": ("bf16",),
+            "offload": ("none",),
+            "context_parallel": (1,),
+        }
+        for key, values in known.items():
+            if (value := getattr(self, key)) not in values:
+                few = " or ".join(json.dumps(each) for each in values)
+                yield {key, "sharding"}, describe(key, value, f'sharding = "fsdp2" needs {few}')
 
     @property
     def layersync(self) -> LayerSyncConfig:
@@ -235,7 +358,7 @@ def given_values(namespace: argparse.Namespace) -> dict[str, Any]:
 def load_settings(
     config_file: Path | None, cli_overrides: Mapping[str, Any], *, rest: Sequence[str] = ()
 ) -> tuple[RunSettings, CrepaConfig]:
-    """Settings of a flat JSON file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
+    """Settings of a flat file, `cli_overrides` on top of it, and CREPA's keys on top of those of `preset`.
 
     A missing `crepa_block_index` of an enabled configuration becomes the one recommended for the model's family,
     which is logged; for that alone the model's configs are read.
@@ -243,10 +366,11 @@ def load_settings(
     rest: words of a command line that its parser did not know.
 
     Raises:
-        ConfigError: (a ValueError) a file that is not one JSON object; every wrong, missing and unknown key.
+        ConfigError: (a ValueError) a file that is not one mapping of keys to values; every wrong, missing and unknown
+            key.
         ValueError: a model that is not a pipeline, where its family must be known, as `TrainingFamily.of`.
     """
-    from_file = {} if config_file is None else read_json(config_file)
+    from_file = {} if config_file is None else read_settings(config_file)
     problems = _unknown_words(rest)
     ours, crepa = _split(from_file, cli_overrides, problems)
     settings = config = None

@@ -22,10 +22,11 @@ _READ_AT_ONCE = 1 << 20
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested mappings, lists, numbers, text and tensors; TypeError for anything else.
 
-    Keys come back as text, tuples as lists. OSError or SafetensorError where the disk is full.
+    A tensor that is in several places, as a quantizer's table is, is written once. Keys come back as text, tuples as
+    lists. OSError or SafetensorError where the disk is full.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_without_tensors(state, _STATE, tensors))
+    text = json.dumps(_without_tensors(state, _STATE, tensors, {}))
     save_file(tensors, path, {_STATE: text})
 
 
@@ -79,14 +80,15 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
-        return {_TENSOR: name}
+        if (first := names.setdefault(id(value), name)) == name:
+            tensors[name] = value.detach().cpu().contiguous()
+        return {_TENSOR: first}
     if isinstance(value, Mapping):
-        return {str(key): _without_tensors(each, f"{name}.{key}", tensors) for key, each in value.items()}
+        return {str(key): _without_tensors(each, f"{name}.{key}", tensors, names) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_tensors(each, f"{name}.{number}", tensors) for number, each in enumerate(value)]
+        return [_without_tensors(each, f"{name}.{number}", tensors, names) for number, each in enumerate(value)]
     return value
 
 

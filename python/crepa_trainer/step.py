@@ -18,6 +18,7 @@ from crepa_kernels.regularizer.monitor import TEACHER
 from crepa_kernels.transfer import HostCopy, several_ranks
 
 from .alignment import AlignedClip
+from .optimizers import learning_rate
 from .sharding import whole
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from .families import TrainingFamily
     from .families.noise import NoisyLatents
     from .state import TrainState
+
+
+# What is added to the loss, by its logs.
+_ADDED = ("crepa_loss", "crepa_relational_loss", "layersync_loss")
 
 
 def flow_matching_loss(prediction: Tensor, noisy: NoisyLatents) -> Tensor:
@@ -69,18 +74,22 @@ def training_step(
         for each in (crepa, layersync):
             if each is not None:
                 each.release()  # the captured hidden states
-        accelerator.backward(loss)
+        # The mean over all processes is to be one over clips, of which several have parts.
+        accelerator.backward(loss * state.context_parallel if state.context_parallel > 1 else loss)
         if accelerator.sync_gradients:
             norm = whole(accelerator.clip_grad_norm_(state.transformer.parameters(), state.max_grad_norm))
             logs["grad_norm"] = norm
             # What clipping divided by, so that these are as large as they were before it, as the norm is.
             scale = (norm / state.max_grad_norm).clamp(min=1)
             logs |= {name: value * scale for name, value in gradient_norms(state).items()}
-            logs["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+            logs["learning_rate"] = learning_rate(state.optimizer)
         state.optimizer.step()
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()
         state.optimizer.zero_grad()
+    if state.context_parallel > 1:
+        # The logs are the clips', the losses beside the first a part of theirs.
+        loss = sum((logs[name] for name in _ADDED if name in logs), start=flow_loss)
     return {"loss": loss.detach(), "flow_loss": flow_loss.detach(), **logs, **seen}
 
 

@@ -39,13 +39,19 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def stop_kept() -> Iterator[StopAsked]:
-    """The first signal in the block is only kept, for when a step ends; the next stops the process at once."""
+def stop_kept(told: Callable[[str], None] = lambda line: None) -> Iterator[StopAsked]:
+    """The first signal in the block is only kept, for when a step ends; the next stops the process at once.
+
+    told: called at once, in another thread, with a line for the user that says so.
+    """
     asked = StopAsked()
 
     def keep(number: int, _: Any) -> None:
         _die_of_the_next()
         asked.number = number
+        line = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more stops at once"
+        # The handler may have come into the middle of another line, and nothing is written into that.
+        threading.Thread(target=told, args=(line,), daemon=True).start()
 
     with _handled_by(keep):
         yield asked

@@ -25,6 +25,11 @@ def plain(text: str, keep: str = "") -> str:
     )
 
 
+def several(number: int, thing: str, plural: str = "s") -> str:
+    """A number of things in words: "1 clip", "1,024 clips"."""
+    return f"{number:,} {thing}{plural * (number != 1)}"
+
+
 def say(console: Console, line: str) -> None:
     """One line, neither broken nor colored."""
     console.print(plain(line), highlight=False, markup=False, soft_wrap=True)

@@ -46,6 +46,7 @@ DEFAULTS = {
     "crepa_relational_weight": 0.0,
     "crepa_relational_pairs": "neighbours",
     "crepa_relational_margin": None,
+    "crepa_recompute": False,
     "crepa_backend": "auto",
 }
 BOOLEANS = [key for key, value in DEFAULTS.items() if isinstance(value, bool) and key != "crepa_spatial_align"]
@@ -264,9 +265,11 @@ def test_each_option_of_the_loss_is_under_its_own_name() -> None:
         "crepa_normalize_neighbour_sum": True,
         "crepa_normalize_by_frames": False,
         "crepa_spatial_align": False,
+        "crepa_recompute": True,
         "crepa_backend": "torch",
     }
     assert CrepaConfig.from_dict(given).loss_options() == {
+        "recompute": True,
         "distance": 3,
         "tau": 2.5,
         "cumulative": True,

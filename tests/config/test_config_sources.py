@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from crepa_kernels.config import ConfigError, CrepaConfig
-from crepa_kernels.config.sources import read_json
+from crepa_kernels.config.sources import parse_settings, read_settings
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -21,12 +21,12 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def test_a_json_file_gives_what_its_object_gives(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"crepa_lambda": 0.25, "crepa_block_index": null, "other": {"a": [1]}}')
-    assert CrepaConfig.from_json(path) == CrepaConfig(crepa_lambda=0.25)
-    assert CrepaConfig.from_json(str(path)) == CrepaConfig(crepa_lambda=0.25)
+    assert CrepaConfig.from_file(path) == CrepaConfig(crepa_lambda=0.25)
+    assert CrepaConfig.from_file(str(path)) == CrepaConfig(crepa_lambda=0.25)
     path = write(tmp_path, json.dumps(CrepaConfig.preset("t2v").to_dict()))
-    assert CrepaConfig.from_json(path) == CrepaConfig.preset("t2v")
+    assert CrepaConfig.from_file(path) == CrepaConfig.preset("t2v")
     path = write(tmp_path, '{"crepa_enabled": true}')
-    assert CrepaConfig.from_json(path, family="hunyuan_video").crepa_block_index == 10
+    assert CrepaConfig.from_file(path, family="hunyuan_video").crepa_block_index == 10
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,111 @@ def test_a_json_file_gives_what_its_object_gives(tmp_path: Path) -> None:
 def test_a_wrong_json_file_is_named(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as error:
-        CrepaConfig.from_json(path)
+        CrepaConfig.from_file(path)
     assert str(error.value).startswith(f"{path}: ")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+FILES = {
+    ".toml": """
+crepa_enabled = true
+crepa_lambda = 1e-1  # of the loss
+crepa_block_index = 0x2
+crepa_encoder = "no"
+other = [1, 2]
+""",
+    ".yaml": """
+crepa_enabled: true
+crepa_lambda: 1e-1  # of the loss
+crepa_block_index: 0x2
+crepa_encoder: no
+crepa_similarity_threshold: null
+other: [1, 2]
+""",
+}
+
+
+@pytest.mark.parametrize("suffix", [*FILES, ".YML"])
+def test_toml_and_yaml_are_read_by_the_files_suffix(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"settings{suffix}"
+    path.write_text(FILES.get(suffix, FILES[".yaml"]), encoding="utf-8-sig")
+    own = {"crepa_lambda": 0.1, "crepa_block_index": 2, "crepa_encoder": "no"}
+    assert CrepaConfig.from_file(path) == CrepaConfig(crepa_enabled=True, **own)
+    path.write_text("")
+    if suffix == ".toml":
+        assert read_settings(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("Yes", "Yes"),
+        ("off", "off"),
+        ("TRUE", True),
+        ("~", None),
+        ("", None),
+        ("1e-4", 1e-4),
+        ("1E3", 1e3),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("010", 10),
+        ("0o10", 8),
+        ("-0x1f", "-0x1f"),
+        ("0x1f", 31),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-02", "2024-01-02"),
+        ("'1'", "1"),
+        ("=", "="),
+        ("1.2.3", "1.2.3"),
+        ("[a, {b: 1e2}]", ["a", {"b": 100.0}]),
+    ],
+)
+def test_yaml_is_that_of_version_1_2(text: str, value: Any) -> None:
+    read = parse_settings(f"key: {text}", ".yaml")["key"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "words"),
+    [
+        (".toml", "crepa_lambda = 1\ncrepa_power = one\n", ["not TOML", "line 2", "crepa_power = one"]),
+        (".toml", "crepa_lambda = 1\ncrepa_lambda = 2\n", ["line 2", "crepa_lambda = 2"]),
+        (".toml", "crepa_lamda = 1", ["crepa_lamda = 1: unknown key; did you mean crepa_lambda?"]),
+        (".toml", b"\xff\xfe", ["not TOML", "UTF-8"]),
+        (".toml", "crepa_lambda = 2024-01-02", ["crepa_lambda = ", "a number"]),
+        (".toml", "crepa_lambda = inf", ["crepa_lambda = Infinity", "a number"]),
+        (".yaml", "crepa_lambda: 1\ncrepa_power: [1\n", ["not YAML", "line 3"]),
+        (".yaml", "crepa_lambda: 1\n\tcrepa_power: 1", ["not YAML", "line 2", "crepa_power: 1"]),
+        (".yaml", "crepa_lambda: 1\ncrepa_lambda: 2", ["each key may appear once", "crepa_lambda", "line 2"]),
+        (".yaml", "a: 1\n3: 2", ["the key 3 is no text", "line 2"]),
+        (".yaml", "a: &a [1]\nb: *a", ["*a stands for another value", "line 2"]),
+        (".yaml", "a: !!python/name:os.system", ["python/name:os.system", "line 1"]),
+        (".yaml", "a: 1\n---\nb: 2", ["not YAML", "single document", "line 2"]),
+        (".yaml", "- 1", ["one YAML object", "list"]),
+        (".yaml", "", ["one YAML object", "NoneType"]),
+        (".yaml", "a: \x00", ["not YAML"]),
+        (".yaml", "[" * 100_000, ["nested too deeply"]),
+        (".yaml", "a: " + "9" * 5000, ["settings.yaml"]),
+        (".yaml", "crepa_lambda: half", ['crepa_lambda = "half"']),
+    ],
+)
+def test_a_wrong_toml_or_yaml_file_is_named_with_the_line(
+    tmp_path: Path, suffix: str, text: str | bytes, words: list[str]
+) -> None:
+    path = tmp_path / f"settings{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        CrepaConfig.from_file(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_a_missing_file_is_the_systems_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_json(tmp_path / "nowhere.json")
+        read_settings(tmp_path / "nowhere.json")
 
 
 def parse(*words: str, base: Any = None, family: str | None = None) -> CrepaConfig:

@@ -21,6 +21,9 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     "margin as text": ({"margin": "0.1"}, rf"{NUMBERS}.*'0\.1'"),
     "margin as bool": ({"margin": True}, rf"{NUMBERS}.*True"),
     "margin beyond any float": ({"margin": 10**400}, rf"{NUMBERS}.*1000"),
+    "tokens without those that have the rest": ({"token_range": (0, 12)}, "token_range and context_group go together"),
+    "a group without tokens": ({"context_group": object()}, "token_range and context_group go together"),
+    "no group": ({"token_range": (0, 12), "context_group": 3}, "context_group must be .* process group of this rank"),
     "margin as a tensor": ({"margin": torch.tensor(0.1)}, rf"{NUMBERS}.*tensor"),
 }
 SHARED = {name: row for name, row in BAD.items() if "token_range" not in row[0]}

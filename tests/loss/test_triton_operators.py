@@ -352,8 +352,12 @@ def test_shards_of_the_tokens_add_up(options: dict[str, Any], backend: str, dtyp
             "0.weight": tensors["gamma"], "0.bias": tensors["beta"], "1.weight": tensors["weight"],
             "1.bias": tensors["bias"],
         })  # fmt: skip
-        h = h.detach().requires_grad_()
-        output = crepa_loss(h, tensors["y"], projector, backend=backend, **case.options, **extra)
+        h, y = h.detach().requires_grad_(), tensors["y"].clone()
+        if extra:
+            # What no token of the range is compared with is not read.
+            first, last = extra["token_range"][0] // 12, -(-extra["token_range"][1] // 12)
+            y[:, : max(0, first - case.distance)], y[:, last + case.distance :] = torch.nan, torch.nan
+        output = crepa_loss(h, y, projector, backend=backend, **case.options, **extra)
         return [*(t.detach() for t in output), *torch.autograd.grad(output.loss, [h, *projector.parameters()])]
 
     whole, flat = run(tensors["h"]), tensors["h"].flatten(1, 2)

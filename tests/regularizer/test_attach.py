@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, CrepaRegularizer
+from crepa_kernels.regularizer.offloading import execution_device, offloading_groups
 
 CONFIG: dict[str, Any] = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder_image_size": 70}
 ORDER = "adapters, CrepaRegularizer, optimizer, LR scheduler, prepare/DDP/fully_shard"
@@ -185,6 +186,21 @@ def tensor_subclass(transformer: Any) -> None:
     linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantized))
 
 
+class QuantizedLinear(torch.nn.Linear):
+    """A layer of its own, as bitsandbytes puts in the place of the one that was there."""
+
+
+def layer_replaced(transformer: Any) -> None:
+    layer = QuantizedLinear(32, 8)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    transformer.crepa_projector[1] = layer
+
+
+def torchao_int8(transformer: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(transformer, quantization.Int8WeightOnlyConfig(version=2))
+
+
 CASTS: list[tuple[Callable[[Any], None], str]] = [
     (lambda transformer: transformer.half(), "0.weight was cast to torch.float16"),
     (fp8, "0.weight was cast to torch.float8_e4m3fn"),
@@ -192,6 +208,8 @@ CASTS: list[tuple[Callable[[Any], None], str]] = [
     (fp8_storage, "was cast to torch.float8_e4m3fn"),
     (to_int8, "1.weight was cast to torch.int8"),
     (tensor_subclass, "1.weight was quantized to Quantized"),
+    (layer_replaced, "1.weight was quantized to Quantized"),
+    (torchao_int8, "1.weight was quantized to Int8Tensor"),
 ]
 
 
@@ -231,14 +249,50 @@ def test_slices_of_a_projector_are_plain_and_copies_are_projectors() -> None:
     assert isinstance(copy.deepcopy(projector), CrepaProjector)
 
 
+def offloading_hooks(module: torch.nn.Module) -> list[str]:
+    return [
+        name for name, each in module.named_modules() if hasattr(each, "_diffusers_hook") and offloading_groups(each)
+    ]
+
+
+@pytest.mark.parametrize("attached_first", [False, True])
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_diffusers_offloads_a_model_with_a_projector(offload_type: str) -> None:
+def test_a_projector_stays_where_diffusers_offloads_the_model(offload_type: str, attached_first: bool) -> None:
     expected = tiny_wan()(**wan_inputs())[0]
     transformer = tiny_wan()
-    regularizer(transformer)
     here = torch.device("cpu")
+    attached = regularizer(transformer) if attached_first else None
     transformer.enable_group_offload(here, here, offload_type=offload_type, num_blocks_per_group=1)
-    torch.testing.assert_close(transformer(**wan_inputs())[0], expected)
+    crepa = attached or regularizer(transformer)
+    # Until the first forward diffusers' are on both layers that it found there.
+    assert offloading_hooks(crepa.projector) == (["0", "1"] if attached_first else [])
+    blocks = len(offloading_hooks(transformer.blocks))
+    for step in range(2):
+        torch.testing.assert_close(transformer(**wan_inputs())[0], expected)
+        crepa.loss(step=step, features=features())[0].backward()
+        assert offloading_hooks(crepa.projector) == []
+    assert len(offloading_hooks(transformer.blocks)) == blocks >= 3
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_a_block_that_waits_in_host_memory_is_where_it_comes_to(offload_type: str) -> None:
+    transformer = tiny_wan()
+    block = transformer.blocks[1]
+    there, here = torch.device("cuda"), torch.device("cpu")
+    assert execution_device(block, transformer) == here
+    transformer.enable_group_offload(there, here, offload_type=offload_type, num_blocks_per_group=1)
+    assert block.attn1.to_q.weight.device == here
+    assert execution_device(block, transformer) == there
+
+
+def test_a_projector_elsewhere_than_the_captured_block_is_named() -> None:
+    transformer = tiny_wan()
+    crepa = regularizer(transformer)
+    transformer.to("meta")
+    crepa.projector.to_empty(device="cpu")
+    transformer(**{name: each.to("meta") for name, each in wan_inputs().items()})
+    with pytest.raises(ValueError, match=f"is on cpu, but the captured block computes on meta.*{ORDER}"):
+        crepa.loss(step=0, features=features())
 
 
 def offloads(transformer: Any) -> None:

@@ -418,7 +418,7 @@ def test_settings_come_from_json_and_the_command_line(tmp_path: Any) -> None:
     file = tmp_path / "settings.json"
     file.write_text('{"crepa_enabled": true, "layersync_student_block": 3, "layersync_teacher_block": 9}')
     config, rest = LayerSyncConfig.parse_known_args(
-        ["--layersync_enabled", "--layersync_lambda", "1e-1", "--crepa_lambda", "1"], LayerSyncConfig.from_json(file)
+        ["--layersync_enabled", "--layersync_lambda", "1e-1", "--crepa_lambda", "1"], LayerSyncConfig.from_file(file)
     )
     assert config.to_dict() == {
         "layersync_enabled": True,

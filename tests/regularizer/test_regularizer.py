@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from memory import saved_bytes
 from peft import LoraConfig, get_peft_model
 from tiny import clip_pixels, is_captured, pixel_frames, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +229,27 @@ def test_every_token_of_every_frame_has_a_gradient(align: bool | str) -> None:
     aux.backward()
     assert outputs[0].grad is not None
     assert (outputs[0].grad.abs().amax(dim=-1) > 0).all()
+
+
+def test_recomputing_keeps_less_and_gives_the_same() -> None:
+    found = []
+    for recompute in (False, True):
+        transformer = tiny_wan()
+        crepa = regularizer(transformer, crepa_recompute=recompute, crepa_backend="torch")
+        transformer(**wan_inputs())
+        losses: list[torch.Tensor] = []
+
+        def loss(crepa: CrepaRegularizer = crepa, losses: list[torch.Tensor] = losses) -> torch.Tensor:
+            losses.append(crepa.loss(step=0, features=features())[0])
+            return losses[0]
+
+        kept = saved_bytes(loss, [crepa.captured().hidden_states, *transformer.parameters()])
+        losses[0].backward()
+        found.append((kept, losses[0], [each.grad for each in transformer.parameters() if each.grad is not None]))
+    (much, one, gradients), (little, other, same) = found
+    assert little < much
+    assert torch.equal(one, other)
+    assert all(torch.equal(*each) for each in zip(gradients, same, strict=True))
 
 
 # What runs and what does not

@@ -222,7 +222,7 @@ REFUSED = [
             ("ts", False, "damaged after frame [45]", {"options": WHOLE_FRAMES}),
         )
     ),
-    Kind("one frame.mp4", lambda path: write(path, pictures(frames=1)), (), why="1 frames, the shortest clip needs 5"),
+    Kind("one frame.mp4", lambda path: write(path, pictures(frames=1)), (), why="1 frame, the shortest clip needs 5"),
     Kind("sound alone.mp4", write_audio, (), why="no video stream"),
     Kind("empty.mp4", lambda path: path.touch(), (), why="cannot be decoded"),
     Kind("text.mp4", lambda path: path.write_text("a red square\n" * 99), (), why="cannot be decoded"),

@@ -62,3 +62,17 @@ def held_bytes(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) 
     held = storages.alive(inputs)
     del loss
     return held
+
+
+def allocated_peak(call: Callable[[], object]) -> int:
+    """The most bytes that the CPU allocator has given out at a time during ``call()``, beside those of before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    # `profiler.events()` has no sizes.
+    changes = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    assert changes
+    now = peak = 0
+    for each in sorted(changes, key=lambda each: each.start_ns()):
+        now += each.nbytes()
+        peak = max(peak, now)
+    return peak

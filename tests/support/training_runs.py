@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -167,7 +168,8 @@ def train_elsewhere(
     settings: RunSettings, config: CrepaConfig, *, processes: int = 1, timeout: float = 300, **clips: Any
 ) -> subprocess.CompletedProcess[str]:
     """The same in a process of its own, or in several as under torchrun. `clips`: arguments of TinyClips, and
-    `file_size`, the bytes past which no file may grow, and `start`, how worker processes are started.
+    `file_size`, the bytes past which no file may grow, `start`, how worker processes are started, and `accelerators`,
+    how many torch counts.
     """
     return run(_main, _given(settings, config, clips), ranks=processes, timeout=timeout)
 
@@ -190,6 +192,9 @@ def _main(given: Mapping[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if start := given["clips"].pop("start", None):
         torch.multiprocessing.set_start_method(start, force=True)
+    if accelerators := given["clips"].pop("accelerators", None):
+        # diffusers' context parallelism counts them, and takes a CPU for none.
+        mock.patch.object(torch.accelerator, "device_count", return_value=accelerators).start()
     settings, config = RunSettings(**given["settings"]), CrepaConfig.from_dict(given["config"])
     run = trained(settings, config, TinyClips(**given["clips"]))
     if settings.sharding == "fsdp2":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +255,51 @@ def test_a_name_is_registered_for_the_settings() -> None:
         register_encoder(FrozenEncoder(Patches(), "mine"))
     with pytest.raises(ValueError, match="register_encoder takes a FrozenEncoder, got Patches"):
         register_encoder(Patches())  # type: ignore[arg-type]
+
+
+class Moved(Patches):
+    """Keeps where it was sent, and the types of devices that frames came on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+        self.saw: list[str] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.sent.append(str(args[0]))
+        return super().to(*args, **kwargs)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        self.saw.append(frames.device.type)
+        return super().forward(frames)
+
+
+def test_an_encoder_can_work_on_a_device_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The meta device stands for the one that the model is on: it has shapes and no values."""
+    tiny_dinov2(tmp_path)
+    module, there = Moved(), torch.device("meta")
+    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, device="cpu")
+    with caplog.at_level(logging.WARNING):
+        found = encoder.encode(frames(), GRID, there)
+    assert (module.sent, module.saw) == (["cpu"], ["cpu"])
+    assert found.features.device == there
+    assert not caplog.records  # it was meant
+    assert encoder.feature_size(there) == 5
+    loaded = FrameEncoder(str(tmp_path), image_size=28, device="cpu").load(there)
+    assert loaded.place(there) == CPU
+
+
+def test_an_offloaded_encoder_is_on_the_cpu_between_its_uses() -> None:
+    module = Moved()
+    encoder = FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32, offload=True)
+    plain = FrameEncoder(FrozenEncoder(Patches(), patch_size=8), image_size=32)
+    for _ in range(2):
+        found = encoder.encode(frames(), GRID, CPU)
+    assert module.sent == ["cpu"] * 4  # to where the frames are, and back
+    assert found.features.equal(plain.encode(frames(), GRID, CPU).features)
+
+
+def test_an_encoder_that_was_given_is_left_where_it_is() -> None:
+    module = Moved()
+    FrameEncoder(FrozenEncoder(module, patch_size=8), image_size=32).encode(frames(), GRID, CPU)
+    assert module.sent == []

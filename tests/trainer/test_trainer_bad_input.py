@@ -222,3 +222,22 @@ def test_a_caption_or_prompt_that_the_text_encoder_would_take_for_the_image(
     assert line.endswith(f"2 of 3 captions cannot be used: {videos}/0.txt: {why}; {videos}/2.txt: {why}")
     # For other text encoders they are words like any others.
     TrainingFamily.of(str(saved(folder, "hunyuan_video"))).check_prompt("a square, <image>")
+
+
+def test_optimizers_adapters_and_trackers_that_cannot_work(refused: Callable[..., str], tmp_path: Path) -> None:
+    videos = captioned_squares(tmp_path / "videos", 1)
+    sizes = {"data": str(videos), "resolutions": "[[32, 48]]", "frame_counts": "[9]"}
+    for options, said in (
+        ({"optimizer_args": '{"beta": 1}'}, "optimizer_args: beta is no argument of torch.optim.AdamW; did you mean"),
+        ({"optimizer_args": '{"eps": -1}'}, 'optimizer_args = {"eps": -1}: torch.optim.AdamW refuses it: Invalid eps'),
+        ({"optimizer": "sgd_schedulefree", "lr_scheduler": "cosine"}, 'lr_scheduler = "cosine": sgd_schedulefree'),
+        ({"report_to": "wandbb"}, "report_to: wandbb is unknown; did you mean wandb?"),
+        ({"report_to": '["tensorboard", "clearml"]'}, "report_to: clearml is not installed: pip install clearml"),
+        ({"lora_type": "lokr"}, 'lora_format = "diffusers": pipelines of stock diffusers load no lora_type = "lokr"'),
+        (
+            {"lora_type": "loha", "lora_format": "peft", "lora_targets": '["patch_embedding"]'},
+            "lora_targets: patch_embedding is a Conv3d, and only linear layers",
+        ),
+    ):
+        assert said in refused("wan", **sizes, **options)
+    assert not (tmp_path / "run").exists()

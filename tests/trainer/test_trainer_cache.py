@@ -156,6 +156,21 @@ def test_what_is_cached_gives_the_loss_of_the_whole_clip(models: Path, data: Pat
     assert len(set(losses)) == 1
 
 
+def test_features_in_8_bits_are_half_a_step_off_at_most(models: Path, data: Path) -> None:
+    config = crepa(models)
+    run = settings(models, data, cache_teacher="features")
+    whole, small = prepare(run, config), prepare(run.replace(cache_teacher_precision="int8"), config)
+    assert whole[0].keys() == small[0].keys()
+    for one, other in zip(whole, small, strict=True):
+        step = one["features"].abs().amax(-1, keepdim=True) / 127
+        assert ((one["features"] - other["features"]).abs() <= 0.501 * step).all()
+        assert not one["features"].equal(other["features"])
+    sizes = [clips.files[0].teacher.stat().st_size for clips in (whole, small) if clips.files[0].teacher]
+    assert sizes[1] < 0.45 * sizes[0]
+    again = prepare(run, config)  # of the first kind still
+    assert again[0]["features"].equal(whole[0]["features"])
+
+
 @pytest.mark.parametrize("patch", [1, 2, 3])
 def test_the_kept_frames_are_mapped_to_themselves_for_every_temporal_patch(models: Path, patch: int) -> None:
     """The regulariser maps the frames that it is given as if they were all: the same ones must come out."""
@@ -373,7 +388,7 @@ def test_no_intact_clip_is_one_error(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     cut_off_while_playing(folder)
-    with pytest.raises(DataError, match=r"no usable clip in 1 video\(s\): .*cut\.mp4: damaged or cut off"):
+    with pytest.raises(DataError, match=r"no usable clip in 1 video: .*cut\.mp4: damaged or cut off"):
         prepare(settings(models, folder, frame_counts=(37,), clips_per_video=1), crepa(models))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from crepa_trainer.cli import main
+from crepa_trainer.data.shares import Share
 from crepa_trainer.reporting.progress import training_progress
 from crepa_trainer.terminal import plain
 from processes import run
@@ -67,7 +68,7 @@ def test_it_starts_as_a_module_for_launchers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model": ', "{file}: not JSON: Expecting value: line 1 column 11 (char 10)"),
+        ('{"model": ', '{file}: not JSON: Expecting value: line 1 column 11 (char 10): {{"model":'),
         ('{"seed": 1, "seed": 2}', "{file}: each key may appear once; repeated: seed"),
         (
             '{"model": "wan", "data": "d", "output": "o", "max_train_step": 1, "crepa_lambda": -1}',
@@ -103,18 +104,23 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
 
     needed = {"model": "a/b", "data": "d", "output": str(tmp_path / "run"), "max_train_steps": 1}
     (tmp_path / "config.json").write_text(json.dumps(needed))
-    (tmp_path / "config.yaml").write_text("model: wan\n")
     assert error("--config", f"{tmp_path}/confg.json") == (
         f"{tmp_path}/confg.json: no such file; did you mean {tmp_path}/config.json?"
     )
     assert error("--config", str(tmp_path)) == f"{tmp_path}: is a folder, not a file of settings"
-    assert error("--config", f"{tmp_path}/config.yaml").endswith("settings are read from JSON, not from .yaml files")
+    (tmp_path / "config.yaml").write_text("model: a/b\ndata: [d\noutput: o\n")
+    assert error("--config", f"{tmp_path}/config.yaml") == (
+        f"{tmp_path}/config.yaml: not YAML: while parsing a flow sequence, expected ',' or ']', but got ':': "
+        "line 3 column 7: output: o"
+    )
     given = ("--config", f"{tmp_path}/config.json")
-    assert "--optimizer: unknown key; it is AdamW: see learning_rate" in error(*given, "--optimizer", "prodigy")
+    assert 'optimizer = "AdamV": of torch, or' in error(*given, "--optimizer", "AdamV")
     assert error(*given, "--caption_dropout", "0.1").endswith(
         "--caption_dropout: unknown key; captions are not dropped"
     )
-    assert error(*given, "--resume", "lastest") == "resume = lastest: no such folder; did you mean latest?"
+    for plan in ([], ["--plan"], ["--json"]):
+        told = error(*given, "--resume", "lastest", *plan)
+        assert told == "resume = lastest: no such folder; did you mean latest?"
     for place in (tmp_path / "config.json" / "run", tmp_path / "config.json"):
         assert error(*given, "--output", str(place)) == f"output = {place}: {tmp_path}/config.json is not a folder"
 
@@ -185,7 +191,14 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.Captur
     assert done.returncode == 0, done.stderr
     plan = done.stdout
     assert f"{PLAIN}.mp4 3 times" in plan  # enlarged, in the plan's table
-    assert f"skipped {data}/{PLAIN} short.mp4: 3 frames" in " ".join(plan.split())  # a line of the log
+    assert plan.count(PLAIN) == 2
+    assert f"{PLAIN} short.mp4 (3 frames, the shortest clip needs 9)" in " ".join(plan.split())
+    both = f"{WILD} short.mp4", f"{WILD}.mp4"
+    share = next(share for share in (Share(n, 64) for n in range(1, 65)) if [*map(share.has, both)] == [True, False])
+    done = run(print_the_plan, ["cache", *words[1:-1], f"--shard={share}"])
+    logged = " ".join(done.stdout.split())
+    assert f"skipped {data}/{PLAIN} short.mp4: 3 frames, the shortest clip needs 9" in logged
+    assert "1 of 1 video skipped" in logged
     (data / f"{WILD}.txt").unlink()
     assert main(words) == 2
     missing = capsys.readouterr().err
@@ -194,7 +207,7 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.Captur
         main(["export", "nowhere", "--dtype", "\x1b[31m"])
     unknown = capsys.readouterr().err
     assert r"\x1b[31m" in unknown
-    for text in (plan, missing, unknown):
+    for text in (plan, logged, missing, unknown):
         assert not set("\x1b\x9b\u202e") & set(text)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from crepa_trainer.adapters import Adapter
 from crepa_trainer.checkpoint import read_checkpoint
 from crepa_trainer.cli import main
 from crepa_trainer.comfyui import comfyui_lora, original_layers
@@ -32,6 +33,7 @@ from torch import Tensor
 from training_runs import save_models, tiny_config, tiny_settings, train
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+RANK_2 = Adapter("lora", 2, 2, 0.0)
 Folders = Callable[[str], TrainingFamily]
 
 SAVED: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -218,7 +220,7 @@ def test_the_names_are_those_that_stock_diffusers_converts_whole_checkpoints_fro
 def test_stock_diffusers_reads_it_back_to_equal_weights(families: Folders, name: str, targets: tuple[str, ...]) -> None:
     family = families(name)
     lora = adapted(family, targets)
-    file = comfyui_lora(family, lora)
+    file = comfyui_lora(family, lora, RANK_2)
     assert all(each.startswith("diffusion_model.") for each in file)
     assert sum(each.endswith(".alpha") for each in file) == len(lora) // 2
     # Of Wan it reads alpha, of LTX it refuses a file that has one.
@@ -230,7 +232,7 @@ def test_fused_layers_add_exactly_what_their_parts_do(families: Folders, targets
     family = families("hunyuan_video")
     layers = weights_of_layers(family.load_transformer(torch.float32))
     lora = adapted(family, targets)
-    file = without_alpha(comfyui_lora(family, lora))
+    file = without_alpha(comfyui_lora(family, lora, RANK_2))
     trained = [each.removesuffix(".lora_A.weight") for each in lora if each.endswith(".lora_A.weight")]
     for original, parts in original_layers(family, trained).items():
         zero = [torch.zeros_like(layers[part].weight) for part in parts]
@@ -243,7 +245,7 @@ def test_stock_diffusers_reads_hunyuans_fused_layers_back(families: Folders, tmp
     family = families("hunyuan_video")
     # Of the text's refiner it cuts a fused lora_A in three, which no LoRA of three parts survives.
     lora = {name: each for name, each in adapted(family).items() if name.startswith("transformer_blocks.")}
-    check_read_back(family, lora, without_alpha(comfyui_lora(family, lora)))
+    check_read_back(family, lora, without_alpha(comfyui_lora(family, lora, RANK_2)))
     # Single blocks it takes for those of the real model's width.
     folder = save_tiny_hunyuan_pipeline(tmp_path / "wide")
     config = folder / "transformer" / "config.json"
@@ -256,7 +258,7 @@ def test_stock_diffusers_reads_hunyuans_fused_layers_back(families: Folders, tmp
     layers = [*double, *(f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"), *rows]
     lora = {f"{layer}.lora_A.weight": draw((2, 3072)).float() for layer in layers}
     lora |= {f"{layer}.lora_B.weight": draw((rows.get(layer, 3072), 2)).float() for layer in layers}
-    file = without_alpha(comfyui_lora(family, lora))
+    file = without_alpha(comfyui_lora(family, lora, RANK_2))
     back: Any = diffusers.HunyuanVideoPipeline.lora_state_dict(file)
     back = {name.removeprefix("transformer."): tensor for name, tensor in back.items()}
     assert back.keys() == lora.keys()

@@ -175,7 +175,7 @@ def test_missing_and_empty_captions_are_one_error(tmp_path: Path, family: Traini
     with pytest.raises(DataError) as error:
         find_clips(settings(tmp_path), family)
     message = str(error.value)
-    assert message.startswith("3 of 4 videos have no caption beside them: ")
+    assert message.startswith("no caption beside 3 of 4 videos: ")
     for words in ("none.txt is missing", "empty.txt is empty", "latin.txt is not UTF-8 text"):
         assert words in message
     assert "good" not in message
@@ -221,7 +221,7 @@ def test_many_missing_captions_are_counted(tmp_path: Path, family: TrainingFamil
     (tmp_path / "data").mkdir()
     for n in range(60):
         (tmp_path / "data" / f"{n:02}.mp4").touch()
-    with pytest.raises(DataError, match=r"60 of 60 videos .*00\.txt is missing;.*49\.txt is missing; and 10 more$"):
+    with pytest.raises(DataError, match=r"60 of 60 videos: .*00\.txt is missing;.*49\.txt is missing; and 10 more$"):
         find_clips(settings(tmp_path), family)
 
 
@@ -247,10 +247,7 @@ def test_a_video_that_is_too_short_or_damaged_is_named_and_skipped(
     assert found.skipped[str(short)] == "4 frames, the shortest clip needs 5"
     assert "cannot be decoded" in found.skipped[str(garbage)]
     told = [record.getMessage() for record in caplog.records]
-    assert told == [
-        *(f"skipped {path}: {found.skipped[str(path)]}" for path in (garbage, short)),
-        "2 of 3 videos skipped",
-    ]
+    assert told == []  # the plan says it, and so says it once
     with pytest.raises(VideoError, match=r"bad\.mp4: .*\(strict\)"):
         find_clips(settings(tmp_path, strict=True), family)
 
@@ -258,7 +255,7 @@ def test_a_video_that_is_too_short_or_damaged_is_named_and_skipped(
 def test_nothing_left_names_every_video(tmp_path: Path, family: TrainingFamily) -> None:
     for n in range(2):
         add_video(tmp_path, f"{n}.mp4", frames=3)
-    with pytest.raises(DataError, match=r"no usable clip in 2 video\(s\): .*0\.mp4: 3 frames.*1\.mp4: 3 frames"):
+    with pytest.raises(DataError, match=r"no usable clip in 2 videos: .*0\.mp4: 3 frames.*1\.mp4: 3 frames"):
         find_clips(settings(tmp_path), family)
 
 

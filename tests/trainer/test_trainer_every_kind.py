@@ -169,5 +169,5 @@ def test_every_file_is_trained_on_or_named(folder: Folder) -> None:
     kinds = [kind for _, kind in PASSED_OVER.values()]
     assert folder.found.passed_over == {kind: kinds.count(kind) for kind in kinds}
     for kind in folder.found.passed_over:
-        assert f"{kinds.count(kind)} {kind}" in folder.plan
+        assert f"{kind}: {kinds.count(kind)}" in folder.plan
     assert len(written) + len(PASSED_OVER) == sum(path.suffix != ".txt" for path in folder.path.iterdir()) + 1

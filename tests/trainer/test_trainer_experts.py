@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.checkpoint import find_checkpoint, run_identity
 from crepa_trainer.cli import main
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.noise import scheduler_shift, shifted
-from crepa_trainer.run import show_plan
+from crepa_trainer.run import make_accelerator, show_plan
+from crepa_trainer.state import make_state
 from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from tiny_hub_folders import BOUNDARY, save_tiny_wan_experts
 from tiny_pipelines import save_tiny_wan_pipeline
 from training_runs import TinyClips, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
+
+from crepa_kernels.regularizer.offloading import offloading_groups
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,19 @@ def test_the_named_transformer_is_trained_and_both_are_sampled_with(models: Path
         assert not torch.equal(other.proj_out.weight, loaded.proj_out.weight)
         assert pipeline.config.boundary_ratio == BOUNDARY
     assert not torch.equal(weights["transformer"], weights["transformer_2"])
+
+
+def test_the_other_transformer_is_kept_as_the_trained_one_is(models: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        models, tmp_path / "run", expert="high", mixed_precision="bf16", base_precision="fp8", offload="block"
+    )
+    family = TrainingFamily.of(settings.model, expert="high")
+    for state in (AcceleratorState, GradientState):
+        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+    trained = make_state(make_accelerator(settings), family, settings, tiny_config(models)).transformer
+    other = family.pipeline(trained, family.load_vae(torch.float32)).transformer_2
+    assert other.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert len(offloading_groups(other.blocks)) == 3
 
 
 def test_the_whole_low_transformer_is_exported_under_its_own_name(models: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
         "hidden": 2,
         "pipes and devices": 1,
     }
-    assert counted({"hidden": 2, "@eaDir": 1}) == "2 hidden, 1 @eaDir"
+    assert counted({"hidden": 2, "@eaDir": 1}) == "hidden: 2, @eaDir: 1"
 
 
 def test_links_are_followed_and_end_where_they_lead_back(tmp_path: Path) -> None:
@@ -90,5 +90,5 @@ def test_what_runs_wrote_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_videos_says_what_is_in_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no video in this folder .*passed over: 1 files of other kinds$"):
+    with pytest.raises(DataError, match=r"no video in this folder .*passed over: files of other kinds: 1$"):
         list_videos(make(tmp_path, "a.zip"))

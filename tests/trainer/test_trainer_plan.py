@@ -241,6 +241,7 @@ def test_the_plan_of_a_published_teacher_needs_no_network_when_features_are_cach
         ),
         ({"crepa_encoder": "/"}, ["crepa_encoder = /", "config.json cannot be read"]),
         ({"crepa_encoder_image_size": 64}, ["crepa_encoder_image_size = 64", "patch size"]),
+        ({"teacher_device": "cuda:97"}, ["teacher_device = cuda:97: this machine has "]),
         ({"lora_targets": ["to_q", "to_z"]}, ["lora_targets: to_z is no layer"]),
         ({"resolutions": [[32, 40]]}, ["resolution 32x40"]),
         ({"task": "image2video"}, ["task = image2video"]),
@@ -292,7 +293,7 @@ def test_what_becomes_of_pictures_and_times_is_said(folder: Path, tmp_path: Path
     text = printed(planned(folder, CrepaConfig(), **sizes))
     for words in (
         "5 clips of 5 videos",
-        "passed over 1 captions without a video",
+        "passed over captions without a video: 1",
         "frame rates 25 (3 videos), 60 (1 video), variable (1 video) a second; frame by frame",
         "cropped portrait.mp4 loses 62% of its picture",
         "enlarged small.mp4 2 times",

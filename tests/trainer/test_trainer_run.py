@@ -167,9 +167,10 @@ def test_an_optimizer_without_the_projector_ends_the_run_before_its_first_step(
     from crepa_trainer import state as student
     from crepa_trainer.families import TrainingFamily
 
-    monkeypatch.setattr(
-        student, "parameter_groups", lambda transformer, *rates: trained_parameters(transformer).values()
-    )
+    def without_projector(transformer: Any, *rates: float) -> list[dict[str, Any]]:
+        return [{"params": [*trained_parameters(transformer).values()], "lr": rates[0]}]
+
+    monkeypatch.setattr(student, "parameter_groups", without_projector)
     settings = tiny_settings(models, tmp_path)
     with pytest.raises(ValueError, match="are not in the optimizer"):
         student.make_state(Accelerator(cpu=True), TrainingFamily.of(settings.model), settings, tiny_config(models))

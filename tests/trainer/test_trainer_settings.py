@@ -58,9 +58,23 @@ def test_a_file_gives_both_settings(tmp_path: Path) -> None:
     assert config == CrepaConfig(crepa_enabled=True, crepa_block_index=1)
 
 
+def test_a_table_of_toml_is_a_mapping_of_arguments(tmp_path: Path) -> None:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in REQUIRED.items()]
+    file = tmp_path / "settings.toml"
+    file.write_text("\n".join([*lines, "[optimizer_args]", "betas = [0.9, 0.99]", "eps = 1e-6"]))
+    settings, _ = load_settings(file, {"seed": 3})
+    assert settings == RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6}, seed=3)
+    file.write_text("\n".join([*lines, "[optimizer_args]", "eps = 2024-01-02"]))
+    with pytest.raises(ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers, text, true"):
+        load_settings(file, {})
+
+
 def test_settings_are_an_immutable_value() -> None:
     settings = RunSettings(**REQUIRED)
     assert hash(settings) == hash(RunSettings(**REQUIRED))
+    given = RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6})
+    assert (hash(given), given != settings) == (hash(RunSettings(**json.loads(given.model_dump_json()))), True)
+    assert pickle.loads(pickle.dumps(given)) == given
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert RunSettings(**settings.model_dump()) == settings
     assert RunSettings(**json.loads(settings.model_dump_json())) == settings
@@ -79,11 +93,13 @@ def test_every_key_is_an_option_over_the_file(tmp_path: Path) -> None:
         *("--ema_decay", "0.9"),
         *("--validation_prompts", '["a red square"]', "--validation_every", "2"),
         *("--resume", "latest"),
+        *("--optimizer", "lion", "--optimizer_args", '{"betas": [0.9, 0.99]}'),
         *("--crepa_lambda", "0.125"),
         config=file,
     )
     assert (settings.seed, settings.resolutions, settings.frame_counts) == (7, ((32, 48),), (5,))
     assert (settings.strict, settings.gradient_checkpointing, settings.ema_decay) == (True, False, 0.9)
+    assert (settings.optimizer, settings.optimizer_args) == ("lion", {"betas": (0.9, 0.99)})
     assert (settings.validation_prompts, settings.resume) == (("a red square",), "latest")
     assert (config.crepa_lambda, config.crepa_adjacent_distance) == (0.125, 2)
     options = {f"--{key}" for key in RunSettings.model_fields}
@@ -165,8 +181,33 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"expert": "middle"}, ['expert = "middle": ', '"high" or "low"']),
     ({"training": "Lora"}, ['training = "Lora": ', '"lora" or "full"']),
     ({"lora_rank": 0}, ["lora_rank = 0: ", ">= 1"]),
+    ({"report_to": [1]}, ["report_to = [1]: ", "a list of names such as"]),
+    ({"lora_type": "lora+"}, ['lora_type = "lora+": ', '"lora", "dora", "rslora", "loha" or "lokr"']),
+    ({"lora_alpha": 0}, ["lora_alpha = 0: ", "a number > 0"]),
+    ({"lora_dropout": 1}, ["lora_dropout = 1: ", "[0, 1)"]),
+    ({"lora_type": "dora", "training": "full"}, ['lora_type = "dora": training = "full" trains all weights']),
+    ({"lora_alpha": 2, "training": "full"}, ['lora_alpha = 2.0: training = "full" trains all weights']),
+    ({"lora_dropout": 0.1, "lora_type": "lokr", "lora_format": "peft"}, ["lora_dropout = 0.1: ", "has none in peft"]),
+    ({"lora_type": "loha"}, ['lora_format = "diffusers": pipelines of stock', 'must be "peft" or "comfyui"']),
+    (
+        {"lora_type": "dora", "lora_format": "both"},
+        ['lora_format = "both": ComfyUI reads lora_type = "dora"'],
+    ),
+    ({"optimizer": "adamv"}, ['optimizer = "adamv": ', '"adamw", "adam", ']),
+    ({"optimizer_args": [1]}, ["optimizer_args = [1]: ", "a mapping such as"]),
+    ({"optimizer": "prodigy"}, ["learning_rate = 0.0001: prodigy finds the step itself", "as a rule 1"]),
+    (
+        {"optimizer": "prodigy", "learning_rate": 1, "projector_learning_rate": 2},
+        ["projector_learning_rate = 2.0: prodigy has one for all", "learning_rate = 1"],
+    ),
+    ({"optimizer": "adamw_schedulefree", "lr_warmup_steps": 3}, ["lr_warmup_steps = 3: ", '{"warmup_steps": ...}']),
+    (
+        {"optimizer": "sgd_schedulefree", "lr_scheduler": "cosine"},
+        ['lr_scheduler = "cosine": sgd_schedulefree needs no'],
+    ),
+    ({"optimizer": "adamw_schedulefree", "ema_decay": 0.9}, ["ema_decay = 0.9: ", "averages the weights itself"]),
     ({"lora_targets": []}, ["lora_targets = []: "]),
-    ({"lora_format": "kohya"}, ['lora_format = "kohya": ', '"diffusers", "comfyui" or "both"']),
+    ({"lora_format": "kohya"}, ['lora_format = "kohya": ', '"diffusers", "comfyui", "both" or "peft"']),
     ({"lora_format": "both", "training": "full"}, ['lora_format = "both": training = "full" trains all weights']),
     ({"lora_targets": "to_q"}, ['lora_targets = "to_q": ', '["to_q", "to_v"]']),
     ({"resolutions": [480, 832]}, ["resolutions = [480, 832]: ", "[[480, 832]]"]),
@@ -185,11 +226,29 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_warmup_steps": 11, "lr_scheduler": "cosine"}, ["lr_warmup_steps = 11: ", "at most max_train_steps = 10"]),
     ({"max_grad_norm": 0}, ["max_grad_norm = 0: "]),
     ({"mixed_precision": "fp8"}, ['mixed_precision = "fp8": ']),
+    ({"base_precision": "int4"}, ['base_precision = "int4": ', '"fp8_dynamic" or "nf4"']),
+    ({"base_precision": "fp8", "training": "full"}, ['base_precision = "fp8": training = "full" keeps all weights']),
+    ({"base_precision": "int8", "mixed_precision": "no"}, ['base_precision = "int8": it computes in bf16']),
+    ({"base_precision": "fp8", "compile_blocks": True}, ['base_precision = "fp8": compile_blocks must be false']),
+    ({"offload": "model"}, ['offload = "model": ', '"none", "block" or "leaf"']),
+    ({"offload": "block", "training": "full"}, ['offload = "block": training = "full" has no frozen weights']),
+    ({"offload": "leaf", "gradient_checkpointing": False}, ['offload = "leaf": ', "must be true"]),
+    ({"offload": "leaf", "compile_blocks": True}, ['offload = "leaf": compile_blocks must be false']),
+    ({"offload": "block", "base_precision": "nf4"}, ['offload = "block": ', "base_precision must be another"]),
+    ({"base_precision": "int8", "lora_type": "dora"}, ['base_precision = "int8": lora_type = "dora" has only been']),
+    (
+        {"offload": "leaf", "lora_type": "loha", "lora_format": "peft"},
+        ['offload = "leaf": lora_type = "loha" has only been'],
+    ),
     ({"sharding": "zero2"}, ['sharding = "zero2": ', 'must be "none" or "fsdp2"']),
     (
         {"sharding": "fsdp2", "mixed_precision": "fp16"},
         ['mixed_precision = "fp16": sharding = "fsdp2" has no gradient scaler'],
     ),
+    ({"sharding": "fsdp2", "optimizer": "lion"}, ['optimizer = "lion": sharding = "fsdp2" needs "adamw" or']),
+    ({"sharding": "fsdp2", "offload": "block"}, ['offload = "block": sharding = "fsdp2" needs "none"']),
+    ({"sharding": "fsdp2", "context_parallel": 2}, ['context_parallel = 2: sharding = "fsdp2" needs 1']),
+    ({"sharding": "fsdp2", "lora_type": "dora"}, ['lora_type = "dora": sharding = "fsdp2" needs "lora" or "rslora"']),
     ({"gradient_checkpointing": 1}, ["gradient_checkpointing = 1: ", "true or false"]),
     ({"ema_decay": 1}, ["ema_decay = 1: ", "[0, 1)"]),
     ({"fps": 0}, ["fps = 0: ", "> 0, at most 1000"]),
@@ -200,6 +259,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_train_steps": 1e30}, ["max_train_steps = 1", "at most 64 bits"]),
     ({"resolutions": [[32, 2**63]]}, ["resolutions = [[32, 9223372036854775808]]: ", "at most 64 bits"]),
     ({"cache_teacher": "pixels"}, ['cache_teacher = "pixels": ', '"frames" or "features"']),
+    ({"cache_teacher_precision": "fp4"}, ['cache_teacher_precision = "fp4": ', '"teacher" or "int8"']),
+    ({"cache_teacher_precision": "int8"}, ['cache_teacher_precision = "int8": ', 'give cache_teacher = "features"']),
+    ({"teacher_device": "gpu"}, ['teacher_device = "gpu": ', "must be a device"]),
+    ({"teacher_device": "cpu", "teacher_offload": True}, ["teacher_offload = true: ", "give one of the two"]),
     ({"checkpoints_kept": 0}, ["checkpoints_kept = 0: "]),
     ({"validation_prompts": [""]}, ['validation_prompts = [""]: ']),
     ({"validation_prompts": ["a cat"]}, ['validation_prompts = ["a cat"]: ', "validation_every is not given"]),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from crepa_trainer.checkpoint import FOLDER
 from crepa_trainer.reporting.trackers import read_metrics
+from crepa_trainer.stopping import stop_kept
 from processes import environment
 from training_runs import TinyClips, command, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
@@ -85,10 +86,11 @@ def test_a_demo_that_a_signal_stopped_begins_anew(tmp_path: Path) -> None:
     try:
         wait(lambda: steps_logged(tmp_path / "demo") >= 1, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=SECONDS)
+        printed, said = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT
+    assert "SIGINT: stopping after this step, with a checkpoint; once more stops at once\n" in printed
     assert said.splitlines()[-1] == "crepa-train: stopped by SIGINT: the demo begins anew when it is started again"
 
 
@@ -104,6 +106,17 @@ with stop_kept() as asked:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "2\n")
+
+
+def test_what_will_come_of_a_signal_is_said_at_once() -> None:
+    said: list[str] = []
+    with stop_kept(said.append) as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + SECONDS
+        while not said and time.monotonic() < end:
+            time.sleep(0.001)
+    assert asked.number == signal.SIGINT
+    assert said == ["SIGINT: stopping after this step, with a checkpoint; once more stops at once"]
 
 
 def test_handlers_are_as_they_were_after_a_run(models: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from crepa_trainer.ui.form import (
     shown_value,
 )
 from crepa_trainer.ui.form_words import field_help, field_label
-from hypothesis import HealthCheck, given, settings
+from crepa_trainer.ui.guard import Folders
+from crepa_trainer.ui.starting import read_settings, saved_name, settings_files
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_kernels.config import CrepaConfig
@@ -58,6 +61,9 @@ def test_labels_are_those_of_crepas_documentation() -> None:
 
 # Other processes take the time, not what is drawn.
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@example(
+    values={"cache_teacher": "true", "lr_scheduler": "1", "crepa_spatial_align": 0, "expert": "null", "data": '"a"'}
+)
 @given(values=st.dictionaries(st.sampled_from(sorted(FIELDS)), _VALUES, max_size=8))
 def test_values_come_back_from_file_command_and_fields(values: dict[str, Any]) -> None:
     assert read_json_text(json_text(values)) == values
@@ -128,3 +134,23 @@ def test_a_command_with_spaces_and_a_typo_is_read() -> None:
     read = read_command_line("crepa-train run --data videos --crepa_lambda 0.3 --crepa_enabled --lerning_rate=1")
     assert read == {"data": "videos", "crepa_lambda": 0.3, "crepa_enabled": True, "lerning_rate": 1}
     assert json.loads(json_text(read)) == read
+
+
+def test_the_page_opens_toml_and_yaml_and_saves_json(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    (tmp_path / "a.toml").write_text('model = "owner/wan"\nlearning_rate = 1e-4\n')
+    (tmp_path / "b.yaml").write_text("model: owner/wan\nlearning_rate: 1e-4\n")
+    (tmp_path / "c.json").write_text('{"model": "owner/wan", "learning_rate": 1e-4}')
+    (tmp_path / "notes.txt").write_text("none")
+    assert settings_files(folders) == ["a.toml", "b.yaml", "c.json"]
+    assert [saved_name(name) for name in (*settings_files(folders), "d.1")] == [
+        "a.json",
+        "b.json",
+        "c.json",
+        "d.1.json",
+    ]
+    for name in settings_files(folders):
+        assert read_settings(folders, name) == {"model": "owner/wan", "learning_rate": 1e-4}
+    (tmp_path / "b.yaml").write_text("model: [")
+    with pytest.raises(ValueError, match=r"^b\.yaml: not YAML: .*line 1"):
+        read_settings(folders, "b.yaml")

@@ -14,13 +14,27 @@ from crepa_trainer.ui.starting import save_settings
 from playwright.sync_api import Page, expect
 from web_pages import PHONE, Server, page_server
 
+COMMIT = "a" * 40
 JSON, COMMAND = "Settings file (JSON)", "Command line"
 
 
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with page_server(tmp_path_factory.mktemp("runs"), folder=models) as served:
-        yield served
+    hub = tmp_path_factory.mktemp("hub")
+    for name, kept in (("whole", "*.json"), ("part", "model_index.json")):
+        folder = hub / f"models--owner--{name}"
+        for file in (models / "wan").rglob(kept):
+            copy = folder / "snapshots" / COMMIT / file.relative_to(models / "wan")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(hub))
+        # A proxy that is not there: what asks the network fails, and its test with it.
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        with page_server(tmp_path_factory.mktemp("runs"), folder=models) as served:
+            yield served
 
 
 def values_of(page: Page) -> dict[str, object]:
@@ -68,6 +82,22 @@ def test_the_quick_setup_of_crepas_documentation(server: Server, models: Path, v
     page.goto(f"{server.address}new?file=first.json")
     expect(page.get_by_label("Vision Encoder", exact=True)).to_have_value("dinov2_vitb14")
     assert values_of(page) == values
+
+
+def test_a_hub_id_is_filled_in_from_the_cache_and_the_network_is_not_asked(
+    server: Server, visit: Callable[..., Page]
+) -> None:
+    page = visit(f"{server.address}new")
+    for name in ("owner/part", "owner/nothing", "no id at all"):
+        fill(page, "Model *", name)
+        page.get_by_label("Model *", exact=True).blur()
+    fill(page, "Model *", "owner/whole")
+    page.get_by_label("Model *", exact=True).blur()
+    expect_json(page, '"crepa_block_index": 8')
+    assert values_of(page) == {
+        "model": "owner/whole", "crepa_block_index": 8, "resolutions": [[480, 832]], "frame_counts": [81],
+    }  # fmt: skip
+    expect(page.get_by_text("Filled in from the model: crepa_block_index, resolutions, frame_counts")).to_be_visible()
 
 
 def test_errors_stand_at_the_field_as_one_types(server: Server, visit: Callable[..., Page]) -> None:

@@ -52,10 +52,17 @@ def test_the_plan_names_what_it_passes_over_and_crops(server: Server, visit: Cal
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("wrong", "valid are 0 to"), ("outside", "outside the folders that this page was started with")]
+    ("name", "language", "said"),
+    [
+        ("wrong", "en", "valid are 0 to"),
+        ("outside", "en", "outside the folders that this page was started with"),
+        ("outside", "ja", "このページに許されたフォルダー"),
+    ],
 )
-def test_a_plan_that_cannot_be_made_says_why(server: Server, visit: Callable[..., Page], name: str, said: str) -> None:
-    page = visit(f"{server.address}plan?file={name}.json")
+def test_a_plan_that_cannot_be_made_says_why(
+    server: Server, visit: Callable[..., Page], name: str, language: str, said: str
+) -> None:
+    page = visit(f"{server.address}plan?file={name}.json", language=language)
     expect(page.get_by_role("alert").get_by_text(said)).to_be_visible()
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +16,8 @@ from typing import Any
 
 import pytest
 from crepa_trainer.control import is_running
+from crepa_trainer.ui.guard import Folders
+from crepa_trainer.ui.starting import resume_run
 from playwright.sync_api import Page, expect
 from run_folders import make_run, run_settings
 from videos import moving_square, write_video
@@ -154,3 +158,48 @@ def test_folders_of_every_kind_are_listed_within_a_second(server: Server, visit:
     expect(page.get_by_role("link", name="damaged")).to_be_visible()
     page.goto(f"{server.address}watch?run=damaged")
     expect(page.get_by_text("Nothing was logged.")).to_be_visible()
+
+
+def relative_run(folder: Path, settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Settings of a run in `folder` as one gives them there."""
+    links = {"models": Path(settings["model"]).parent, "videos": Path(settings["data"])}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    places = {"model": "models/wan", "crepa_encoder": "models/dinov2", "data": "videos", "output": "runs/one"}
+    return {**settings, "matrix_every": 0, **places, **changes}
+
+
+def test_a_run_with_relative_paths_is_known_by_the_folder_it_was_started_in(
+    settings: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    output = make_run(tmp_path / "runs" / "one", **relative_run(tmp_path, settings, data="elsewhere"))
+    folders = Folders(tmp_path / "runs", [models, Path(settings["data"])])
+    # Of one that does not say where, the paths are taken from here on.
+    with pytest.raises(ValueError, match="elsewhere: outside the folders"):
+        resume_run(folders, output, queued=False)
+    about = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**about, "folder": str(tmp_path)}))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/elsewhere: outside the folders"):
+        resume_run(folders, output, queued=False)
+    assert not (output / "run.log").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_relative_paths_is_resumed_from_elsewhere(
+    settings: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    given = relative_run(tmp_path, settings, max_train_steps=2)
+    (tmp_path / "one.json").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "crepa_trainer", "run", "--config", "one.json"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=SECONDS, stdout=subprocess.DEVNULL)
+    output = tmp_path / "runs" / "one"
+    assert json.loads((output / "settings.json").read_text())["data"] == "videos"
+    resume_run(Folders(tmp_path / "runs", [models, Path(settings["data"])]), output, queued=True)
+    wait(lambda: "report in" in (output / "run.log").read_text())
+    wait(lambda: not is_running(output))
+    log = (output / "run.log").read_text()
+    assert f"going on from {output}/checkpoints/step-00000002" in log, log
+    assert json.loads((output / "status.json").read_text())["phase"] == "done"
+    # Once more: the run that was resumed is known where it was resumed from.
+    resume_run(Folders(tmp_path / "runs", [models, Path(settings["data"])]), output, queued=False)
+    wait(lambda: (output / "run.log").read_text().count("report in") == 2)

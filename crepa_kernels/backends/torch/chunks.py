@@ -87,9 +87,7 @@ def plan_chunks(inputs: LossInputs, policy: ChunkPolicy) -> list[Chunk]:
     Frames outside the loss are skipped where the mask is readable; elsewhere all frames are worked on and masked.
     """
     batch, tokens = inputs.batch, num_tokens(inputs.plan.student_grid)
-    first, last = 0, inputs.frames
-    if inputs.token_range is not None:
-        first, last = inputs.token_range[0] // tokens, -(-inputs.token_range[1] // tokens)
+    first, last = inputs.touched_frames.start, inputs.touched_frames.stop
     mask, device = inputs.frame_mask, inputs.hidden_states.device.type
     in_loss = mask.tolist() if mask is not None and policy.readable(mask) else None
     # Where LayerNorm and resampling are one pass, only resampled rows are held; more of them make faster products.

@@ -10,15 +10,17 @@ traced.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...inputs import LossInputs
 from ...neighbours import Relation
-from ...ops.relation import relate_frames_op
+from ...ops.relation import OfRank, relate_frames_op, relate_ranks
 from ...ops.rows import NORM_FLOOR, floored_norm, unfolded_rows
 from ...reduction import reduce_pairs
+from ...transfer import in_touched_frames
 from .autograd import Record, projector_gradients
 from .chunks import Chunk, chunk_policy, plan_chunks
 from .student import GradientRows, Projected, Settings, StudentRows
@@ -35,14 +37,40 @@ def relational_torch(
 
     ``relate``: the operator that compares a clip's rows. ``rows_type``: the type that it is given them in; None: the
     narrowest that PyTorch multiplies into the sums' type.
+
+    Of a shard of tokens it is this rank's share, without ``relate``: the ranks of the group relate their rows together.
     """
     with torch.autocast(inputs.hidden_states.device.type, enabled=False):
         gamma, beta, weight, bias, _ = inputs.projector
+        touched, own = _touched(inputs)
         sums = _ClipSums.apply(
-            inputs.hidden_states, gamma, beta, weight, bias, inputs, relation, relate, rows_type,
-            torch.is_grad_enabled(),
+            touched.hidden_states, gamma, beta, weight, bias, touched, relation, relate, rows_type,
+            torch.is_grad_enabled(), own,
         )  # fmt: skip
         return reduce_pairs(sums, inputs.frame_mask, relation.weights(inputs.frames, like=sums))
+
+
+def _touched(inputs: LossInputs) -> tuple[LossInputs, OfRank | None]:
+    """``inputs`` with the frames alone of which the hidden states have tokens, zeros for those of other ranks."""
+    if inputs.token_range is None or inputs.context_group is None:
+        return inputs, None
+    tokens, touched = inputs.plan.tokens, inputs.touched_frames
+    rows = slice(*(token - touched.start * tokens for token in inputs.token_range))
+    frames = slice(touched.start, touched.stop)
+    index, masks = inputs.frame_index, (inputs.frame_mask, inputs.teacher_mask)
+    frame_mask, teacher_mask = (None if mask is None else mask[:, frames] for mask in masks)
+    of_frames = replace(
+        inputs,
+        hidden_states=in_touched_frames(inputs.hidden_states, inputs.token_range, tokens),
+        teacher_features=inputs.teacher_features[:, frames] if index is None else inputs.teacher_features,
+        frame_index=None if index is None else index[:, frames],
+        frame_mask=frame_mask,
+        teacher_mask=teacher_mask,
+        frames=len(touched),
+        token_range=None,
+        context_group=None,
+    )
+    return of_frames, OfRank(inputs.context_group, touched.start, inputs.frames, rows)
 
 
 class _ClipSums(torch.autograd.Function):
@@ -61,6 +89,7 @@ class _ClipSums(torch.autograd.Function):
         relate: Callable[..., torch.Tensor],
         rows_type: torch.dtype | None,
         grad_enabled: bool,
+        own: OfRank | None,
     ) -> torch.Tensor:
         policy = chunk_policy()
         settings = Settings.of(inputs, policy)
@@ -72,17 +101,21 @@ class _ClipSums(torch.autograd.Function):
         sums = hidden_states.new_zeros(inputs.batch, dtype=student.accum_dtype)
         for clip in range(inputs.batch):
             of_clip = [chunk for chunk in chunks if chunk.clip == clip]
-            if not of_clip:
+            if not of_clip and own is None:
                 continue
-            rows = _ClipRows(inputs, student, of_clip, rows_type)
+            rows = _ClipRows(inputs, student, of_clip, rows_type, whole=own is not None)
             for chunk in of_clip:
                 projected = student.project(chunk)
                 rows.add(chunk, projected, teacher)
                 if keep:
                     record.add(chunk.rows(record.tokens), projected)
             gradient = rows.room_for_gradient(record) if keep else rows.norm.new_empty(0)
-            offsets = relation.offsets(len(rows.z))
-            sums[clip] = relate(rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient)
+            offsets = relation.offsets(len(rows.z) if own is None else own.frames)
+            if own is None:
+                sums[clip] = relate(rows.z, rows.d, list(offsets), list(offsets.values()), relation.margin, gradient)
+            else:
+                rows.keep_only(own.rows)
+                sums[clip] = relate_ranks(rows.z, rows.d, offsets, relation.margin, gradient, own)
             if keep:
                 rows.keep(gradient, record)
         if keep:
@@ -92,11 +125,13 @@ class _ClipSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), *[None] * 5
+        return *projector_gradients(ctx, grad_sums[:, None].expand(-1, ctx.frames)), *[None] * 6
 
 
 class _ClipRows:
     """Rows of a clip from its first frame in the loss to its last; frames between them that are not in it are zero.
+
+    Or of all of the clip's frames, ``whole``.
 
     Attributes:
         z, d: (T', M, E), the student's unit rows, and what they differ from the teacher's by.
@@ -104,9 +139,12 @@ class _ClipRows:
         own: of each chunk, p of the student's own tokens where that was resampled to more.
     """
 
-    def __init__(self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk], dtype: torch.dtype) -> None:
-        self.inputs, self.chunks, self.first, self.policy = inputs, chunks, chunks[0].start, student.policy
-        frames = chunks[-1].stop - self.first
+    def __init__(
+        self, inputs: LossInputs, student: StudentRows, chunks: list[Chunk], dtype: torch.dtype, *, whole: bool = False
+    ) -> None:
+        self.inputs, self.chunks, self.policy = inputs, chunks, student.policy
+        self.first = 0 if whole else chunks[0].start
+        frames = inputs.frames if whole else chunks[-1].stop - self.first
         self.has_holes = frames > sum(chunk.frames for chunk in chunks)
         self.accum_dtype = student.accum_dtype
         shape, like = (frames, inputs.plan.tokens, student.feature_size), inputs.hidden_states
@@ -133,12 +171,18 @@ class _ClipRows:
             z, y = z.where(counted, 0), y.where(counted, 0)
         self.z[frames], self.d[frames] = z, z - y
 
+    def keep_only(self, rows: slice) -> None:
+        """Zeros in all but ``rows`` of the flattened frames."""
+        for tensor in (self.z, self.d):
+            flat = tensor.flatten(0, 1)
+            flat[: rows.start].zero_()
+            flat[rows.stop :].zero_()
+
     def room_for_gradient(self, record: Record) -> torch.Tensor:
         """(T', M, E) in ``accum_dtype``: the clip's own rows of q where they can hold it."""
-        rows = slice(self.chunks[0].row, self.chunks[-1].rows(record.tokens).stop)
         if self.has_holes or record.q.dtype != self.accum_dtype or record.tokens != self.z.shape[1]:
             return self.z.new_empty(self.z.shape, dtype=self.accum_dtype)
-        return record.q[rows].view(self.z.shape)
+        return record.q[self.chunks[0].row : self.chunks[-1].rows(record.tokens).stop].view(self.z.shape)
 
     def keep(self, gradient: torch.Tensor, record: Record) -> None:
         """Records q and numbers of each row; ``gradient`` (T', M, E) is dZ."""

@@ -59,10 +59,15 @@ def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
 
 def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
     """Teacher features on the common grid (B, S, M, E), last axis contiguous, and the frame index still to apply."""
-    teacher, index, plan = inputs.teacher_features, inputs.frame_index, inputs.plan
+    teacher, index, plan, taught = inputs.teacher_features, inputs.frame_index, inputs.plan, inputs.taught_frames
+    if index is None and len(taught) < inputs.frames:
+        # The others are nobody's: they are those at the ends.
+        teacher = teacher[:, taught.start : taught.stop]
+        frame = torch.arange(inputs.frames, device=teacher.device)
+        index = (frame.clamp(taught.start, taught.stop - 1) - taught.start).expand(inputs.batch, -1)
     if plan.teacher != "keep":
         with torch.no_grad():
-            if index is not None:
+            if index is not None and teacher.shape[1] > inputs.frames:
                 teacher, index = frames_at(teacher, index), None
             kind = _resampled_type(teacher.dtype, inputs.compute_dtype)
             teacher = plan.align(teacher.to(kind), "teacher")

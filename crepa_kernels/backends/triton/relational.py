@@ -24,8 +24,11 @@ relate_tiles_op = ops.relate_tiles.default
 
 
 def relational_triton(inputs: LossInputs, relation: Relation) -> Tensor:
-    """The relational loss of ``inputs``; differentiable once. Squares are the same products by features everywhere."""
-    if relation.margin is None:
+    """The relational loss of ``inputs``; differentiable once. Squares are the same products by features everywhere.
+
+    So are tiles of tokens that other ranks have, which are shared out among them.
+    """
+    if relation.margin is None or inputs.context_group is not None:
         return relational_torch(inputs, relation)
     return relational_torch(inputs, relation, relate_tiles_op, inputs.compute_dtype)
 

@@ -145,7 +145,7 @@ def prefers_triton(inputs: LossInputs) -> bool:
 def prefers_pair_tiles(inputs: LossInputs, relation: Relation) -> bool:
     """``prefers_triton`` for the relational loss: its kernels are those of a margin, checked against ``torch``'s."""
     h = inputs.hidden_states
-    if relation.margin is None or _ruled_out(h.device, h.dtype):
+    if relation.margin is None or inputs.context_group is not None or _ruled_out(h.device, h.dtype):
         return False
     weight = inputs.projector.weight
     features = int(h.shape[-1]) if weight is None else weight.shape[0]

@@ -16,11 +16,21 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crepa_kernels.teachers.cache import DamagedFile, check_whole, file_name, read_tensors, write_tensors
+from crepa_kernels.teachers import TeacherFeatures
+from crepa_kernels.teachers.cache import (
+    DamagedFile,
+    check_whole,
+    file_name,
+    packed,
+    read_tensors,
+    unpacked,
+    write_tensors,
+)
 from crepa_kernels.teachers.clips import ClipLengths, encode_clips
 from crepa_kernels.teachers.encoding import FrameEncoder
 
 from ..ranks import wait_for_all
+from ..terminal import several
 from .clips import read_clips
 from .dataset import Bucket, ClipKey, FoundClips, caption_file, find_clips, fit_again, listed, skip_video, tell_skipped
 from .files import remember_frames, remove_abandoned
@@ -32,8 +42,9 @@ if TYPE_CHECKING:
 
     from ..families import Text, TrainingFamily
     from ..settings import RunSettings
+    from .shares import Share
 
-__all__ = ["Bucket", "CachedClips", "ClipKey", "prepare_cache"]
+__all__ = ["Bucket", "CachedClips", "ClipKey", "fill_share", "prepare_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +89,7 @@ class CachedClips(Dataset[dict[str, Tensor]]):
         item = {"index": torch.tensor(index)}
         files = self.files[index]
         for path in [files.latents] if self.without_teacher else files.of_pixels:
-            item |= _read_or_remove(path)
+            item |= unpacked(_read_or_remove(path))
         return item | _in_fp32(_read_or_remove(files.text))
 
 
@@ -110,7 +121,7 @@ def prepare_cache(
     devices the text encoder and the teacher in bf16. A damaged or half-written file is named and made again. A video
     that cannot be decoded is named, skipped and counted.
 
-    found: the result of `find_clips`, where it is at hand.
+    found: the result of `find_clips`, where it is at hand and what it skipped has been said.
 
     Raises:
         ValueError: as `find_clips`; with `settings.strict` also a video that cannot be decoded, or of which the VAE or
@@ -118,33 +129,50 @@ def prepare_cache(
             share.
         OSError: the folder cannot be written.
     """
-    found = find_clips(settings, family) if found is None else found
-    videos = found.videos
+    if found is None:
+        found = find_clips(settings, family)
+        tell_skipped(found.skipped, found.videos + len(found.skipped))
     names = CacheNames(settings, config, family, device, found)
-    state = PartialState()
-    if state.is_main_process:
-        remove_abandoned(settings.cache_folder)
-    filler = _Filler(state, console, names)
-    files = {key: names.files(key) for key in found.keys}
-    skipped, lengths = filler.encode_videos(files)
-    if lengths:
-        # Videos that have fewer frames than their containers say: the clips that fit into them.
-        shorter = fit_again(found, lengths, settings)
-        skipped |= {path: shorter.skipped[path] for path in shorter.skipped.keys() - found.skipped.keys()}
-        files = {key: names.files(key) for key in shorter.keys}
-        skipped |= filler.encode_videos(files)[0]
-    tell_skipped(skipped, videos)
-    clips = {key: each for key, each in files.items() if all(path.is_file() for path in each.of_pixels)}
+    filler = _Filler(PartialState(), console, names)
+    clips, skipped = filler.encode_clips()
     _check_shared(clips, settings.cache_folder)
     if not clips:
-        raise DataError(f"no usable clip in {videos} video(s): {listed(map(': '.join, skipped.items()))}")
+        raise DataError(
+            f"no usable clip in {several(found.videos, 'video')}: {listed(map(': '.join, skipped.items()))}"
+        )
     prompts = _validation_texts(settings.validation_prompts, clips, names)
-    captions = [
-        _Text(key.caption, _source(key, found.folder, family), each.text, each.latents) for key, each in clips.items()
-    ]
-    filler.encode_texts([*captions, *prompts])
+    filler.encode_texts([*_captions(clips, names), *prompts])
     embeddings = [_in_fp32(_read_or_remove(text.file)) for text in prompts]
     return CachedClips(list(clips), list(clips.values()), embeddings[0] if prompts else None, embeddings[1:])
+
+
+def fill_share(
+    settings: RunSettings,
+    config: CrepaConfig,
+    family: TrainingFamily,
+    device: torch.device,
+    console: Console,
+    found: FoundClips,
+    share: Share,
+) -> None:
+    """Encodes what one share has of what `prepare_cache` would; other shares may be at work in the same folder.
+
+    Where texts are read with a clip's first frame, those of validation prompts are left to the run, which alone knows
+    the clips that all shares made.
+
+    found: the result of `find_clips` for this share. Raises ValueError and OSError as `prepare_cache`.
+    """
+    names = CacheNames(settings, config, family, device, found)
+    filler = _Filler(PartialState(), console, names)
+    clips, _ = filler.encode_clips()
+    _check_shared(clips, settings.cache_folder)
+    others = [NEGATIVE_PROMPT, *settings.validation_prompts] if settings.validation_prompts else []
+    if family.text_image_parts:
+        texts = [*_captions(clips, names), *(_prompt(each, names) for each in others[:1] if share.has(each))]
+    else:
+        prompts = share.prompts(found.captions, others, {key.caption for key in clips})
+        texts = [_prompt(each, names, video) for each, video in prompts.items()]
+    filler.encode_texts(texts)
 
 
 @dataclass(frozen=True)
@@ -169,12 +197,25 @@ def clip_of_prompt(number: int, clips: int) -> int:
     return number % clips
 
 
+def _captions(clips: Mapping[ClipKey, ClipFiles], names: CacheNames) -> list[_Text]:
+    """Those of clips whose latents are there."""
+    folder, family = names.found.folder, names.family
+    return [_Text(key.caption, _source(key, folder, family), each.text, each.latents) for key, each in clips.items()]
+
+
+def _prompt(prompt: str, names: CacheNames, video: str | None = None) -> _Text:
+    """A text of its prompt alone, which may be the caption of a video."""
+    source = f"validation prompt {prompt!r}" if prompt != NEGATIVE_PROMPT else "the empty prompt"
+    source = source if video is None else str(caption_file(names.found.folder / video))
+    return _Text(prompt, source, names.text(prompt), None)
+
+
 def _validation_texts(prompts: Sequence[str], clips: dict[ClipKey, ClipFiles], names: CacheNames) -> list[_Text]:
     """The negative prompt and the validation prompts, or nothing where there are none."""
     if not prompts:
         return []
     keys = list(clips)
-    texts = [_Text(NEGATIVE_PROMPT, "the empty prompt", names.text(NEGATIVE_PROMPT), None)]
+    texts = [_prompt(NEGATIVE_PROMPT, names)]
     for number, prompt in enumerate(prompts):
         key = keys[clip_of_prompt(number, len(keys))]
         texts.append(_Text(prompt, f"validation prompt {prompt!r}", names.text(prompt, key), clips[key].latents))
@@ -217,13 +258,14 @@ class _Encoders:
         return family.encode_clip(vae, pixels, None if images is None else images.to(device))
 
     def teacher_side(self, pixels: Tensor, bucket: Bucket) -> dict[str, Tensor]:
-        config, family = self.names.config, self.names.family
-        if self.names.settings.cache_teacher == "frames":
+        config, family, settings = self.names.config, self.names.family, self.names.settings
+        if settings.cache_teacher == "frames":
             return {"pixels": pixels[teacher_frames(config, family, bucket)]}
-        teacher = self._once("teacher", lambda: FrameEncoder.from_config(config))
+        place, offload = settings.teacher_device, settings.teacher_offload
+        teacher = self._once("teacher", lambda: FrameEncoder.from_config(config, device=place, offload=offload))
         lengths = ClipLengths.of(None, 1, len(pixels), family.layout(bucket))
         features, grid = encode_clips(teacher, pixels[None], lengths, config.crepa_frame_map, self.names.device)
-        return {"features": features[0], "feature_grid": torch.tensor(grid)}
+        return packed(TeacherFeatures(features[0], grid), settings.cache_teacher_precision)
 
 
 @dataclass
@@ -236,6 +278,24 @@ class _Filler:
 
     def __post_init__(self) -> None:
         self.family, self.device = self.names.family, self.names.device
+
+    def encode_clips(self) -> tuple[dict[ClipKey, ClipFiles], dict[str, str]]:
+        """Makes what is missing of the clips that were found. Returns those that are there, and the videos that were
+        skipped with the reason, each of which is logged.
+        """
+        settings, found = self.names.settings, self.names.found
+        if self.state.is_main_process:
+            remove_abandoned(settings.cache_folder)
+        files = {key: self.names.files(key) for key in found.keys}
+        skipped, lengths = self.encode_videos(files)
+        if lengths:
+            # Videos that have fewer frames than their containers say: the clips that fit into them.
+            shorter = fit_again(found, lengths, settings)
+            skipped |= {path: shorter.skipped[path] for path in shorter.skipped.keys() - found.skipped.keys()}
+            files = {key: self.names.files(key) for key in shorter.keys}
+            skipped |= self.encode_videos(files)[0]
+        tell_skipped(skipped, found.videos)
+        return {key: each for key, each in files.items() if all(path.is_file() for path in each.of_pixels)}, skipped
 
     def encode_texts(self, texts: Sequence[_Text]) -> None:
         """Makes those that are missing, of clips whose latents are there.
@@ -255,7 +315,8 @@ class _Filler:
                 continue
             if parts is None:
                 parts = self.family.load_text(encoder_type(self.device)).to(self.device)
-            for text, embedding in zip(share, self._embeddings(parts, share), strict=True):
+            for text in share:
+                embedding = self._embedding(parts, text)
                 if not _finite(embedding):
                     raise DataError(f"{text.source}: the text encoder makes NaN or infinity of it")
                 write_tensors(text.file, embedding)
@@ -264,13 +325,9 @@ class _Filler:
             release_memory()
         self._tell_encoded(len(texts), "caption")
 
-    def _embeddings(self, parts: Any, texts: Sequence[_Text]) -> Iterable[Text]:
-        if not self.family.text_image_parts:
-            return self.family.encode_text(parts, [text.prompt for text in texts])
-        return (self._of_clip(parts, text) for text in texts)
-
-    def _of_clip(self, parts: Any, text: _Text) -> Text:
-        if text.clip is None:
+    def _embedding(self, parts: Any, text: _Text) -> Text:
+        # Alone: beside others in a batch its last bits would be of the company, and no file the same again.
+        if text.clip is None or not self.family.text_image_parts:
             return self.family.encode_text(parts, [text.prompt])[0]
         return self.family.encode_text_of_clip(parts, text.prompt, _read_or_remove(text.clip)["first_frame"])
 
@@ -351,7 +408,7 @@ class _Filler:
     def _tell_encoded(self, number: int, what: str) -> None:
         """Logs how many there are now that were missing."""
         if number:
-            logger.info("encoded %d %s%s into %s", number, what, "s" * (number != 1), self.names.folder)
+            logger.info("encoded %s into %s", several(number, what), self.names.folder)
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from crepa_kernels.config import ConfigError
 from crepa_kernels.config.rules import describe
 
+from ..terminal import several
 from .files import content_identity, remembered_frames
 from .listing import list_videos
 from .video import DataError, VideoError, VideoInfo, probe_video
@@ -22,6 +23,7 @@ from .video import DataError, VideoError, VideoInfo, probe_video
 if TYPE_CHECKING:
     from ..families import TrainingFamily
     from ..settings import RunSettings
+    from .shares import Share
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Bucket:
     frames: int
 
     def __str__(self) -> str:
-        return f"{self.frames} frames of {self.height}x{self.width}"
+        return f"{several(self.frames, 'frame')} of {self.height}x{self.width}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class FoundClips:
     """The clips of a run, in the order of their videos' names, and the videos that gave none with the reason.
 
     `contents`: by what the content of each video that clips are cut from is known; `infos`: what it is like;
-    `passed_over`: how many files and folders of each kind are no videos to train on.
+    `passed_over`: how many files and folders of each kind are no videos to train on; `captions`: of every video of the
+    folder, also where the clips are those of a share of them.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class FoundClips:
     contents: Mapping[str, str]
     infos: Mapping[str, VideoInfo] = field(default_factory=dict)
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def videos(self) -> int:
@@ -82,11 +86,13 @@ class FoundClips:
         return {bucket: used.count(bucket) for bucket in sorted(set(used))}
 
 
-def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
+def find_clips(settings: RunSettings, family: TrainingFamily, share: Share | None = None) -> FoundClips:
     """Clips of the videos below `settings.data`; of each video its first frame is decoded and no other.
 
     A video takes the resolution of the nearest aspect ratio, of those the largest that it fills, and the largest
-    frame count that it has. One that cannot be used is named and skipped, or with `settings.strict` a VideoError.
+    frame count that it has. One that cannot be used is skipped, or with `settings.strict` a VideoError.
+
+    share: of which alone videos are opened, and which may have none; None for all.
 
     Raises:
         ConfigError: (a ValueError) sizes or frame counts that the model cannot make, all in one; validation prompts
@@ -97,9 +103,10 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
     _check_buckets(settings, family)
     _check_validation_prompts(settings, family)
     listing = list_videos(settings.data, (settings.output, settings.cache_folder))
-    videos = listing.videos
-    captions = read_captions(videos)
+    captions = read_captions(listing.videos)
     _check_captions(captions, family)
+    names = {path: path.relative_to(settings.data).as_posix() for path in listing.videos}
+    videos = [path for path in listing.videos if share is None or share.has(names[path])]
     keys: list[ClipKey] = []
     skipped: dict[str, str] = {}
     contents: dict[str, str] = {}
@@ -111,7 +118,7 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
                 # Asked for: with `strict` no error either.
                 skipped[str(path)] = f'HDR ({info.hdr}), and hdr is "skip"'
                 continue
-            content, name = content_identity(path), path.relative_to(settings.data).as_posix()
+            content, name = content_identity(path), names[path]
             shown = remembered_frames(settings.cache_folder, content, settings.fps)
             # One that fits nowhere is left out when it is encoded, as in the run's first start.
             if shown is not None and shown >= min(settings.frame_counts):
@@ -121,11 +128,11 @@ def find_clips(settings: RunSettings, family: TrainingFamily) -> FoundClips:
             skip_video(skipped, path, error, strict=settings.strict)
             continue
         contents[name], infos[name] = content, info
-    tell_skipped(skipped, len(videos))
-    if not keys:
+    if not keys and share is None:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
-        raise DataError(f"no usable clip in {len(videos)} video(s): {reasons or settings.data}")
-    return FoundClips(settings.data, tuple(keys), skipped, contents, infos, listing.passed_over)
+        raise DataError(f"no usable clip in {several(len(videos), 'video')}: {reasons or settings.data}")
+    texts = {names[path]: caption for path, caption in captions.items()}
+    return FoundClips(settings.data, tuple(keys), skipped, contents, infos, listing.passed_over, texts)
 
 
 def _clips_of(name: str, info: VideoInfo, caption: str, settings: RunSettings) -> list[ClipKey]:
@@ -154,7 +161,8 @@ def fit_again(found: FoundClips, lengths: Mapping[str, int], settings: RunSettin
             skip_video(skipped, path, error, strict=settings.strict)
         else:
             bucket = clips[name][0].bucket
-            logger.warning("%s shows %d frames, its container says %d: its clips are %s", path, frames, said, bucket)
+            shown = several(frames, "frame")
+            logger.warning("%s shows %s, its container says %d: its clips are %s", path, shown, said, bucket)
     keys = tuple(key for each in clips.values() for key in each)
     return replace(found, keys=keys, infos=infos, skipped=skipped)
 
@@ -171,7 +179,7 @@ def tell_skipped(skipped: Mapping[str, str], videos: int) -> None:
     for path, reason in skipped.items():
         logger.warning("skipped %s: %s", path, reason)
     if skipped:
-        logger.warning("%d of %d videos skipped", len(skipped), videos)
+        logger.warning("%d of %s skipped", len(skipped), several(videos, "video"))
 
 
 def _check_buckets(settings: RunSettings, family: TrainingFamily) -> None:
@@ -191,7 +199,7 @@ def _check_captions(captions: Mapping[Path, str], family: TrainingFamily) -> Non
     problems = {caption_file(path): _problem(family.check_prompt, text) for path, text in captions.items()}
     found = [f"{file}: {problem}" for file, problem in problems.items() if problem]
     if found:
-        raise DataError(f"{len(found)} of {len(captions)} captions cannot be used: {listed(found)}")
+        raise DataError(f"{len(found)} of {several(len(captions), 'caption')} cannot be used: {listed(found)}")
 
 
 def _problem(check: Callable[[T], None], value: T) -> str | None:
@@ -227,7 +235,8 @@ def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
         except (OSError, ValueError) as error:
             problems.append(f"{file} {error.strerror if isinstance(error, OSError) else error}")
     if problems:
-        raise DataError(f"{len(problems)} of {len(videos)} videos have no caption beside them: {listed(problems)}")
+        of = several(len(videos), "video")
+        raise DataError(f"no caption beside {len(problems)} of {of}: {listed(problems)}")
     return captions
 
 
@@ -258,7 +267,7 @@ def choose_bucket(info: VideoInfo, resolutions: Sequence[tuple[int, int]], frame
     """
     counts = [count for count in frame_counts if count <= info.frames]
     if not counts:
-        raise VideoError(f"{info.frames} frames, the shortest clip needs {min(frame_counts)}")
+        raise VideoError(f"{several(info.frames, 'frame')}, the shortest clip needs {min(frame_counts)}")
 
     def preference(size: tuple[int, int]) -> tuple[float, bool, int]:
         height, width = size

@@ -58,7 +58,7 @@ def list_videos(folder: Path, ours: tuple[Path, ...] = ()) -> Listing:
 
 def counted(kinds: Mapping[str, int]) -> str:
     """How many of each kind, in one line."""
-    return ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    return ", ".join(f"{kind}: {number:,}" for kind, number in kinds.items())
 
 
 class _Search:

@@ -45,6 +45,11 @@ def teacher_is_encoder(config: CrepaConfig) -> bool:
     return config.crepa_enabled and config.crepa_feature_source == "encoder" and max(config.crepa_lambda, end) > 0
 
 
+def teacher_device(settings: RunSettings, device: torch.device) -> torch.device:
+    """Where the teacher runs, of a model that is trained on `device`."""
+    return device if settings.teacher_device is None else torch.device(settings.teacher_device)
+
+
 def teacher_frames(config: CrepaConfig, family: TrainingFamily, bucket: Bucket) -> list[int]:
     """The pixel frames of a clip that the teacher needs to see, in order."""
     layout = family.layout(bucket)
@@ -69,6 +74,11 @@ class CacheNames:
     def folder(self) -> Path:
         return self.settings.cache_folder
 
+    @property
+    def teacher_device(self) -> torch.device:
+        """Where the teacher runs, in whose type its features are."""
+        return teacher_device(self.settings, self.device)
+
     def files(self, key: ClipKey) -> ClipFiles:
         bucket = key.bucket
         clip = {
@@ -78,8 +88,9 @@ class CacheNames:
             **self._rate,
         }
         latents = self.folder / "latents" / file_name({**clip, "family": self.family.name, **self._encoders_of_clips})
-        teacher = TeacherCache(self.folder / "teacher").path({**clip, **self._teacher(bucket)})
-        return ClipFiles(latents, teacher if teacher_is_encoder(self.config) else None, self.text(key.caption, key))
+        teacher = TeacherCache(self.folder / "teacher", self.settings.cache_teacher_precision)
+        taught = teacher.path({**clip, **self._teacher(bucket)})
+        return ClipFiles(latents, taught if teacher_is_encoder(self.config) else None, self.text(key.caption, key))
 
     def text(self, prompt: str, key: ClipKey | None = None) -> Path:
         """The file of a prompt's embedding for a clip; the same for all clips where their first frames are not read.
@@ -122,7 +133,7 @@ class CacheNames:
     @cached_property
     def _encoder(self) -> tuple[list[Any], int | None]:
         encoder = named_encoder(self.config.crepa_encoder)
-        return [*encoder_identity(encoder), str(encoder.dtype(self.device))], encoder.patch_size
+        return [*encoder_identity(encoder), str(encoder.dtype(self.teacher_device))], encoder.patch_size
 
     def _teacher(self, bucket: Bucket) -> dict[str, Any]:
         if not teacher_is_encoder(self.config):

@@ -19,6 +19,7 @@ from av.format import Flags
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
+from ..terminal import several
 from .color import to_rgb, transfer
 from .whole import boxes, what_is_cut_off
 
@@ -45,7 +46,7 @@ class EndsEarly(VideoError):
     """A video can be decoded without an error, and shows but `frames` frames."""
 
     def __init__(self, frames: int, needed: int) -> None:
-        super().__init__(f"ends after {frames} frames, a clip of it needs {needed}")
+        super().__init__(f"ends after {several(frames, 'frame')}, a clip of it needs {needed}")
         self.frames = frames
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..terminal import several
 from .evaluation import LEVELS, Alignment, Answers
 
 ENDS = 10
@@ -62,7 +63,9 @@ def ends(rows: Sequence[dict[str, float]], key: str) -> Ends:
 
 def print_summary(console: Console, summary: Summary, noise_time: float) -> None:
     """The table, with what each number was measured on below it."""
-    table = Table(title=f"CREPA on {summary.clips} clips, {summary.steps} steps", title_justify="left")
+    table = Table(
+        title=f"CREPA on {several(summary.clips, 'clip')}, {several(summary.steps, 'step')}", title_justify="left"
+    )
     table.add_column()
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
@@ -93,7 +96,7 @@ def print_summary(console: Console, summary: Summary, noise_time: float) -> None
     table.add_row("frames decoded by the VAE", "", str(summary.frames_decoded))
     table.add_row("videos skipped", "", str(summary.videos_skipped))
     console.print(table)
-    notes = [f"(a) mean of the first and last {summary.ends} steps, noise level drawn anew each step"]
+    notes = [f"(a) mean of the first and last {several(summary.ends, 'step')}, noise level drawn anew each step"]
     if summary.after:
         notes += [
             f"(b) the training clips at one fixed noise of level {noise_time:g}, before and after training",
@@ -101,7 +104,7 @@ def print_summary(console: Console, summary: Summary, noise_time: float) -> None
             "    frame, scores on (b): neither looks at the clip",
             "(d) as (b), the teacher's patches in random order within each frame",
         ]
-    notes.append(f"(e) median of {summary.timed_steps} steps each, taken in turns after training")
+    notes.append(f"(e) median of {several(summary.timed_steps, 'step')} each, taken in turns after training")
     if compared:
         levels = ", ".join(f"{level:g}" for level in LEVELS)
         notes += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -39,9 +39,12 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         text_parts: parts of its folder that only encode text.
         text_keys: what is kept of the first values of the pipeline's `encode_prompt`, in their order, by the names in a
             text, with the argument of the pipeline's call that takes each.
+        text_widths: keys of the transformer's config that say how wide the tensors of a text are, by their names in it.
         one_prompt_at_a_time: whether texts are encoded one by one.
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
+        shares_tokens: whether diffusers trains it with the tokens of a clip shared out over processes: its class has a
+            plan for that, and no attention to text of another length in it.
         lora_targets: attention projections that get a LoRA when the settings name none.
         original_names: layers by the names of the checkpoints that diffusers' were converted from, which ComfyUI has;
             a * is a block's number and what is the same after it. Layers with one original name are parts of one
@@ -58,8 +61,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     pipelines: ClassVar[Mapping[str, str]]
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     text_keys: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
+    text_widths: ClassVar[Mapping[str, str]]
     one_prompt_at_a_time: ClassVar[bool] = False
     encodes_first_frame: ClassVar[bool] = False
+    shares_tokens: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     original_names: ClassVar[Mapping[str, str] | None] = None
     known: ClassVar[dict[str, type[TrainingFamily]]] = {}
@@ -72,13 +77,23 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
     ) -> None:
         super().__init__(configs)
         self.model, self.task, self.expert = model, task, expert
+        self._place: Callable[[Any], None] | None = None
+        self._loading: dict[str, Any] = {}
         self._check_task()
 
     @classmethod
     def of(
-        cls, model: str, task: str = "text2video", family: str | None = None, expert: str | None = None
+        cls,
+        model: str,
+        task: str = "text2video",
+        family: str | None = None,
+        expert: str | None = None,
+        *,
+        cached: bool = False,
     ) -> TrainingFamily:
         """The family of a pipeline folder or hub id, from its configs; no weights are loaded.
+
+        cached: those of a hub id are read from the cache on this machine alone.
 
         Raises:
             ValueError: not a pipeline, a part or a file of weights that is missing, a transformer or VAE class of no
@@ -87,7 +102,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         """
         if task not in TASKS:
             raise ValueError(f"task = {task}: valid are {', '.join(TASKS)}")
-        index = read_config(model)
+        index = read_config(model, cached=cached)
         transformer = index.get("transformer") or [None, None]
         found = {each.transformer_class: each for each in cls.known.values()}.get(transformer[1])
         if found is None:
@@ -117,10 +132,10 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         vaes, vae = next(row.vaes for row in FAMILIES if row.name == found.name), index["vae"][1]
         if vae not in vaes:
             raise ValueError(f"{model}: its VAE is an {vae}; {found.name} needs an {' or '.join(vaes)}")
-        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler")}
+        configs = {"pipeline": index, "scheduler": read_config(model, "scheduler", cached=cached)}
         for part, folder, kind in (("transformer", trained, found.transformer_class), ("vae", "vae", vae)):
             # A folder that was saved by an older diffusers lacks what was added since.
-            configs[part] = {**constructor_defaults(kind), **read_config(model, folder)}
+            configs[part] = {**constructor_defaults(kind), **read_config(model, folder, cached=cached)}
             # diffusers would give it random weights where the names differ.
             if (own := configs[part].get("_class_name", kind)) != kind:
                 raise ValueError(f"{model}: {folder} is an {own}, where its model_index.json has {kind}")
@@ -153,13 +168,24 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
                 f"frame count {bucket.frames}: the first latent frame is the given image's, and none is left to predict"
             )
 
-    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The transformer, frozen, in train mode."""
-        return self._load(self.transformer_part, dtype).train()
+    def dense(self) -> TrainingFamily:
+        """The same with attention of every token to every other, where a model's own needs a GPU."""
+        return self
 
-    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    def load_transformer(
+        self, dtype: torch.dtype, place: Callable[[Any], None] | None = None, **loading: Any
+    ) -> torch.nn.Module:
+        """The transformer, frozen, in train mode.
+
+        loading: further arguments of `from_pretrained`, also for what else a pipeline samples with. `place`: brings
+        that to its device, in place of `.to`.
+        """
+        self._place, self._loading = place, loading
+        return self._load(self.transformer_part, dtype, **loading).train()
+
+    def _load(self, part: str, dtype: torch.dtype, **loading: Any) -> torch.nn.Module:
         model: torch.nn.Module = _diffusers(self.transformer_class).from_pretrained(
-            self.model, subfolder=part, torch_dtype=dtype
+            self.model, subfolder=part, torch_dtype=dtype, **loading
         )
         return model.requires_grad_(False)
 
@@ -258,6 +284,22 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         if self.encodes_first_frame and self.task == "image2video":
             encoded["image_latents"] = self.encode_latents(vae, pixels[None, :1])[0]
         return encoded
+
+    def blank_clip(self, bucket: ClipSize) -> dict[str, Tensor]:
+        """Zeros in the shapes of what `encode_clip` gives of a clip of this size for `noisy` and `predict`."""
+        channels, _, height, width = self.latent_shape(bucket)
+        layout = self.layout(bucket)
+        blank = {"latents": torch.zeros(channels, layout.frames * layout.patch, height, width)}
+        if self.encodes_first_frame and self.task == "image2video":
+            blank["image_latents"] = blank["latents"][:, :1].clone()
+        return blank
+
+    def blank_text(self) -> dict[str, Tensor]:
+        """Zeros in the shapes of the longest text that is read, as `CachedClips` gives one; nothing of it is masked."""
+        length, config = self.text_limits["tokenizer"], self.configs["transformer"]
+        blank = {name: torch.zeros(config[key]) for name, key in self.text_widths.items()}
+        blank["text"] = torch.zeros(length, config[self.text_widths["text"]])
+        return blank | ({"text_mask": torch.ones(length, dtype=torch.bool)} if "text_mask" in self.text_keys else {})
 
     def decode(self, vae: torch.nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, P, 3, H, W) in [0, 1] of clean latents (B, C, T, h, w), as the pipeline decodes them."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..terminal import several
 from .base import TrainingFamily
 from .noise import NoisyLatents
 from .sizes import ClipSize
@@ -24,6 +25,7 @@ class CogVideoXFamily(TrainingFamily):
     """v-prediction at the integer timesteps of the pipeline's scheduler; an image comes in channels of its own."""
 
     name = "cogvideox"
+    text_widths: ClassVar = {"text": "text_embed_dim"}
     encodes_first_frame = True
     transformer_class = "CogVideoXTransformer3DModel"
     pipelines: ClassVar = {"text2video": "CogVideoXPipeline", "image2video": "CogVideoXImageToVideoPipeline"}
@@ -50,8 +52,8 @@ class CogVideoXFamily(TrainingFamily):
         fits = (bucket.frames, bucket.height, bucket.width) == (frames, height, width)
         if config["use_learned_positional_embeddings"] and not fits:
             raise ValueError(
-                f"{bucket.height}x{bucket.width} with {bucket.frames} frames: {self.model} has learned positions for "
-                f"{height}x{width} with {frames} frames alone"
+                f"{bucket.height}x{bucket.width} with {several(bucket.frames, 'frame')}: {self.model} has learned "
+                f"positions for {height}x{width} with {frames} frames alone"
             )
 
     @property

@@ -16,8 +16,10 @@ _CONFIGS = {
 }
 
 
-def read_config(model: str, part: str | None = None) -> Mapping[str, Any]:
+def read_config(model: str, part: str | None = None, *, cached: bool = False) -> Mapping[str, Any]:
     """The config of a part ("transformer", "vae", "scheduler"), or without one the pipeline's model_index.json.
+
+    cached: a hub id's from the cache on this machine alone.
 
     Raises:
         ValueError: neither a folder nor a hub id, or the file is not there or cannot be read.
@@ -34,7 +36,7 @@ def read_config(model: str, part: str | None = None) -> Mapping[str, Any]:
         raise ValueError(f"model = {model}: no such folder, and not a hub id (owner/name)")
     try:
         reader: Any = getattr(diffusers, loader)
-        config: Mapping[str, Any] = reader.load_config(model, subfolder=part)
+        config: Mapping[str, Any] = reader.load_config(model, subfolder=part, local_files_only=cached)
     except OSError as error:
         raise ValueError(f"{model}: {where} cannot be read: {error}") from error
     return config

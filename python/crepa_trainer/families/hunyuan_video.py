@@ -80,6 +80,7 @@ class HunyuanVideoFamily(TrainingFamily):
         "text_pooled": "pooled_prompt_embeds",
         "text_mask": "prompt_attention_mask",
     }
+    text_widths: ClassVar = {"text": "text_embed_dim", "text_pooled": "pooled_projection_dim"}
     encodes_first_frame = True
     depth = ("num_layers", "num_single_layers")
     pixel_multiple = 16

@@ -29,6 +29,7 @@ class Kandinsky5Family(TrainingFamily):
     text_parts: ClassVar = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     text_limits: ClassVar = {"tokenizer": 512, "tokenizer_2": CLIP_TOKENS}  # 512: the pipelines' default
     text_keys: ClassVar = {"text": "prompt_embeds_qwen", "pooled": "prompt_embeds_clip"}
+    text_widths: ClassVar = {"text": "in_text_dim", "pooled": "in_text_dim2"}
     # A shorter prompt beside a longer one would be filled up with tokens that are attended to.
     one_prompt_at_a_time = True
     encodes_first_frame = True
@@ -67,6 +68,10 @@ class Kandinsky5Family(TrainingFamily):
                 f"{self.model} attends sparsely (attention_type = nabla), which has no backward on a CPU: train it on "
                 "a GPU"
             )
+
+    def dense(self) -> TrainingFamily:
+        transformer = {**self.configs["transformer"], "attention_type": "regular"}
+        return type(self)(self.model, self.task, {**self.configs, "transformer": transformer}, self.expert)
 
     def check_bucket(self, bucket: ClipSize) -> None:
         super().check_bucket(bucket)

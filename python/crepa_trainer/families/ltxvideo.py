@@ -29,6 +29,7 @@ class LtxVideoFamily(TrainingFamily):
         "time_embed.*": "adaln_single.*",
     }
     text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
+    text_widths: ClassVar = {"text": "caption_channels"}
     text_limits: ClassVar = {"tokenizer": 128}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "LTXPipeline", "image2video": "LTXImageToVideoPipeline"}
 

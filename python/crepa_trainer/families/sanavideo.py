@@ -23,6 +23,7 @@ class SanaVideoFamily(TrainingFamily):
     pixel_multiple = 32
     one_prompt_at_a_time = True
     text_keys: ClassVar = {"text": "prompt_embeds", "text_mask": "prompt_attention_mask"}
+    text_widths: ClassVar = {"text": "caption_channels"}
     text_limits: ClassVar = {"tokenizer": 300}  # the pipelines' default max_sequence_length
     pipelines: ClassVar = {"text2video": "SanaVideoPipeline", "image2video": "SanaImageToVideoPipeline"}
 

@@ -11,6 +11,8 @@ from crepa_kernels.models.families import FAMILIES
 from crepa_kernels.models.layouts import TokenLayout, patch_size, raster_layout
 from crepa_kernels.models.vaes import VAES
 
+from ..terminal import several
+
 
 class ClipSize(Protocol):
     """Size of a training clip in pixels and pixel frames."""
@@ -66,7 +68,7 @@ class ModelSizes:
         patch, frames = patch_size(self.config("transformer"))[0], self.latent_shape(bucket)[1]
         if frames % patch:
             raise ValueError(
-                f"frame count {bucket.frames}: {frames} latent frames are not a multiple of the transformer's "
+                f"frame count {bucket.frames}: {several(frames, 'latent frame')}, not a multiple of the transformer's "
                 f"temporal patch {patch}"
             )
 

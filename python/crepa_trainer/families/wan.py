@@ -11,8 +11,9 @@ from torch import Tensor
 from crepa_kernels.models.vaes import normalized
 
 from .base import TrainingFamily, picture
-from .folder import has_part
+from .folder import has_part, read_config
 from .noise import NoisyLatents, scheduler_shift, shifted
+from .sizes import ClipSize
 from .text_limits import tokens
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class WanFamily(TrainingFamily):
 
     name = "wan"
     transformer_class = "WanTransformer3DModel"
+    text_widths: ClassVar = {"text": "text_dim"}
     pixel_multiple = 16
     original_names: ClassVar = ORIGINAL_NAMES
+    shares_tokens = True
     text_limits: ClassVar = {"tokenizer": 512}  # WanPipeline's default max_sequence_length
     pipelines: ClassVar = {"text2video": "WanPipeline", "image2video": "WanImageToVideoPipeline"}
 
@@ -138,6 +141,16 @@ class WanFamily(TrainingFamily):
             encoded["image_embeds"] = image_encoder.encode_image(picture(pixels[0]))[0]
         return encoded
 
+    def blank_clip(self, bucket: ClipSize) -> dict[str, Tensor]:
+        blank = super().blank_clip(bucket)
+        if self._by_channels:
+            blank["condition"] = torch.zeros(self.compression[0] + len(blank["latents"]), *blank["latents"].shape[1:])
+        if self.image_parts:
+            config = read_config(self.model, "image_encoder")
+            tokens_of_image = (config["image_size"] // config["patch_size"]) ** 2 + 1
+            blank["image_embeds"] = torch.zeros(tokens_of_image, self.configs["transformer"]["image_dim"])
+        return blank
+
     def noise_level(self, draw: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """As for one transformer; of two, by the share of these levels that the expert's side of the boundary has."""
         if self.expert is None:
@@ -172,7 +185,11 @@ class WanFamily(TrainingFamily):
         trained: Any = transformer
         models[self.transformer_part] = trained
         (other,) = set(EXPERTS.values()) - {self.transformer_part}
-        models[other] = self._load(other, trained.dtype).eval().to(trained.device)
+        models[other] = self._load(other, trained.dtype, **self._loading).eval()
+        if self._place is None:
+            models[other].to(trained.device)
+        else:
+            self._place(models[other])
         return models
 
     def _pipeline_settings(self) -> dict[str, Any]:

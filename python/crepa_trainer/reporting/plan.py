@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +16,14 @@ from crepa_kernels.loss import KEPT_BYTES, requested_backend
 from crepa_kernels.regularizer.aligning import make_projector
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
+from ..context import check_context
 from ..data.dataset import Bucket, FoundClips, caption_file
-from ..data.names import teacher_frames, teacher_is_encoder
-from ..state import PRECISIONS, add_lora
+from ..data.names import teacher_device, teacher_frames, teacher_is_encoder
+from ..optimizers import check_optimizer
+from ..state import PRECISIONS
+from ..terminal import several
+from .shadow import empty_transformer
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from ..families import CutText, TrainingFamily
@@ -78,6 +83,7 @@ class CrepaMemory:
 class Plan:
     """A run in numbers.
 
+    `device_type`: of the devices that it trains on, `available`: bytes of each, where they are known;
     `epochs`: how often each clip is seen; `memory` is None without CREPA; `layersync`: what its loss keeps, in bytes;
     `workers`: those of each process; `cut`: captions and validation prompts of which the text encoder does not read
     the end.
@@ -96,6 +102,8 @@ class Plan:
     layersync: int
     workers: int
     cut: tuple[CutText, ...]
+    device_type: str = "cpu"
+    available: int | None = None
 
     @property
     def cached(self) -> int:
@@ -120,7 +128,7 @@ class Plan:
     @property
     def clips_a_step(self) -> float:
         """On average."""
-        micro_batches = self.settings.gradient_accumulation_steps * self.processes
+        micro_batches = self.settings.gradient_accumulation_steps * self.processes // self.settings.context_parallel
         return sum(self.batch_sizes) / len(self.batch_sizes) * micro_batches
 
 
@@ -132,21 +140,26 @@ def make_plan(
     *,
     processes: int = 1,
     device_type: str = "cpu",
+    available: int | None = None,
 ) -> Plan:
     """The plan of a run of `processes` on devices of `device_type`; no weights are loaded.
 
     Raises:
         ValueError: a block index that the model lacks, LoRA targets that it lacks, an encoder whose config cannot be
-            read, settings or a device that the family cannot be trained with, a backend that cannot run there.
+            read, settings or a device that the family cannot be trained with, a backend that cannot run there, an
+            optimizer or tracker that is not installed, or an optimizer that refuses its arguments.
     """
     check_blocks(settings, config, family)
+    check_optimizer(settings.optimizer, settings.optimizer_args, settings.weight_decay, device_type)
+    check_trackers(settings.report_to)
     family.check_run(settings.batch_size, device_type)
+    check_context(settings, family, found.buckets(), processes)
     parameters, trained = count_parameters(settings, family)
     buckets = tuple(
         _plan_bucket(bucket, clips, settings, config, family, device_type) for bucket, clips in found.buckets().items()
     )
     batches = sum(-(-each.clips // settings.batch_size) for each in buckets)
-    taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes
+    taken = settings.max_train_steps * settings.gradient_accumulation_steps * processes // settings.context_parallel
     return Plan(
         settings,
         config,
@@ -161,6 +174,8 @@ def make_plan(
         layersync=_kept_by_layersync(settings, family, buckets, device_type) if settings.layersync_enabled else 0,
         workers=settings.workers_on(device_type),
         cut=tuple(family.cut_texts(_texts(settings, found))),
+        device_type=device_type,
+        available=available,
     )
 
 
@@ -183,8 +198,8 @@ def check_blocks(settings: RunSettings, config: CrepaConfig, family: TrainingFam
     for key, index in indices.items():
         if index is not None and index >= family.blocks:
             raise ValueError(
-                f"{key} = {index}: the {family.transformer_class} of {family.model} has {family.blocks} blocks, "
-                f"valid are 0 to {family.blocks - 1}"
+                f"{key} = {index}: the {family.transformer_class} of {family.model} has "
+                f"{several(family.blocks, 'block')}, valid are 0 to {family.blocks - 1}"
             )
 
 
@@ -207,17 +222,11 @@ def _feature_size(config: CrepaConfig) -> int:
 
 def count_parameters(settings: RunSettings, family: TrainingFamily) -> tuple[int, int]:
     """Parameters of the transformer, and those that are trained, without CREPA's projector."""
-    import diffusers
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        transformer: Any = getattr(diffusers, family.transformer_class).from_config(family.configs["transformer"])
-        every = sum(each.numel() for each in transformer.parameters())
-        if settings.training == "full":
-            return every, every
-        transformer.requires_grad_(False)
-        add_lora(transformer, family, settings)
-    return every, sum(each.numel() for each in transformer.parameters() if each.requires_grad)
+    transformer = empty_transformer(settings, family)
+    trained = sum(each.numel() for each in transformer.parameters() if each.requires_grad)
+    if settings.training == "full":
+        return trained, trained
+    return sum(each.numel() for each in transformer.parameters()) - trained, trained
 
 
 def _plan_bucket(
@@ -237,8 +246,13 @@ def _plan_bucket(
         if settings.cache_teacher == "frames":
             cached += encoded * 3 * bucket.height * bucket.width
         else:
-            size = named_encoder(config.crepa_encoder).dtype(torch.device(device_type)).itemsize
-            cached += layout.frames * num_tokens(grid or layout.grid) * _feature_size(config) * size
+            token = _feature_size(config)
+            if settings.cache_teacher_precision == "teacher":
+                place = teacher_device(settings, torch.device(device_type))
+                token *= named_encoder(config.crepa_encoder).dtype(place).itemsize
+            else:
+                token += FP32  # its scale
+            cached += layout.frames * num_tokens(grid or layout.grid) * token
     return BucketPlan(bucket, clips, layout.latent_shape[0], layout.frames, layout.grid, grid, encoded, cached)
 
 
@@ -260,7 +274,8 @@ def _memory(
     hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
     encoder = named_encoder(config.crepa_encoder) if teacher_is_encoder(config) else None
     features = _feature_size(config) if encoder else hidden
-    teacher_dtype = encoder.dtype(torch.device(device_type)) if encoder else dtype
+    place = teacher_device(settings, torch.device(device_type))
+    teacher_dtype = encoder.dtype(place) if encoder else dtype
     keeps = KEPT_BYTES["triton" if _takes_triton(config.crepa_backend, device_type, dtype) else "torch"]
     kept = []
     for each in buckets:
@@ -269,11 +284,11 @@ def _memory(
         sizes = (plan, frames, hidden, features, dtype, teacher_dtype, device_type)
         # Relations keep the same of their own rows, whatever compares them.
         relations = KEPT_BYTES["torch"](*sizes, given=config.irepa_enabled) if config.crepa_relational_weight > 0 else 0
-        kept.append(keeps(*sizes, given=config.irepa_enabled) + relations)
+        kept.append(keeps(*sizes, recompute=config.crepa_recompute, given=config.irepa_enabled) + relations)
         if config.irepa_enabled:
             kept[-1] += frames * each.tokens_per_frame * features * dtype.itemsize  # p
     weights = 0
-    if encoder and settings.cache_teacher == "frames":
+    if encoder and settings.cache_teacher == "frames" and place.type == device_type:
         weights = encoder.parameters() * teacher_dtype.itemsize
     projector = projector_bytes(hidden, features, config)
     # The convolution's weights in the products' type.

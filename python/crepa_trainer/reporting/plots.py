@@ -169,3 +169,12 @@ class _PcaColours:
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """What a figure shows, (H, W, 3) uint8; it is closed."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    plt.close(figure)
+    return pixels

@@ -10,6 +10,7 @@ from typing import Any
 
 from crepa_kernels.regularizer.saving import replacing
 
+from ..terminal import several
 from .panels import Curves, Options, matrix_figure, panels
 from .runs import Look, RunFolder, Sample, differing
 from .words import LANGUAGES, translator
@@ -36,7 +37,7 @@ def write_report(folders: Sequence[Path], output: Path, language: str = "en") ->
     html, left_out = render(runs, language)
     with replacing(output) as file:
         file.write_text(html, encoding="utf-8")
-    return f"report in {output}" + (f"; {left_out} clips are too many for one file" if left_out else "")
+    return f"report in {output}" + (f"; {several(left_out, 'clip')} too many for one file" if left_out else "")
 
 
 def render(runs: Sequence[RunFolder], language: str) -> tuple[str, int]:

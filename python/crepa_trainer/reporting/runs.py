@@ -106,8 +106,14 @@ class RunFolder:
         return _read_object(self.path / SETTINGS_FILE)
 
     def about(self) -> dict[str, Any]:
-        """The model's family, versions, when it started."""
+        """The model's family, versions, when it started and in which folder."""
         return _read_object(self.path / RUN_FILE)
+
+    @property
+    def started_in(self) -> Path:
+        """The folder from which relative paths of its settings go on: this process's own where none is known."""
+        said = _text(self.about().get("folder"))
+        return Path(said) if said and Path(said).is_dir() else Path.cwd()
 
     def metrics(self) -> Metrics:
         """What was logged so far."""

@@ -14,6 +14,7 @@ from ..data.clips import read_clips
 from ..data.dataset import Bucket, caption_file, choose_bucket
 from ..data.listing import VIDEO_SUFFIXES, list_videos
 from ..data.video import VideoError, probe_video
+from ..terminal import several
 from .form import FIELDS, Values
 from .guard import Folders
 from .shelf import all_runs
@@ -48,7 +49,7 @@ def shown(path: Path, values: Values) -> ShownVideo:
     try:
         info = probe_video(path, fps)
         rate = f"{info.rate:.5g}" if info.constant else "variable"
-        about = f"{info.frames} frames of {info.height}x{info.width}, {rate} fps"
+        about = f"{several(info.frames, 'frame')} of {info.height}x{info.width}, {rate} fps"
         bucket = choose_bucket(info, [tuple(size) for size in sizes], counts)
         about += f" → {bucket}"
     except VideoError as error:
@@ -103,6 +104,6 @@ def readers_of(folders: Folders, video: Path) -> list[str]:
         run.name
         for run in all_runs(folders)
         if isinstance(data := run.settings().get("data"), str)
-        and video.is_relative_to(Path(data).resolve())
+        and video.is_relative_to((run.started_in / Path(data).expanduser()).resolve())
         and run.state().running
     ]

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from crepa_kernels.config import ConfigError, CrepaConfig
 from crepa_kernels.config.rules import PRESETS
+from crepa_kernels.config.sources import parse_settings
 from crepa_kernels.regularizer.schedule import scheduled_weight
 
 from ..settings import PRESET, RunSettings, add_arguments, given_values, load_settings
@@ -35,8 +36,9 @@ SECTIONS = (MODEL, DATA, OPTIMIZATION, LOSSES, VALIDATION, CHECKPOINTS)
 _SECTION_OF = {
     key: section
     for section, keys in (
-        (MODEL, "model family task expert training lora_rank lora_targets"),
-        (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache cache_teacher vae_tiling workers"),
+        (MODEL, "model family task expert training lora_type lora_rank lora_alpha lora_dropout lora_targets"),
+        (DATA, "data resolutions frame_counts clips_per_video fps hdr strict cache vae_tiling workers"),
+        (DATA, "cache_teacher cache_teacher_precision teacher_device teacher_offload"),
         (CHECKPOINTS, "output checkpoint_every checkpoints_kept resume lora_format"),
     )
     for key in keys.split()
@@ -132,7 +134,7 @@ def _all_fields() -> Iterator[FormField]:
 def _section(key: str) -> str:
     if key.startswith(("crepa_", "irepa_", "layersync_")):
         return LOSSES
-    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_")) else OPTIMIZATION)
+    return _SECTION_OF.get(key, VALIDATION if key.startswith(("validation_", "matrix_", "report_")) else OPTIMIZATION)
 
 
 def _words(key: str) -> str:
@@ -247,27 +249,22 @@ def json_text(values: Mapping[str, Any]) -> str:
 
 def read_json_text(text: str) -> Values:
     """The values of a file's text. ValueError where it is not one JSON object, or has a key twice."""
+    return parse_settings(text or "{}")
 
-    def once(pairs: list[tuple[str, Any]]) -> Values:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("each key may appear once")
-        return dict(pairs)
 
-    try:
-        values = json.loads(text or "{}", object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must hold one JSON object, not {type(values).__name__}")
-    return values
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a value is written on a command line as it is: text that is not read as something else there."""
+    if not isinstance(value, str) or not _is_json(value):
+        return isinstance(value, str)
+    is_text = key in FIELDS and FIELDS[key].is_text
+    return is_text and not isinstance(json.loads(value), str | None)
 
 
 def command_line(values: Mapping[str, Any]) -> str:
     """The same as one command for a shell; `read_command_line` gives the values back."""
     words = ["crepa-train", "run"]
     for key, value in values.items():
-        is_plain = isinstance(value, str) and ((key in FIELDS and FIELDS[key].is_text) or not _is_json(value))
-        text = value if is_plain else json.dumps(value, ensure_ascii=False)
+        text = value if _is_plain(key, value) else json.dumps(value, ensure_ascii=False)
         # Behind = a value may begin with a dash.
         words.append(f"--{key}={text}")
     return " ".join(shlex.quote(word) for word in words)

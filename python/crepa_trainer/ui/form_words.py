@@ -16,7 +16,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
         "2 つの transformer のうち学習する方（高ノイズ・低ノイズ）。1 つだけのモデルでは空。「high」または「low」",
     ),
     "training": ("学習方式", "学習する重み。「lora」または「full」"),
-    "lora_rank": ("LoRA ランク", "LoRA のランク（alpha も同じ値）。1 以上の整数"),
+    "lora_type": ("LoRA の種類", "学習するアダプター。peft のもの"),
+    "lora_rank": ("LoRA ランク", "LoRA のランク。1 以上の整数"),
+    "lora_alpha": ("LoRA の alpha", "LoRA の積に掛ける値（ランクで割る）。空ならランクと同じ。0 より大きい数"),
+    "lora_dropout": ("LoRA のドロップアウト", "学習中に落とす LoRA の入力の割合。0 以上 1 未満"),
     "lora_targets": ("LoRA の対象", 'LoRA を付ける層。空なら注意機構の射影。["to_q", "to_v"] のような名前のリスト'),
     # Data
     "data": ("データ", "動画とキャプションのフォルダー（name.mp4 と name.txt）。必須"),
@@ -34,6 +37,12 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "strict": ("厳格", "使えない動画があれば中止する"),
     "cache": ("キャッシュ", "エンコード済みのクリップとキャプションのフォルダー。空なら output/cache"),
     "cache_teacher": ("教師のキャッシュ", "教師側で保存するもの。入力フレーム「frames」、または特徴量「features」"),
+    "cache_teacher_precision": (
+        "教師キャッシュの精度",
+        "保存する特徴量の型。教師の型のまま「teacher」、またはトークンごとの尺度付き 8 ビット「int8」",
+    ),
+    "teacher_device": ("教師のデバイス", "教師を動かす場所。空なら学習デバイス。「cpu」や「cuda:1」など"),
+    "teacher_offload": ("教師の退避", "使わない間、教師の重みを CPU に置く"),
     "vae_tiling": ("VAE タイリング", "重なり合うタイルで符号化・復号する。メモリーは減り、結果はわずかに変わる"),
     "workers": (
         "ワーカー",
@@ -48,11 +57,21 @@ _JAPANESE: dict[str, tuple[str, str]] = {
         "プロジェクターの学習率",
         "CREPA のプロジェクターの学習率。空なら learning_rate。0 より大きい数",
     ),
-    "weight_decay": ("重み減衰", "AdamW の重み減衰。0 以上の数"),
+    "optimizer": ("オプティマイザー", "重みを更新する方法。torch のもの、または名前が示すパッケージのもの"),
+    "optimizer_args": ("オプティマイザーの引数", 'オプティマイザーのその他の引数。{"betas": [0.9, 0.99]} のように書く'),
+    "weight_decay": ("重み減衰", "オプティマイザーの重み減衰。0 以上の数"),
     "lr_scheduler": ("学習率スケジューラー", "学習率の推移"),
     "lr_warmup_steps": ("学習率ウォームアップ", "学習率が 0 から上がるまでのステップ数。0 以上の整数"),
     "max_grad_norm": ("最大勾配ノルム", "勾配をこのノルムに切り詰める。0 より大きい数"),
     "mixed_precision": ("混合精度", "順伝播と凍結した重みの型。「no」「fp16」「bf16」"),
+    "base_precision": (
+        "凍結した重みの精度",
+        "凍結した重みを保持する型。「bf16」は mixed_precision の型。「bf16」「fp8」「int8」「fp8_dynamic」「nf4」",
+    ),
+    "offload": (
+        "オフロード",
+        "順番が来るまで主記憶で待つ凍結した重み。ブロックごと「block」、層ごと「leaf」、または「none」",
+    ),
     "sharding": (
         "シャーディング",
         "複数プロセスで、各自がモデル全体を持つ「none」、重み・勾配・オプティマイザーをブロックごとに分け持つ「fsdp2」",
@@ -60,6 +79,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "step_timeout": (
         "ステップの制限時間",
         "ステップ内で他のプロセスを待つ秒数。過ぎれば全プロセスが止まる。1 以上の整数",
+    ),
+    "context_parallel": (
+        "コンテキスト並列",
+        "各クリップのトークンを分け合うプロセス数。diffusersのUlysses注意機構による",
     ),
     "gradient_checkpointing": ("勾配チェックポイント", "活性を逆伝播で計算し直す"),
     "compile_blocks": ("ブロックのコンパイル", "各ブロックに torch.compile を使う"),
@@ -113,6 +136,7 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "crepa_relational_weight": ("関係損失の重み", "CREPA の中での関係損失の重み。0 なら使わない"),
     "crepa_relational_pairs": ("関係損失の組", "トークンを比べるフレームの組。「frame」「all」「cross」「neighbours」"),
     "crepa_relational_margin": ("関係損失のマージン", "損失にならないコサインの差。空なら二乗。0 以上の数"),
+    "crepa_recompute": ("損失の再計算", "順伝播と逆伝播の間に tokens x E の大きさのものを残さず、計算し直す"),
     "crepa_backend": (
         "バックエンド",
         "損失を計算するもの。環境変数 CREPA_BACKEND が優先。「auto」「triton」「torch」「reference」",
@@ -137,9 +161,10 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     "validation_guidance": ("検証のガイダンス", "サンプルのガイダンススケール。0 以上の数"),
     "validation_seed": ("検証のシード", "サンプルのノイズの乱数。0 以上の整数"),
     "matrix_every": ("類似度行列の間隔", "類似度行列の間のステップ数。0 なら行わない"),
+    "report_to": ("記録先", 'metrics.jsonl のほかに値を記録する先。["tensorboard", "wandb"] のように書く'),
     # Checkpoints
     "output": ("出力", "チェックポイント・ログ・学習した重みのフォルダー。必須"),
-    "lora_format": ("LoRA の形式", "学習した LoRA のファイル。標準の diffusers 用、ComfyUI 用、または両方"),
+    "lora_format": ("LoRA の形式", "学習した LoRA のファイル。標準の diffusers 用、ComfyUI 用、両方、または peft 用"),
     "checkpoint_every": ("チェックポイントの間隔", "チェックポイントの間のステップ数。1 以上の整数"),
     "checkpoints_kept": ("残すチェックポイント数", "残す新しいチェックポイントの数。1 以上の整数"),
     "resume": ("再開", "「latest」またはチェックポイントのフォルダーから続ける"),

@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from ..reporting.words import LANGUAGES, translator
 from .guard import Folders
+from .phrases import phrase
 
 _LANGUAGE, _DARK = "crepa_language", "crepa_dark"
 _STYLE = """
@@ -38,13 +39,17 @@ class View:
     dark: bool
     query: QueryParams
 
+    def phrase(self, text: str) -> str:
+        """What the package says, in the visitor's language where its words are fixed."""
+        return phrase(text, self.language)
+
     def problem(self, text: str) -> None:
         """Says what went wrong: at the bottom of the page, and to screen readers."""
-        ui.notify(text, type="negative", multi_line=True, close_button=self.words("Close"), timeout=0)
+        ui.notify(self.phrase(text), type="negative", multi_line=True, close_button=self.words("Close"), timeout=0)
 
     def done(self, text: str) -> None:
         """Says what was done."""
-        ui.notify(text, type="positive")
+        ui.notify(self.phrase(text), type="positive")
 
     def choose(self, label: str, names: Sequence[str], key: str) -> str | None:
         """A list of names, of which the one chosen is the parameter `key` of the page's address; that one, if any."""

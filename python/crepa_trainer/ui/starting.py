@@ -9,25 +9,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crepa_kernels.config import ConfigError, sources
+from crepa_kernels.config.sources import SUFFIXES
 from crepa_kernels.regularizer.saving import replacing
 
 from ..control import SETTINGS_FILE, is_running, start
-from .form import Values, check, json_text, read_json_text
+from ..reporting.runs import RunFolder
+from .form import Values, check, json_text
 from .guard import Folders
+
+_FOLDERS = ("data", "output", "cache")
+_MODELS = ("model", "crepa_encoder", "crepa_model")
 
 
 def settings_files(folders: Folders) -> list[str]:
     """The names of the files of settings in the runs' folder."""
-    return sorted(path.name for path in folders.runs.glob("*.json") if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in folders.runs.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def read_settings(folders: Folders, name: str) -> Values:
     """The values of one of them. ValueError where it cannot be read."""
     path = folders.inside_runs(folders.runs / name)
     try:
-        return read_json_text(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        return sources.read_settings(path)
+    except ConfigError as error:
+        raise ValueError(f"{name}: {'; '.join(error.problems)}") from error
+    except OSError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def saved_name(name: str) -> str:
+    """The file that a page saves under a name: JSON, also of what was read from another format."""
+    path = Path(name)
+    return str(path.with_suffix(".json")) if path.suffix.lower() in SUFFIXES else f"{name}.json"
 
 
 def save_settings(folders: Folders, name: str, values: Mapping[str, Any]) -> Path:
@@ -58,16 +76,34 @@ def start_run(folders: Folders, name: str, *, queued: bool) -> Path:
 
 
 def resume_run(folders: Folders, output: Path, *, queued: bool) -> Path:
-    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings."""
+    """Goes on with the run in an output folder, from its newest checkpoint and by its own settings.
+
+    Their relative paths are those of the folder that it was started in.
+    """
     output = folders.inside_runs(output)
     file = output / SETTINGS_FILE
     try:
-        values = read_json_text(file.read_text(encoding="utf-8"))
+        values = sources.read_settings(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{output.name} has no {SETTINGS_FILE} that can be read: {error}") from error
-    if check_folders(folders, values) != output:
+    moved = _absolute(values, RunFolder(output).started_in)
+    if check_folders(folders, {**values, **moved}) != output:
         raise ValueError(f"{output.name}: its {SETTINGS_FILE} is of another folder, {values['output']}")
-    return _started(folders, file, output, queued, "--resume", "latest")
+    return _started(
+        folders, file, output, queued, "--resume", "latest", *(f"--{key}={path}" for key, path in moved.items())
+    )
+
+
+def _absolute(values: Mapping[str, Any], folder: Path) -> Values:
+    """Those of a run's settings that are paths from `folder` on, as absolute ones."""
+    paths = {key: values.get(key) for key in (*_FOLDERS, *_MODELS)}
+    relative = {key: path for key, path in paths.items() if isinstance(path, str) and path and path[0] not in "~/"}
+    return {
+        key: str(folder / path)
+        for key, path in relative.items()
+        # A hub id is no folder, nor is a name of an encoder.
+        if key in _FOLDERS or (folder / path).exists()
+    }
 
 
 def _started(folders: Folders, file: Path, output: Path, queued: bool, *options: str) -> Path:
@@ -83,7 +119,7 @@ def check_folders(folders: Folders, values: Mapping[str, Any]) -> Path:
     for key in ("data", "cache"):
         if isinstance(values.get(key), str):
             folders.inside(values[key])
-    for key in ("model", "crepa_encoder", "crepa_model", "resume"):
+    for key in (*_MODELS, "resume"):
         value = values.get(key)
         # A hub id is no folder, nor is a name of an encoder.
         if isinstance(value, str) and (Path(value).expanduser().exists() or Path(value).is_absolute()):
@@ -100,7 +136,7 @@ def make_pair(folders: Folders, name: str) -> tuple[str, str]:
     ValueError where CREPA is not on in the file, or the files are there already.
     """
     values = read_settings(folders, name)
-    stem = name.removesuffix(".json")
+    stem = saved_name(name).removesuffix(".json")
     if not (values.get("crepa_enabled") is True or (values.get("preset") and values.get("crepa_enabled") is not False)):
         raise ValueError(f"{name}: CREPA is not on in it")
     output = values.get("output")

@@ -39,7 +39,7 @@ class _Clips:
         with ui.card().classes("w-full"):
             ui.image(f"/thumbnail?path={quote(str(video.path))}").classes("w-full h-40").props("fit=contain")
             ui.label(video.name).classes("font-medium")
-            ui.label(video.about).classes("text-caption")
+            ui.label(self.view.phrase(video.about)).classes("text-caption")
             label = f"{self.words('Caption')}: {video.name}"
             text = ui.textarea(self.words("Caption"), value=video.caption).classes("w-full")
             text.props("outlined dense autogrow").props(f'aria-label="{label.replace(chr(34), chr(39))}"')
@@ -78,7 +78,7 @@ def _build(view: View) -> None:
         values = read_settings(view.folders, name)
         videos = videos_of(view.folders, values)
     except (ValueError, OSError) as error:
-        ui.label(str(error)).classes("text-negative").props("role=alert")
+        ui.label(view.phrase(str(error))).classes("text-negative").props("role=alert")
         return
     _Clips(view, values, videos)
 

@@ -29,16 +29,16 @@ from ..form import (
     shown_value,
 )
 from ..form_words import field_help, field_label
-from ..model_sizes import suggested
+from ..model_sizes import is_cached, suggested
 from ..shell import Page, View
-from ..starting import read_settings, save_settings, settings_files
+from ..starting import read_settings, save_settings, saved_name, settings_files
 
 
 class _Field:
     """One setting's widget, with its help, its key, what is wrong of it, and where its value comes from."""
 
     def __init__(self, field: FormField, view: View, on_edit: Callable[[str, Any], None], hints: list[str]) -> None:
-        self.field, self.words, self._on_edit = field, view.words, on_edit
+        self.field, self.view, self.words, self._on_edit = field, view, view.words, on_edit
         self._filling = False
         label = field_label(field, view.language)
         with ui.column().classes("gap-0 w-full") as self.box:
@@ -103,7 +103,7 @@ class _Field:
             elif self.field.kind == "choice":
                 self.widget.props(remove="display-value")
         self.clear.set_visibility(source == "given")
-        self.error.set_text(wrong or "")
+        self.error.set_text(self.view.phrase(wrong or ""))
         self.error.set_visibility(bool(wrong))
         self.source.set_text(self.words("from the preset: {value}").format(value=default) if source == "preset" else "")
         self.source.set_visibility(source == "preset")
@@ -145,8 +145,9 @@ class _NewRun:
         except ValueError as error:
             self.view.problem(str(error))
             return
-        self.opened = name
-        self.name.set_value(name)
+        # What is saved is JSON: another format stays as it was, and so does a file of the name that it would have.
+        self.opened = name if name == saved_name(name) else None
+        self.name.set_value(saved_name(name))
         self.take(values)
 
     def _open(self, event: Any) -> None:
@@ -158,7 +159,7 @@ class _NewRun:
         if not name:
             self.view.problem(self.words("Give a file name"))
             return False
-        name = name if name.endswith(".json") else f"{name}.json"
+        name = saved_name(name)
         if (self.view.folders.runs / name).exists() and name != self.opened and not await self._confirmed(name):
             return False
         try:
@@ -220,13 +221,16 @@ class _NewRun:
 
     async def _fill_from_model(self) -> None:
         model, expert = self.values.get("model"), self.values.get("expert")
-        if not isinstance(model, str) or not Path(model).expanduser().is_dir():
+        if not isinstance(model, str):
             return
         try:
-            folder = self.view.folders.inside(model)
-            found = await run.io_bound(suggested, str(folder), self.values.get("task", "text2video"), expert)
+            if Path(model).expanduser().is_dir():
+                model = str(self.view.folders.inside(model))
+            elif not await run.io_bound(is_cached, model):
+                return
+            found = await run.io_bound(suggested, model, self.values.get("task", "text2video"), expert)
         except ValueError as error:
-            self.model_says.set_text(str(error))
+            self.model_says.set_text(self.view.phrase(str(error)))
             return
         if found is None:  # the server is ending
             return
@@ -263,7 +267,7 @@ class _NewRun:
         try:
             values = read(text)
         except ValueError as problem:
-            error.set_text(str(problem))
+            error.set_text(self.view.phrase(str(problem)))
             return
         error.set_text("")
         self.values = values
@@ -299,12 +303,12 @@ class _NewRun:
             if checked.is_usable:
                 ui.label(self.words("These settings can be used")).classes("text-positive")
             for line in checked.others:
-                ui.label(line).classes("text-negative")
+                ui.label(self.view.phrase(line)).classes("text-negative")
             for key in checked.wrong:
                 # The line itself stands beside its field.
                 ui.label(f"{key}: {self.words('see the form')}").classes("text-negative text-caption")
             for line in checked.notes:
-                ui.label(line).classes("text-warning")
+                ui.label(self.view.phrase(line)).classes("text-warning")
 
     def _show_preset(self) -> None:
         preset = PRESETS.get(str(self.values.get("preset")), {})

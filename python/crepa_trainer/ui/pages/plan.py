@@ -31,11 +31,12 @@ async def _build(view: View) -> None:
         except (ValueError, OSError) as error:
             waiting.delete()
             with box:
-                ui.label(str(error)).classes("text-negative").props("role=alert")
+                ui.label(view.phrase(str(error))).classes("text-negative").props("role=alert")
             return
         waiting.delete()
         with box:
-            _table([(words(key), value.split("; ") if key in _LISTS else [value]) for key, value in rows])
+            lines = [(key, value.split("; ") if key in _LISTS else [value]) for key, value in rows]
+            _table([(words(key), [view.phrase(line) for line in each]) for key, each in lines])
             ui.button(words("To the runs"), icon="play_arrow", on_click=lambda: _go(name))
 
     # The page is there first.

@@ -74,7 +74,7 @@ class _Row:
         self.left.set_text(self.words("{time} left").format(time=time_left(left)) if left is not None else "")
         killed = self.words("Its process ended without a word: resume it.")
         self.detail.set_text(killed if phase == KILLED else state.detail)
-        self.error.set_text(state.error or "")
+        self.error.set_text(self.view.phrase(state.error or ""))
         self.error.set_visibility(bool(state.error))
         for button in self.live:
             button.set_visibility(state.running)

@@ -1,0 +1,82 @@
+"""Processes that share out a clip's tokens train as one process that has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crepa_trainer.context import check_context
+from crepa_trainer.data.dataset import Bucket
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.launcher import check_launcher
+from safetensors.torch import load_file
+from tiny_pipelines import save_tiny_ltx_pipeline
+from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
+
+# fp32 sums in another order, which AdamW passes on from step to step.
+CLOSE = 1e-6
+CREPA: dict[str, Any] = {
+    "crepa_warmup_steps": 1,
+    "crepa_cutoff_step": 4,
+    "crepa_similarity_threshold": 0.99,
+    "crepa_relational_weight": 0.5,
+}
+SYNC = {"layersync_enabled": True, "layersync_student_block": 0, "layersync_teacher_block": 2}
+SAMPLES = {"validation_prompts": ["a video"], "validation_every": 3, "validation_steps": 1}
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_that_share_clips_log_and_learn_what_one_does(models: Path, tmp_path: Path, processes: int) -> None:
+    common = {"max_train_steps": 5, "learning_rate": 1e-3, "matrix_every": 2, **SYNC, **SAMPLES}
+    config = tiny_config(models, **CREPA)
+    alone = tiny_settings(models, tmp_path / "one", **common, gradient_accumulation_steps=2)
+    rows = train(alone, config, TinyClips(3, 2))
+    shared = tiny_settings(
+        models, tmp_path / "shared", **common, context_parallel=2, gradient_accumulation_steps=4 // processes
+    )
+    done = train_elsewhere(shared, config, processes=processes, wide=3, tall=2, accelerators=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = metrics_rows(tmp_path / "shared")
+    assert [row["crepa_cutoff"] for row in rows] == [0.0] * 4 + [1.0]
+    assert [row.keys() for row in found] == [row.keys() for row in rows]
+    for one, several in zip(rows, found, strict=True):
+        for name, value in one.items():
+            # What the first process has seen is of its own clips alone.
+            if processes == 2 or name != "crepa_constant":
+                assert several[name] == pytest.approx(value, abs=CLOSE, rel=CLOSE, nan_ok=True), (one["step"], name)
+    one, several = (load_file(tmp_path / run / "trained/pytorch_lora_weights.safetensors") for run in ("one", "shared"))
+    for name, weight in one.items():
+        torch.testing.assert_close(several[name], weight, rtol=0, atol=CLOSE)
+    assert (tmp_path / "shared/validation/step-00000003").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("degree", "processes", "size", "message"),
+    [
+        (2, 3, (32, 48, 9), "context_parallel = 2 must divide the 3 processes"),
+        (3, 3, (32, 48, 9), "context_parallel = 3 must divide the 2 attention heads"),
+        (2, 2, (48, 48, 9), "context_parallel = 2 must divide the 27 tokens of 48x48x9"),
+    ],
+)
+def test_what_does_not_divide_is_said_before_a_weight_is_loaded(
+    models: Path, tmp_path: Path, degree: int, processes: int, size: tuple[int, int, int], message: str
+) -> None:
+    settings = tiny_settings(models, tmp_path, context_parallel=degree)
+    with pytest.raises(ValueError, match=message):
+        check_context(settings, TrainingFamily.of(settings.model), [Bucket(*size)], processes)
+
+
+def test_a_family_that_diffusers_does_not_train_so(models: Path, tmp_path: Path) -> None:
+    save_tiny_ltx_pipeline(tmp_path / "ltx")
+    settings = tiny_settings(models, tmp_path, context_parallel=2)
+    with pytest.raises(ValueError, match="diffusers does not train ltxvideo with its tokens shared out, only wan"):
+        check_context(settings, TrainingFamily.of(str(tmp_path / "ltx")), [], 2)
+
+
+def test_it_needs_gpus(models: Path, tmp_path: Path) -> None:
+    if torch.accelerator.device_count():
+        pytest.skip("there are some")
+    with pytest.raises(ValueError, match="context_parallel = 2 needs GPUs"):
+        check_launcher(tiny_settings(models, tmp_path, context_parallel=2))

@@ -1,0 +1,119 @@
+"""What plans and errors say, in Japanese: every sentence of a plan that says much, and names of files as they are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corner_videos import corners, write
+from crepa_trainer.control import ask
+from crepa_trainer.data.dataset import find_clips
+from crepa_trainer.families import TrainingFamily
+from crepa_trainer.reporting.plan import make_plan
+from crepa_trainer.reporting.table import plan_rows
+from crepa_trainer.settings import RunSettings
+from crepa_trainer.ui.form import FIELDS, check
+from crepa_trainer.ui.form_words import field_help
+from crepa_trainer.ui.guard import Folders
+from crepa_trainer.ui.phrases import phrase
+from crepa_trainer.ui.starting import resume_run, save_settings
+
+from crepa_kernels import CrepaConfig
+
+# Words of which no sentence does without some.
+ENGLISH = re.compile(
+    r"\b(a|all|ahead|and|are|at|before|block|by|clips?|each|every|for|frames?|from|has|in|is|it|its|kept|last|none|of|off|on|"
+    r"over|parameters|seen|skipped|steps?|teacher|the|times?|tokens?|variable|videos?|weight|with|without)\b"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tags = {"colorspace": 9, "color_range": 1, "color_trc": 18, "color_primaries": 9}
+    write(folder / "2 clips of 3 videos.mp4", [corners()] * 12)
+    write(folder / "hdr.mov", [np.full((96, 160, 3), 512, np.uint16)] * 12, pixels="yuv420p10le", tags=tags)
+    write(folder / "portrait.mp4", [corners(384, 216)] * 12, rate=60)
+    write(folder / "small.mp4", [corners(16, 24)] * 12)
+    write(folder / "short (a).mp4", [corners()] * 2)
+    write(folder / "vfr.mkv", [corners()] * 12, times=[n * (n + 1) for n in range(12)])
+    (folder / "bad.mp4").write_bytes(b"\x17" * 1000)
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text("corners " * (600 if path.name == "vfr.mkv" else 1))
+    shutil.copy(folder / "small.txt", folder / "alone.txt")
+    for name in (".hidden", "._small.mp4", "other.xyz"):
+        (folder / name).touch()
+    return folder
+
+
+def rows(models: Path, data: Path, config: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
+    values: dict[str, Any] = {"model": str(models / "wan"), "data": data, "output": data.parent / "out"}
+    values |= {"max_train_steps": 10, "resolutions": ((32, 48),), "frame_counts": (5, 9), **changes}
+    settings = RunSettings(**values)
+    family = TrainingFamily.of(settings.model)
+    found = find_clips(settings, family)
+    plan = make_plan(settings, CrepaConfig.from_dict(config), family, found, processes=changes.get("batch_size", 1))
+    return plan_rows(plan)
+
+
+def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> None:
+    crepa = {"crepa_enabled": True, "crepa_block_index": 1, "crepa_encoder": str(models / "dinov2")}
+    more = {"crepa_encoder_image_size": 28, "irepa_enabled": True, "crepa_relational_weight": 0.5}
+    itself = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 2}
+    layersync = {"layersync_enabled": True, "layersync_student_block": 0, "layersync_teacher_block": 2}
+    sampled = {"validation_prompts": ("a",), "validation_every": 5}
+    plans = [
+        rows(models, data, {}, batch_size=4, gradient_accumulation_steps=2, workers=2, **sampled),
+        rows(models, data, {**crepa, **more}, fps=12.5, training="full", gradient_checkpointing=False, workers=1),
+        rows(models, data, {**crepa, **itself}, hdr="skip", cache_teacher="features", batch_size=1, **layersync),
+        rows(models, data, {**crepa, "crepa_encoder_image_size": 28}, cache_teacher="features"),
+        rows(models, data, {**crepa, "crepa_lambda": 0.0}),
+    ]
+    english = []
+    for key, value in (row for plan in plans for row in plan):
+        lists = ("skipped", "cut off", "cropped", "enlarged", "HDR", "captions cut")
+        for line in value.split("; ") if key in lists else [value]:
+            said = left = phrase(line, "ja")
+            for name in (*(path.name for path in data.iterdir()), str(data), str(models), str(data.parent)):
+                left = left.replace(name, "")
+            if said == line or ENGLISH.search(left):
+                english.append((key, said))
+            assert phrase(line, "en") == line
+    assert english == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a (b).mp4 (2 frames, the shortest clip needs 5)", "a (b).mp4（2 フレーム。最短のクリップに 5 必要）"),
+        ("1 frame of 32x48, 25 fps → 1 frame of 16x16", "32x48、1 フレーム、25 fps → 16x16、1 フレーム"),
+        ("loses 3 frames.mp4 1.7 times", "loses 3 frames.mp4：1.7 倍"),
+        ("no sentence of ours: off, hidden", "no sentence of ours: off, hidden"),
+        ("off", "オフ"),
+        ("{x} is there already", "{x} はすでにあります"),
+    ],
+)
+def test_names_stay_as_they_are(text: str, said: str) -> None:
+    assert phrase(text, "ja") == said
+
+
+def test_errors_of_the_page_are_in_japanese(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    said = []
+    for act in (
+        lambda: folders.inside("/elsewhere"),
+        lambda: save_settings(folders, "a/b", {}),
+        lambda: resume_run(folders, tmp_path / "none", queued=False),
+        lambda: ask(tmp_path, "save"),
+    ):
+        with pytest.raises(ValueError, match=r"\w") as error:
+            act()
+        said.append((str(error.value), phrase(str(error.value), "ja")))
+    assert [english for english, japanese in said if english == japanese] == []
+    wrong = check({"model": "a/b", "data": "d", "output": "o", "max_train_steps": 0, "crepa_lambda": -1}).wrong
+    for key in ("max_train_steps", "crepa_lambda"):
+        assert phrase(wrong[key], "ja").endswith(f"：{field_help(FIELDS[key], 'ja')}")
