@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -183,7 +184,7 @@ def test_a_process_that_hangs_ends_all_after_the_time_limit(models: Path, tmp_pa
     hung = torchrun(command(settings, tiny_config(models), processes=2, **clips))
     assert hung.returncode != 0
     assert time.monotonic() - began < 200  # torchrun waits half a minute before it kills what does not end
-    assert "Timed out" in hung.stderr
+    assert re.search("RuntimeError: .*(Timed out|Application timeout)", hung.stderr)  # as gloo says it of its kinds
     newest = newest_checkpoint(settings.output)
     assert newest is not None
     assert read_checkpoint(newest).step == 4
