@@ -94,6 +94,9 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
 )
 
 
+_WORTH = 0.01  # of what is needed; for less nobody changes a setting
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a run: bytes by what they are, all at the moment when there are most of them."""
@@ -179,7 +182,7 @@ class RunMemory:
     def remedies(self, available: int) -> list[Remedy]:
         """Settings to change until it fits into so many bytes, what costs least first; none where it fits.
 
-        Only those that a run has and that go with its own, and of which each makes it smaller.
+        Only those that a run has and that go with its own, and of which each saves a hundredth or more.
         """
         applied: dict[str, Any] = {}
         found: dict[str, Remedy] = {}
@@ -189,7 +192,7 @@ class RunMemory:
                 break
             if self._goes(applied, key, value):
                 less = self.need(replace(self.chosen, **{**applied, key: value}))
-                if less < need:
+                if need - less > _WORTH * need:
                     before = found.pop(key, None)
                     found[key] = Remedy(key, value, need - less + (before.saved if before else 0), less)
                     applied[key], need = value, less
