@@ -393,8 +393,9 @@ class RunMemory:
     def validation(self, chosen: Choices | None = None) -> Phase:
         """What training leaves there, the VAE in fp32, and a clip while it is denoised or decoded."""
         held = self._held(chosen or self.chosen)
-        # Of two transformers the other is loaded too.
-        both = 2 if self.family.expert is not None else 1
-        held["transformer"] += (both - 1) * self.base.on_device()
+        if self.family.expert is not None:
+            # Of two transformers the other is loaded too, in the type of the trained one.
+            full = self.settings.training == "full"
+            held["transformer"] += FP32 * self.plan.parameters if full else self.base.on_device()
         working = max(self.denoising, self._vae("decoding", (chosen or self.chosen).vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})
