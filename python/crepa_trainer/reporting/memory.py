@@ -94,6 +94,9 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
 )
 
 
+_WORTH = 0.01  # of what is needed; for less nobody changes a setting
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a run: bytes by what they are, all at the moment when there are most of them."""
@@ -179,7 +182,7 @@ class RunMemory:
     def remedies(self, available: int) -> list[Remedy]:
         """Settings to change until it fits into so many bytes, what costs least first; none where it fits.
 
-        Only those that a run has and that go with its own, and of which each makes it smaller.
+        Only those that a run has and that go with its own, and of which each saves a hundredth or more.
         """
         applied: dict[str, Any] = {}
         found: dict[str, Remedy] = {}
@@ -189,7 +192,7 @@ class RunMemory:
                 break
             if self._goes(applied, key, value):
                 less = self.need(replace(self.chosen, **{**applied, key: value}))
-                if less < need:
+                if need - less > _WORTH * need:
                     before = found.pop(key, None)
                     found[key] = Remedy(key, value, need - less + (before.saved if before else 0), less)
                     applied[key], need = value, less
@@ -390,8 +393,9 @@ class RunMemory:
     def validation(self, chosen: Choices | None = None) -> Phase:
         """What training leaves there, the VAE in fp32, and a clip while it is denoised or decoded."""
         held = self._held(chosen or self.chosen)
-        # Of two transformers the other is loaded too.
-        both = 2 if self.family.expert is not None else 1
-        held["transformer"] += (both - 1) * self.base.on_device()
+        if self.family.expert is not None:
+            # Of two transformers the other is loaded too, in the type of the trained one.
+            full = self.settings.training == "full"
+            held["transformer"] += FP32 * self.plan.parameters if full else self.base.on_device()
         working = max(self.denoising, self._vae("decoding", (chosen or self.chosen).vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})
