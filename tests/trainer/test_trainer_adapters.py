@@ -92,7 +92,7 @@ def test_a_file_gives_the_trained_model_again(models: Path, tmp_path: Path, kind
     with everything_said() as said:
         for form in (settings.lora_format, "peft", None):
             folder = tmp_path / str(form)
-            save_lora(family, transformer, Checkpoint(folder, 1, identity, "wan"), form)
+            save_lora(family, trained_parameters(transformer), Checkpoint(folder, 1, identity, "wan"), form)
             if form == "peft" or kind in ("loha", "lokr"):
                 fresh = WanTransformer3DModel.from_pretrained(models / "wan", subfolder="transformer")
                 fresh = PeftModel.from_pretrained(fresh, folder).base_model.model
@@ -121,7 +121,7 @@ def test_the_stock_pipeline_of_each_family_adds_what_was_trained(tmp_path: Path,
     settings = tiny_settings(Path("models"), Path("output"), **given(kind), lora_dropout=0.25)
     transformer = adapted(family, settings)
     identity = run_identity(settings, CrepaConfig.from_dict({}), 1)
-    save_lora(family, transformer, Checkpoint(tmp_path, 1, identity, "model"))
+    save_lora(family, trained_parameters(transformer), Checkpoint(tmp_path, 1, identity, "model"))
     pipeline = getattr(diffusers, family.pipelines[family.task]).from_pretrained(family.model)
     with everything_said() as said:
         pipeline.load_lora_weights(tmp_path)

@@ -79,7 +79,9 @@ def steps(state: TrainState, first: int, last: int) -> list[Tensor]:
 
 
 def checkpoints(state: TrainState, name: str, output: Path) -> Checkpoints:
-    return Checkpoints(state, None, save_lora=None, output=output, kept=1, identity={"optimizer": name}, model="m")
+    return Checkpoints(
+        state, None, save_lora=None, output=output, kept=1, identity={"optimizer": name, "processes": 1}, model="m"
+    )
 
 
 @pytest.mark.usefixtures("one_thread")
