@@ -209,7 +209,7 @@ def test_clips_beyond_a_reports_room_are_strips_and_counted(
     some = int(room != "none")
     assert html.count("data:video/mp4;base64,") == some
     assert html.count('<img alt="a &lt;b&gt;cat&lt;/b&gt;" src="data:image/png;base64,') == some
-    assert said.endswith("report.html" if some else "; 2 clips are too many for one file")
+    assert said.endswith("report.html" if some else "; 2 clips too many for one file")
 
 
 def test_a_folder_of_an_older_version_is_shown_as_unknown(tmp_path: Path) -> None:
