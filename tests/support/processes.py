@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs", "compiled"])
+# peft imports the last one for every adapter, where it is there.
+_context.set_forkserver_preload(["training_runs", "compiled", "bitsandbytes"])
 
 
 def environment() -> dict[str, str]:

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.data.dataset import Bucket, find_clips
 from crepa_trainer.data.sampler import MicroBatch, Position
 from crepa_trainer.families import TrainingFamily
+from crepa_trainer.optimizers import OPTIMIZERS, make_optimizer, start_training
 from crepa_trainer.reporting.memory import BaseWeights, Phase, RunMemory, state_bytes
 from crepa_trainer.reporting.plan import Plan, make_plan
 from crepa_trainer.reporting.shadow import LiveBytes
@@ -26,6 +27,7 @@ from memory import allocated_peak
 from tiny import tiny_dinov2
 from tiny_families import FAMILIES
 from tiny_pipelines import save_tiny_ltx_pipeline, save_tiny_wan_pipeline
+from torch.utils._pytree import tree_leaves
 from training_runs import TinyClips, save_models, tiny_config, tiny_settings, train
 from videos import moving_square, write_video
 
@@ -252,3 +254,17 @@ def test_a_run_is_the_same_wherever_its_teacher_waits(tmp_path: Path) -> None:
         rows.append(train(run, tiny_config(models, crepa_encoder_image_size=28), TinyClips(pixels=True)))
     assert rows[0]
     assert rows[1] == rows[2] == rows[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizers_state_is_as_large_as_the_plan_says(name: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(512, 512))
+    optimizer = make_optimizer(name, [{"params": [weight], "lr": 1e-3}], {}, 0.0)
+    start_training(optimizer)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    tensors = {
+        id(each): each for each in tree_leaves(optimizer.state_dict()["state"]) if isinstance(each, torch.Tensor)
+    }
+    kept = sum(each.nbytes for each in tensors.values())
+    assert kept == pytest.approx(state_bytes(name, weight.numel()), rel=0.15, abs=0.05 * weight.nbytes)

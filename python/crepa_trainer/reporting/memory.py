@@ -42,21 +42,14 @@ BASE_BYTES: Mapping[str, float] = {"fp8": 1, "int8": 1, "fp8_dynamic": 1, "nf4":
 # State of one trained parameter: so many averages in fp32, or in 8 bits with a scale in fp32 for 256.
 _EIGHT_BITS = 1 + 4 / 256
 OPTIMIZER_BYTES: Mapping[str, float] = {
-    "adamw": 8,
-    "adam": 8,
-    "adamw8bit": 2 * _EIGHT_BITS,
-    "adam8bit": 2 * _EIGHT_BITS,
-    "lion": 4,
-    "lion8bit": _EIGHT_BITS,
-    "paged_adamw8bit": 2 * _EIGHT_BITS,
+    **dict.fromkeys(("adamw", "adam", "nadam", "radam", "adamax", "adamw_schedulefree", "radam_schedulefree"), 8),
+    **dict.fromkeys(("adagrad", "rmsprop", "lion", "muon", "sgd_schedulefree"), 4),
+    **dict.fromkeys(("adamw8bit", "adam8bit", "paged_adamw8bit"), 2 * _EIGHT_BITS),
     "ademamix8bit": 3 * _EIGHT_BITS,
+    "lion8bit": _EIGHT_BITS,
     "adafactor": 0,  # a row and a column of each matrix
     "prodigy": 16,
-    "muon": 4,
-    "adagrad": 4,
-    "rmsprop": 4,
-    "sgd": 0,
-    "sgd_schedulefree": 4,
+    "sgd": 0,  # 4 with a momentum, which is an argument
 }
 # Blocks on the device under `offload`: the one that runs, and the next one, which is on its way.
 _BLOCKS_THERE = 2
