@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from huggingface_hub import constants
 from processes import begin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,6 +33,8 @@ class Server:
 def _serve(words: Sequence[str]) -> None:
     from crepa_trainer.cli import main
 
+    # Read where the library was imported, which was before the fork.
+    constants.HF_HUB_CACHE = os.environ.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     sys.exit(main(words))
 
 

@@ -45,6 +45,7 @@ _OF_BUCKET = (
 _BUCKET = "{size}、{frames} フレーム：クリップ {clips}、潜在フレーム {latent}、1 フレーム {tokens} トークン（{grid}）"
 _BLOCK = "0〜{last} のうちブロック {index}、重み {weight}、{schedule}"
 _EXTRA = "{total}：プロジェクター（勾配・オプティマイザー込み）{projector}、損失が保持 {kept}"
+_OPTIMIZED = "{optimizer}, learning rate {#rate}, {*schedule}, weight decay {#decay}"
 _AHEAD = "クリップの読み込みとノイズの生成を行い、最大 {ahead} マイクロバッチ先行"
 _TEMPLATES = {
     # Model
@@ -53,9 +54,20 @@ _TEMPLATES = {
     ),
     f"{{model}}: {_OF_SIZE}": f"{{model}}：{_SIZE}",
     "all weights: {count} parameters, {*how}": "すべての重み：パラメーター数 {count}、{how}",
-    "LoRA of rank {#rank} on {layers}: {count} parameters, {*how}": (
-        "{layers} にランク {rank} の LoRA：パラメーター数 {count}、{how}"
+    "{kind} of rank {#rank} on {layers}: {count} parameters, {*how}": (
+        "{layers} にランク {rank} の {kind}：パラメーター数 {count}、{how}"
     ),
+    "{kind} of rank {#rank}, alpha {#alpha} on {layers}: {count} parameters, {*how}": (
+        "{layers} にランク {rank}、アルファ {alpha} の {kind}：パラメーター数 {count}、{how}"
+    ),
+    "{kind} of rank {#rank}, dropout {#dropout} on {layers}: {count} parameters, {*how}": (
+        "{layers} にランク {rank}、ドロップアウト {dropout} の {kind}：パラメーター数 {count}、{how}"
+    ),
+    "{kind} of rank {#rank}, alpha {#alpha}, dropout {#dropout} on {layers}: {count} parameters, {*how}": (
+        "{layers} にランク {rank}、アルファ {alpha}、ドロップアウト {dropout} の {kind}：パラメーター数 {count}、{how}"
+    ),
+    _OPTIMIZED: "{optimizer}、学習率 {rate}、{schedule}、重み減衰 {decay}",
+    "{schedule} after {#steps} step(s) of warm-up": "{schedule}（ウォームアップ {steps} ステップ）",
     "gradient checkpointing": "勾配チェックポイント",
     # Data
     "{folder}: {#clips} clip(s) of {#videos} video(s)": "{folder}：動画 {videos} 本からクリップ {clips} 個",
@@ -124,6 +136,16 @@ _TEMPLATES = {
         "{number} 個（{every} ステップごとと最後）、新しい {kept} 個を残す"
     ),
     "{#times} time(s), {#prompts} prompt(s)": "{times} 回、プロンプト {prompts} 個",
+    "which share the model by FSDP2": "モデルを FSDP2 で分け持つ",
+    "{#number} a clip": "1 クリップに {number}",
+    # Memory
+    "needs {need}": "必要量 {need}",
+    "needs {need}, has {all}": "必要量 {need}、搭載量 {all}",
+    "needs {need}, has {all}: {*saved}": "必要量 {need}、搭載量 {all}：{saved}",
+    "{setting} saves {size}": "{setting} で {size} 減ります",
+    "{#size} {unit} is still too much: smaller resolutions": "{size} {unit} でも多すぎます：resolutions を小さくするか",
+    "frame_counts or batch_size": "frame_counts または batch_size を小さく",
+    "not counted: {why}": "計算できません：{why}",
     # Errors
     "{path}: outside the folders that this page was started with ({folders}): see --folder": (
         "{path}：このページに許されたフォルダー（{folders}）の外です。--folder を参照"
