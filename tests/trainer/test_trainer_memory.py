@@ -199,7 +199,7 @@ def test_it_says_what_to_switch_on_to_fit(folder: Path) -> None:
     assert " with gradient checkpointing" in rows["memory, training"]
     assert dict(memory_rows(memory, need))["memory"].endswith(f", has {readable_bytes(need)}")
     hopeless = dict(memory_rows(memory, 1))["memory"]
-    assert hopeless.endswith("is still too much: smaller resolutions, frame_counts or batch_size")
+    assert hopeless.endswith("is still too much without smaller resolutions, frame_counts or batch_size")
 
 
 def test_a_teacher_elsewhere_or_put_away_takes_less(folder: Path) -> None:

@@ -236,7 +236,9 @@ def _verdict(memory: RunMemory, available: int | None) -> str:
     saved = [f"{each.key}={_value(each.value)} saves {readable_bytes(each.saved)}" for each in remedies]
     least = remedies[-1].need if remedies else need
     if least > available:
-        saved.append(f"{readable_bytes(least)} is still too much: smaller resolutions, frame_counts or batch_size")
+        saved.append(
+            f"{readable_bytes(least)} is still too much without smaller resolutions, frame_counts or batch_size"
+        )
     return f"{said}: {', '.join(saved)}"
 
 
