@@ -143,7 +143,9 @@ _TEMPLATES = {
     "needs {need}, has {all}": "必要量 {need}、搭載量 {all}",
     "needs {need}, has {all}: {*saved}": "必要量 {need}、搭載量 {all}：{saved}",
     "{setting} saves {size}": "{setting} で {size} 減ります",
-    "{#size} {unit} is still too much without smaller resolutions": "{size} {unit} でも多すぎます。resolutions を小さくするか",
+    "{#size} {unit} is still too much without smaller resolutions": (
+        "{size} {unit} でも多すぎます。resolutions を小さくするか"
+    ),
     "frame_counts or batch_size": "frame_counts または batch_size を小さく",
     "not counted: {why}": "計算できません：{why}",
     # Errors
