@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def write(
 
     times: of each frame in units of 1 / `rate`. matrix: a, b, c, d of an MP4's display matrix.
     """
-    with av.open(str(path), "w", format=format, options=dict(mux or {})) as container:
+    with _same_priority(), av.open(str(path), "w", format=format, options=dict(mux or {})) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt, stream.options = pixels, dict(options or {})
@@ -73,6 +75,19 @@ def write(
     if tuple(matrix) != IDENTITY:
         set_matrix(path, matrix)
     return path
+
+
+@contextmanager
+def _same_priority() -> Iterator[None]:
+    """SVT-AV1 makes the thread that opens it a real-time one, where it may: what that does or starts later goes first.
+
+    A browser of such a test leaves nothing to anybody else.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _frame(picture: np.ndarray) -> av.VideoFrame:

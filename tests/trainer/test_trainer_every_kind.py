@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from corner_videos import CORNERS
+from corner_videos import CORNERS, corners
+from corner_videos import write as write_corners
 from crepa_trainer.data.clips import read_clips
 from crepa_trainer.data.dataset import FoundClips, find_clips
 from crepa_trainer.data.video import VideoError, VideoInfo
@@ -171,3 +173,9 @@ def test_every_file_is_trained_on_or_named(folder: Folder) -> None:
     for kind in folder.found.passed_over:
         assert f"{kind}: {kinds.count(kind)}" in folder.plan
     assert len(written) + len(PASSED_OVER) == sum(path.suffix != ".txt" for path in folder.path.iterdir()) + 1
+
+
+def test_no_encoder_makes_the_tests_a_real_time_process(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0)
+    write_corners(tmp_path / "av1.mp4", [corners()] * 3, codec="libsvtav1")
+    assert os.sched_getscheduler(0) == before
