@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# peft imports the last one for every adapter, where it is there.
-_context.set_forkserver_preload(["training_runs", "compiled", "bitsandbytes"])
+_context.set_forkserver_preload(["training_runs", "compiled"])
 
 
 def environment() -> dict[str, str]:
