@@ -97,6 +97,8 @@ def last_line(process: Any) -> str:
     return str(process.stderr.splitlines()[-1])
 
 
+# Of some thirty runs on busy cores one or two did not end, and it is not known why: see the time limit.
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line_that_says_what_to_lower(models: Path, tmp_path: Path) -> None:
     settings = tiny_settings(models, tmp_path / "run", max_train_steps=40, workers=2, checkpoint_every=2)
     start = time.monotonic()
