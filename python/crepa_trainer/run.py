@@ -189,7 +189,7 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
             f"of which each knows {accelerator.num_processes}"
         )
     if accelerator.distributed_type not in _PLAIN:
-        raise ValueError(f"launched with {accelerator.distributed_type.value}: only data parallelism is supported")
+        raise ValueError(f"launched with {accelerator.distributed_type.value}, which is not used: see sharding and context_parallel")
     return accelerator
 
 

@@ -77,6 +77,6 @@ def test_a_family_that_diffusers_does_not_train_so(models: Path, tmp_path: Path)
 
 def test_it_needs_gpus(models: Path, tmp_path: Path) -> None:
     if torch.accelerator.device_count():
-        pytest.skip("there are some")
+        pytest.skip("this machine has GPUs, and the error is for those without")
     with pytest.raises(ValueError, match="context_parallel = 2 needs GPUs"):
         check_launcher(tiny_settings(models, tmp_path, context_parallel=2))
