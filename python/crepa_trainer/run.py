@@ -189,7 +189,8 @@ def make_accelerator(settings: RunSettings, first_step: int = 0) -> Accelerator:
             f"of which each knows {accelerator.num_processes}"
         )
     if accelerator.distributed_type not in _PLAIN:
-        raise ValueError(f"launched with {accelerator.distributed_type.value}, which is not used: see sharding and context_parallel")
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"launched with {kind}, which is not used: see sharding and context_parallel")
     return accelerator
 
 
