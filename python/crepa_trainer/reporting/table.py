@@ -54,6 +54,10 @@ def _model_rows(plan: Plan) -> Rows:
     if settings.training == "lora":
         how = f"{_adapter(settings)} on {', '.join(settings.lora_targets or family.lora_targets)}"
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
+    if settings.base_precision != "bf16":
+        precision += f" beside frozen weights in {settings.base_precision}"
+    if settings.offload != "none":
+        precision += f", offloaded by {settings.offload}"
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
     size = f"{several(family.blocks, 'block')} of width {family.hidden_size}, {_number(plan.parameters)} parameters"
