@@ -200,7 +200,9 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     from . import settings
 
-    parser.add_argument("--config", type=Path, metavar="FILE", help="file of settings, those of the run: JSON, TOML or YAML")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="file of settings, those of the run: JSON, TOML or YAML"
+    )
     parser.add_argument("--shard", metavar="I/N", help="encode the I-th of N shares alone, such as 1/8")
     settings.add_arguments(parser)
 

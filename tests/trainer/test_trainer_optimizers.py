@@ -160,7 +160,11 @@ REFUSED = [
     ("adamw", {"lr": 1}, "optimizer_args: lr of torch.optim.AdamW is what learning_rate says"),
     ("lion", {"weight_decay": 1}, "weight_decay of lion_pytorch.Lion is what weight_decay says"),
     ("adamw", {"betas": [0.9, 2]}, r'optimizer_args = \{"betas": \[0.9, 2\]\}: .*AdamW refuses it: Invalid beta'),
-    ("adamw", {"betas": 0.9}, r'optimizer_args: betas = 0.9 of torch.optim.AdamW must be a list such as \[0.9, 0.999\]'),
+    (
+        "adamw",
+        {"betas": 0.9},
+        r"optimizer_args: betas = 0.9 of torch.optim.AdamW must be a list such as \[0.9, 0.999\]",
+    ),
     ("adamw", {"betas": [0.9, 0.99, 0.999]}, r"betas = \[0.9, 0.99, 0.999\] .* must be a list such as \[0.9, 0.999\]"),
     ("adamw", {"betas": "x"}, r'betas = "x" of torch.optim.AdamW must be a list such as'),
     ("adamw", {"amsgrad": "false"}, 'amsgrad = "false" of torch.optim.AdamW must be true or false'),

@@ -65,7 +65,9 @@ def test_a_table_of_toml_is_a_mapping_of_arguments(tmp_path: Path) -> None:
     settings, _ = load_settings(file, {"seed": 3})
     assert settings == RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6}, seed=3)
     file.write_text("\n".join([*lines, "[optimizer_args]", "eps = 2024-01-02"]))
-    with pytest.raises(ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers that are finite, text, true"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers that are finite, text, true"
+    ):
         load_settings(file, {})
 
 
