@@ -50,7 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The traceback of a user's error helps nobody but a developer: crepa-train --debug ...
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             _complain(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+            advice = "crepa-train run --plan says what each phase needs, and what to switch on"
+            _complain(f"{str(error).strip() or 'the host is out of memory'}; {advice}")
     return USER_ERROR
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 @contextmanager
