@@ -97,26 +97,27 @@ def prepare_base(transformer: Any, base_precision: BasePrecision, compute_dtype:
         # not the copy that they computed with.
         kept = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype, skip_modules_classes=kept)
-    elif QUANTIZED.get(base_precision) == "torchao":
+    elif base_precision in QUANTIZED:
         compute_in_bf16(transformer)
 
 
 def compute_in_bf16(model: nn.Module) -> None:
-    """Has torchao's layers compute in bf16 as every other does under autocast, which passes them by, and gives those
+    """Has quantized layers compute in bf16 as all others do under autocast, which does not reach them, and gives those
     that quantize what comes in, too, a gradient: PyTorch knows none of their product.
     """
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("torchao."):
-            dynamic = getattr(layer.weight, "act_quant_kwargs", None) is not None
-            layer.forward = MethodType(_with_gradient if dynamic else _in_bf16, layer)  # type: ignore[method-assign]
+        if isinstance(layer, nn.Linear) and type(layer.weight).__module__.partition(".")[0] in QUANTIZED.values():
+            layer.register_forward_pre_hook(_to_bf16)
+            if getattr(layer.weight, "act_quant_kwargs", None) is not None:
+                layer.forward = MethodType(_with_gradient, layer)  # type: ignore[method-assign]
 
 
-def _in_bf16(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    return functional.linear(inputs.to(torch.bfloat16), layer.weight, layer.bias)
+def _to_bf16(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].to(torch.bfloat16), *inputs[1:]
 
 
 def _with_gradient(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(inputs.to(torch.bfloat16), layer.weight, layer.bias)
+    product: Tensor = _Product.apply(inputs, layer.weight, layer.bias)
     return product
 
 

@@ -264,6 +264,11 @@ def test_bitsandbytes_layers_take_a_lora_and_a_projector(models: Path) -> None:
             four.load_state_dict(module.state_dict())
             transformer.blocks.set_submodule(name, four.to("cpu"))
     transformer.requires_grad_(False)
+    layer, fp32 = transformer.blocks[0].attn1.to_q, torch.zeros(1, transformer.blocks[0].attn1.to_q.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(fp32).dtype == torch.float32  # or it needs no help any more
+        prepare_base(transformer, "nf4", torch.bfloat16)
+        assert layer(fp32).dtype == torch.bfloat16
     settings = tiny_settings(models, models / "unused", mixed_precision="bf16")
     add_lora(transformer, TrainingFamily.of(settings.model), settings)
     transformer.enable_gradient_checkpointing()
@@ -286,8 +291,6 @@ def test_bitsandbytes_layers_take_a_lora_and_a_projector(models: Path) -> None:
 
 @pytest.mark.slow
 def test_convolutions_keep_their_type_in_fp8() -> None:
-    from tiny_families import FAMILIES
-
     transformer = FAMILIES["sanavideo"].make().bfloat16().requires_grad_(False)
     prepare_base(transformer, "fp8", torch.bfloat16)
     types = {
