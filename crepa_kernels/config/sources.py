@@ -49,7 +49,10 @@ def parse_settings(text: str, suffix: str = ".json") -> dict[str, Any]:
     except RecursionError:
         raise ValueError("not usable: nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{error}{_quoted_line(str(error), text)}") from None
+        problem = str(error)
+        if problem.startswith("Exceeds the limit"):  # Python's own words advise a change of Python
+            problem = f"a number has more than {sys.get_int_max_str_digits()} digits"
+        raise ValueError(f"{problem}{_quoted_line(problem, text)}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"must hold one {kind} object, not {type(loaded).__name__}")
     return loaded
@@ -85,8 +88,9 @@ def _from_yaml(text: str) -> Any:
         where = f"line {mark.line + 1} column {mark.column + 1}"
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise ValueError(f"{'' if parsed else 'not YAML: '}{problem}: {where}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {str(error).splitlines()[0]}") from None
+    except yaml.reader.ReaderError as error:
+        place = f"line {text.count(chr(10), 0, error.position) + 1}"
+        raise ValueError(f"not YAML: character U+{error.character:04X} is not allowed: {place}") from None
 
 
 _PARSERS: Mapping[str, Callable[[str], Any]] = MappingProxyType(

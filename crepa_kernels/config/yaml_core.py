@@ -42,7 +42,8 @@ class CoreLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != f"{_TAG}str":
-                raise _Refused(None, None, f"the key {key.value} is no text", key.start_mark)
+                shown = key.start_mark.buffer[key.start_mark.pointer : key.end_mark.pointer]
+                raise _Refused(None, None, f"the key {shown} is no text", key.start_mark)
             if key.value in seen:
                 problem = f"each key may appear once; repeated: {key.value}"
                 raise _Refused(None, None, problem, key.start_mark)

@@ -234,7 +234,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         # One without digests is of a version whose parts were pickles; it would have to be trusted.
         parts = {} if digest is None else {str(name): (size, sum_) for name, (size, sum_) in state["parts"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
+        raise ValueError(f"{file} is damaged: {_short(error)}") from error
     if digest is None:
         raise ValueError(f"{folder} is of an earlier version, in files that can hold code: it is not opened; {_ANEW}")
     if digest != json_digest(state):
@@ -252,6 +252,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if other:
         raise ValueError(f"{folder} is damaged: {', '.join(other)} with other bytes than were written; {_OLDER}")
     return Checkpoint(folder, step, identity, model)
+
+
+def _short(error: Exception) -> str:
+    # It quotes the whole file otherwise.
+    return f"{type(error).__name__}: {error}" if isinstance(error, UnicodeDecodeError) else repr(error)
 
 
 class Checkpoints:

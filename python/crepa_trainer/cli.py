@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 PACKAGES = ("crepa_kernels", "crepa_trainer")  # whose log lines are shown
+# What diffusers imports with itself, used or not, of which only errors are shown: what is missing of them where they
+# are used is said in one line before.
+IMPORTED_ALONG = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers")
+# Of a norm whose weight is of another type than the activations, as in full training: it computes in fp32.
+_ABOUT_TYPES = "Mismatch dtype between input and weight"
 FILE_WIDTH = 250  # columns of what is printed elsewhere than to a terminal
 
 
@@ -29,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error that the user can put right is one line on stderr and 2, a stop by SIGINT or SIGTERM one and 130 or 143.
     """
-    with _logging_left_as_it_was():
+    with _logging_left_as_it_was(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_ABOUT_TYPES)
         try:
             with stopped_by_signals():
                 return _run(sys.argv[1:] if argv is None else argv)
@@ -43,13 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The traceback of a user's error helps nobody but a developer: crepa-train --debug ...
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             _complain(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+            advice = "crepa-train run --plan says what each phase needs, and what to switch on"
+            _complain(f"{str(error).strip() or 'the host is out of memory'}; {advice}")
     return USER_ERROR
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 @contextmanager
 def _logging_left_as_it_was() -> Iterator[None]:
     # `main` may be one call of a larger program.
-    loggers = [logging.getLogger(name) for name in (None, *PACKAGES)]
+    loggers = [logging.getLogger(name) for name in (None, *PACKAGES, *IMPORTED_ALONG)]
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
     try:
         yield
@@ -177,6 +198,7 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
     settings, config = load_settings(given.config, given_values(given), rest=rest)
     from .run import check_resume, plan_run, run, show_plan
 
+    _no_bars_in_files()
     if given.json or given.plan:
         check_resume(settings, config)
     if given.json:
@@ -192,7 +214,9 @@ def _run_training(given: argparse.Namespace, rest: list[str], parser: argparse.A
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     from . import settings
 
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, those of the run")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="file of settings, those of the run: JSON, TOML or YAML"
+    )
     parser.add_argument("--shard", metavar="I/N", help="encode the I-th of N shares alone, such as 1/8")
     settings.add_arguments(parser)
 
@@ -206,6 +230,7 @@ def _run_cache(given: argparse.Namespace, rest: list[str], parser: argparse.Argu
     settings, config = load_settings(given.config, given_values(given), rest=rest)
     from .caching import fill_cache
 
+    _no_bars_in_files()
     try:
         fill_cache(settings, config, share, console)
     except Stopped as stopped:
@@ -227,6 +252,7 @@ def _run_export(given: argparse.Namespace, rest: list[str], parser: argparse.Arg
 
     from .export import export_checkpoint
 
+    _no_bars_in_files()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[given.dtype]
     console = _console(given.debug)
     line = export_checkpoint(given.checkpoint, given.output, given.format, dtype)
@@ -365,4 +391,16 @@ def _console(debug: bool) -> Console:
     level = logging.DEBUG if debug else logging.INFO if first else logging.ERROR
     for name in PACKAGES:
         logging.getLogger(name).setLevel(level)
+    for name in IMPORTED_ALONG:
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.ERROR)
     return console
+
+
+def _no_bars_in_files() -> None:
+    """Leaves out the bars of models that load where they would not move."""
+    import diffusers
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()

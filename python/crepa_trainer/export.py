@@ -33,6 +33,14 @@ FOLDER = "trained"
 EMA_FOLDER = "ema"
 EXPORTED = "exported"
 COMFYUI_FILE = "comfyui_lora.safetensors"
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILES = {
+    "diffusers": (_DIFFUSERS_FILE,),
+    "comfyui": (COMFYUI_FILE,),
+    "both": (_DIFFUSERS_FILE, COMFYUI_FILE),
+    "peft": (_PEFT_FILE, _PEFT_CONFIG),
+}
 
 
 def export(
@@ -47,9 +55,9 @@ def export(
     in one process, or where they are sharded in all of them, of which the first writes.
 
     A LoRA of the form "diffusers" is `pytorch_lora_weights.safetensors` for `load_lora_weights(folder)`, of "comfyui"
-    `comfyui_lora.safetensors`, of "both" the two, of "peft" a folder for `PeftModel.from_pretrained`. A whole
-    transformer is for `from_pretrained(folder, subfolder="transformer")`, or "transformer_2" where that was trained.
-    Beside them CREPA's projector and settings.
+    `comfyui_lora.safetensors`, of "both" the two, of "peft" a folder for `PeftModel.from_pretrained`; a file of another
+    form that is there is removed. A whole transformer is for `from_pretrained(folder, subfolder="transformer")`, or
+    "transformer_2" where that was trained. Beside them CREPA's projector and settings.
     """
     _write(family, transformer, described, form)
     if crepa is not None:
@@ -134,6 +142,9 @@ def _write(family: TrainingFamily, transformer: Any, described: Checkpoint, form
             model.save_pretrained(described.folder / family.transformer_part)
     elif weights := whole_weights(transformer, trained=True) if sharded else trained_parameters(transformer):
         save_lora(family, weights, described, form)
+        # What the run has left there at an earlier end, in another form, is of fewer steps.
+        for name in {each for names in _FILES.values() for each in names}.difference(_FILES[form]):
+            (described.folder / name).unlink(missing_ok=True)
 
 
 def _family(checkpoint: Checkpoint) -> TrainingFamily:
@@ -143,7 +154,7 @@ def _family(checkpoint: Checkpoint) -> TrainingFamily:
 
 
 def _write_lora(family: TrainingFamily | None, lora: Mapping[str, Tensor], described: Checkpoint, form: str) -> None:
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
     adapter, layers = Adapter.of(described.identity), adapter_layers(lora)
     metadata = _metadata(adapter, layers, described)
@@ -152,13 +163,13 @@ def _write_lora(family: TrainingFamily | None, lora: Mapping[str, Tensor], descr
         told = {f"transformer.{key}": value for key, value in adapter.told_to_diffusers(layers).items()}
         more = {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)} if told else {}
         weights = {f"transformer.{name}": tensor for name, tensor in lora.items()}
-        _save(weights, described.folder / LORA_WEIGHT_NAME_SAFE, metadata | more)
+        _save(weights, described.folder / _DIFFUSERS_FILE, metadata | more)
     if family is not None and form in ("comfyui", "both"):
         _save(comfyui_lora(family, lora, adapter), described.folder / COMFYUI_FILE, metadata)
     if form == "peft":
         adapter.config(layers).save_pretrained(str(described.folder))
         named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-        _save(named, described.folder / "adapter_model.safetensors", metadata)
+        _save(named, described.folder / _PEFT_FILE, metadata)
 
 
 def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:

@@ -78,9 +78,9 @@ def optimizer_problems(values: Mapping[str, Any], given: Collection[str]) -> Ite
     name, arguments = values["optimizer"], values["optimizer_args"]
     kind = OPTIMIZERS[name]
     try:
-        json.dumps(arguments)
-    except (TypeError, ValueError):  # a date of TOML
-        rule = "its values must be numbers, text, true, false, null, and lists and mappings of them"
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError):  # a date of TOML, an infinity
+        rule = "its values must be numbers that are finite, text, true, false, null, and lists and mappings of them"
         yield {"optimizer_args"}, describe("optimizer_args", arguments, rule)
     if kind.schedule_free:
         own = f'{name} needs no schedule, and any warm-up is its own: optimizer_args = {{"warmup_steps": ...}}'
@@ -119,6 +119,9 @@ def check_optimizer(name: str, arguments: Mapping[str, Any], weight_decay: float
             match = nearest(each, others)
             hint = f"did you mean {match}?" if match else f"it takes {', '.join(others)}"
             raise ValueError(f"optimizer_args: {each} is no argument of {kind.title}; {hint}")
+        if rule := _broken_rule(arguments[each], known[each].default):
+            said = f"{each} = {json.dumps(arguments[each])} of {kind.title}"
+            raise ValueError(f"optimizer_args: {said} must be {rule}")
     tried = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,))]
     groups: list[dict[str, Any]] = [{"params": [each], "lr": 1e-3} for each in tried]
     try:
@@ -128,6 +131,22 @@ def check_optimizer(name: str, arguments: Mapping[str, Any], weight_decay: float
     except Exception as error:  # of any kind: each package has its own way to refuse
         line = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{describe('optimizer_args', arguments, f'{kind.title} refuses it')}: {line}") from error
+
+
+def _broken_rule(value: Any, default: Any) -> str | None:
+    """What an argument with this default must be, where `value` is not: most optimizers take anything, and find it
+    wrong at a step, or never.
+    """
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if isinstance(default, str):
+        return None if isinstance(value, str) else "text"
+    if isinstance(default, list | tuple):
+        fits = isinstance(value, list | tuple) and len(value) == len(default)
+        return None if fits else f"a list such as {json.dumps(default)}"
+    return None
 
 
 def _step_once(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

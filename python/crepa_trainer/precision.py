@@ -97,15 +97,23 @@ def prepare_base(transformer: Any, base_precision: BasePrecision, compute_dtype:
         # not the copy that they computed with.
         kept = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype, skip_modules_classes=kept)
-    elif base_precision == "fp8_dynamic":
-        give_gradients(transformer)
+    elif base_precision in QUANTIZED:
+        compute_in_bf16(transformer)
 
 
-def give_gradients(model: nn.Module) -> None:
-    """Gives torchao's layers that quantize what comes in, too, a gradient: PyTorch knows none of their product."""
+def compute_in_bf16(model: nn.Module) -> None:
+    """Has quantized layers compute in bf16 as all others do under autocast, which does not reach them, and gives those
+    that quantize what comes in, too, a gradient: PyTorch knows none of their product.
+    """
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and getattr(layer.weight, "act_quant_kwargs", None) is not None:
-            layer.forward = MethodType(_with_gradient, layer)  # type: ignore[method-assign]
+        if isinstance(layer, nn.Linear) and type(layer.weight).__module__.partition(".")[0] in QUANTIZED.values():
+            layer.register_forward_pre_hook(_to_bf16)
+            if getattr(layer.weight, "act_quant_kwargs", None) is not None:
+                layer.forward = MethodType(_with_gradient, layer)  # type: ignore[method-assign]
+
+
+def _to_bf16(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].to(torch.bfloat16), *inputs[1:]
 
 
 def _with_gradient(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -118,11 +126,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.dtype = weight, inputs.dtype
-        # The types that its kernels know.
-        return functional.linear(inputs.to(torch.bfloat16), weight, bias).to(inputs.dtype)
+        ctx.weight = weight
+        return functional.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         weight = ctx.weight.dequantize().to(gradient.device)
-        return (gradient.to(weight.dtype) @ weight).to(ctx.dtype), None, None
+        return gradient.to(weight.dtype) @ weight, None, None

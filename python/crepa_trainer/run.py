@@ -37,7 +37,7 @@ from .ranks import PATIENCE, limit_waits, wait_for_all
 from .reporting.plan import Plan, make_plan
 from .reporting.progress import training_progress
 from .reporting.table import print_plan
-from .reporting.trackers import log_picture, make_trackers, peak_memory, start_trackers
+from .reporting.trackers import log_picture, log_values, make_trackers, peak_memory, start_trackers
 from .sharding import is_sharded
 from .state import TrainState, make_ema, make_state, trained_parameters
 from .step import StepReports, StepValues, training_step
@@ -356,7 +356,7 @@ class TrainingRun:
         bits = round(values.pop(_ASKED, 0) * self.accelerator.num_processes)
         self._asked |= {command for command, bit in _BITS.items() if bits & bit}
         measured = {"time": time.time(), "seconds": self._seconds, "memory": peak_memory(self.accelerator.device)}
-        self.accelerator.log({**values, **measured}, step=step)
+        log_values(self.accelerator, {**values, **measured}, step)
         # Not before the values of its step: some trackers take nothing of an earlier step than the last.
         if (picture := self._pictures.pop(step, None)) is not None:
             log_picture(self.accelerator.trackers, "similarity_matrix", picture, step)

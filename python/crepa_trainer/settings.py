@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 PRESET = "preset"
 WORKERS_WITH_GPU = 2
+MOST_SEED = 2**32 - 1  # that NumPy takes
+A_WEEK = 7 * 24 * 3600
 
 
 def _tuples(value: Any) -> Any:
@@ -37,8 +39,16 @@ def _tuples(value: Any) -> Any:
 
 
 def at_home(value: Any) -> Any:
-    """A path with its ~ replaced: a shell does not where it is in a file or behind a "="."""
+    """A path with its ~ replaced: a shell does not where it is in a file or behind a "=". ValueError for NUL in it."""
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("no path has NUL in it")
     return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("one is there twice")
+    return values
 
 
 def _device(value: str) -> str:
@@ -54,6 +64,8 @@ Folder = Annotated[
     Path, BeforeValidator(lambda value: Path(at_home(value)) if isinstance(value, str) and value else value)
 ]
 Device = Annotated[str, AfterValidator(_device)]
+Seed = Annotated[Integer, Field(ge=0, le=MOST_SEED)]
+_SEED_RULE = f"must be an integer from 0 to {MOST_SEED}"
 AtLeastOne = Annotated[Integer, Field(ge=1)]
 Counts = Annotated[tuple[AtLeastOne, ...], BeforeValidator(_tuples)]
 Sizes = Annotated[tuple[tuple[AtLeastOne, AtLeastOne], ...], BeforeValidator(_tuples)]
@@ -71,7 +83,9 @@ def _arguments(value: Any) -> Any:
 
 
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_tuples)]
-WordOrWords = Annotated[Words, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+WordOrWords = Annotated[
+    Words, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), AfterValidator(_each_once)
+]
 
 
 class RunSettings(LayerSyncKeys, Settings):
@@ -204,7 +218,11 @@ class RunSettings(LayerSyncKeys, Settings):
         description="whether each of several processes keeps the whole model or, by blocks, its share of weights, "
         'gradients and optimizer; must be "none" or "fsdp2"',
     )
-    step_timeout: Integer = integer(600, "seconds that processes wait for each other in a step before all stop", ge=1)
+    step_timeout: Annotated[Integer, Field(ge=1, le=A_WEEK)] = Field(
+        600,
+        description="seconds that processes wait for each other in a step before all stop; must be an integer from 1 "
+        f"to {A_WEEK}",
+    )
     context_parallel: Integer = integer(
         1, "processes that share out the tokens of each clip among them, by diffusers' Ulysses attention", ge=1
     )
@@ -213,7 +231,7 @@ class RunSettings(LayerSyncKeys, Settings):
     ema_decay: float | None = Field(
         None, ge=0, lt=1, description="of the trained weights' moving average, none when null; must be in [0, 1)"
     )
-    seed: Integer = integer(0, "of weights, noise and order of clips", ge=0)
+    seed: Seed = Field(0, description=f"of weights, noise and order of clips; {_SEED_RULE}")
     cache: Folder | None = Field(None, description="folder of encoded clips and captions, output/cache when null")
     cache_teacher: Literal["frames", "features"] = Field(
         "frames",
@@ -243,12 +261,12 @@ class RunSettings(LayerSyncKeys, Settings):
     validation_every: Integer = integer(0, "steps between validations, 0 for never", ge=0)
     validation_steps: Integer = integer(30, "denoising steps of a sample", ge=1)
     validation_guidance: float = number(5.0, "guidance scale of a sample", ge=0)
-    validation_seed: Integer = integer(0, "of a sample's noise", ge=0)
+    validation_seed: Seed = Field(0, description=f"of a sample's noise; {_SEED_RULE}")
     matrix_every: Integer = integer(0, "steps between similarity matrices in looks/ and in trackers, 0 for never", ge=0)
     report_to: WordOrWords = Field(
         ("tensorboard",),
         description="where values are logged beside metrics.jsonl, by accelerate's names for its trackers; "
-        'must be a name or a list of names such as ["tensorboard", "wandb"]',
+        'must be a name or a list of names such as ["tensorboard", "wandb"], each once',
     )
     fps: float | None = Field(
         None,

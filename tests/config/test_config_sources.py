@@ -132,9 +132,11 @@ def test_yaml_is_that_of_version_1_2(text: str, value: Any) -> None:
         (".yaml", "a: 1\n---\nb: 2", ["not YAML", "single document", "line 2"]),
         (".yaml", "- 1", ["one YAML object", "list"]),
         (".yaml", "", ["one YAML object", "NoneType"]),
-        (".yaml", "a: \x00", ["not YAML"]),
+        (".yaml", "a: 1\nb: \x00", ["not YAML", "line 2"]),
+        (".yaml", "a: 1\n[a, b]: 2", ["the key [a, b] is no text", "line 2"]),
         (".yaml", "[" * 100_000, ["nested too deeply"]),
-        (".yaml", "a: " + "9" * 5000, ["settings.yaml"]),
+        (".yaml", "a: " + "9" * 5000, ["settings.yaml", "a number has more than 4300 digits"]),
+        (".toml", "a = " + "9" * 5000, ["settings.toml", "a number has more than 4300 digits"]),
         (".yaml", "crepa_lambda: half", ['crepa_lambda = "half"']),
     ],
 )

@@ -155,13 +155,16 @@ def _says(text: bytes) -> Any:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", '"x"', "[" * 100_000, '{"step": 4, "identity": 3, "parts": 5}']
+    "text",
+    [b"", b"[]", b"null", b"{}", b'"x"', b"[" * 100_000, b'{"step": 4, "identity": 3, "parts": 5}', b"\xff" * 10_000],
+    ids=lambda text: text[:20].decode("latin-1"),
 )
-def test_a_state_that_is_something_else_is_an_error_of_one_line(models: Path, checkpoint: Path, text: str) -> None:
-    (checkpoint / STATE_FILE).write_text(text)
+def test_a_state_that_is_something_else_is_an_error_of_one_line(models: Path, checkpoint: Path, text: bytes) -> None:
+    (checkpoint / STATE_FILE).write_bytes(text)
     with pytest.raises(ValueError, match="step-00000004") as caught:
         found(models, checkpoint)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_checkpoint_of_an_earlier_version_is_not_opened(models: Path, checkpoint: Path) -> None:

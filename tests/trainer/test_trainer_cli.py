@@ -18,8 +18,9 @@ from crepa_trainer.reporting.progress import training_progress
 from crepa_trainer.terminal import plain
 from processes import run
 from rich.console import Console
+from run_folders import run_settings
 from tiny_pipelines import save_tiny_wan_pipeline
-from videos import moving_square, write_video
+from videos import captioned_squares, moving_square, write_video
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +64,18 @@ def test_it_starts_as_a_module_for_launchers(tmp_path: Path) -> None:
     done = python("-m", "crepa_trainer", "run", "--config", str(file))
     assert done.returncode == 2
     assert done.stderr.strip() == "crepa-train: error: model = nowhere: no such folder, and not a hub id (owner/name)"
+
+
+@pytest.mark.slow
+def test_a_run_says_nothing_that_is_of_the_libraries_that_it_imports(models: Path, tmp_path: Path) -> None:
+    data = captioned_squares(tmp_path / "videos", 1)
+    words = [
+        f"--{key}={json.dumps(value)}" for key, value in run_settings(models, data, mixed_precision="bf16").items()
+    ]
+    words += ["--output", str(tmp_path / "run"), "--max_train_steps", "1", "--base_precision", "int8"]
+    done = python("-m", "crepa_trainer", "run", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not re.search("WARNING|Warning|Loading", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(

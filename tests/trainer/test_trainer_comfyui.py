@@ -285,6 +285,17 @@ def header(file: Path) -> dict[str, str]:
         return dict(opened.metadata())
 
 
+def test_a_run_that_goes_on_with_another_format_leaves_no_file_of_fewer_steps(models: Path, tmp_path: Path) -> None:
+    for steps, form in ((1, "both"), (2, "peft"), (3, "comfyui")):
+        changes = {"max_train_steps": steps, "lora_format": form, "resume": "latest", "ema_decay": 0.5}
+        train(tiny_settings(models, tmp_path / "run", **changes), tiny_config(models))
+        trained = tmp_path / "run" / "trained"
+        for folder in (trained, trained / "ema"):
+            files = [each for each in folder.glob("*.safetensors") if not each.name.startswith("crepa")]
+            assert {header(each)["steps"] for each in files} == {str(steps)}
+            assert len(files) == (2 if form == "both" else 1)
+
+
 def test_a_run_and_its_checkpoint_write_both_files_with_what_they_are_in_the_header(tmp_path: Path) -> None:
     models, output = save_models(tmp_path), tmp_path / "run"
     settings = tiny_settings(models, output, max_train_steps=2, ema_decay=0.5, lora_format="both")

@@ -66,6 +66,16 @@ def crepa_train(file: Path, *options: str) -> int:
     return main(["run", "--config", str(file), *options])
 
 
+def test_too_little_memory_is_one_line_that_says_where_to_look(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert crepa_train(config_file(folder, tmp_path / "run"), "--lora_rank", "1000000000000") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("crepa-train: error: [enforce fail at ")
+    assert "can't allocate memory" in line
+    assert line.endswith("; crepa-train run --plan says what each phase needs, and what to switch on")
+
+
 @pytest.mark.parametrize("teacher", ["frames", "features"])
 def test_videos_to_a_lora_with_validation_clips(folder: Path, tmp_path: Path, teacher: str) -> None:
     output = tmp_path / "run"

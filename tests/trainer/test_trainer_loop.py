@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from crepa_trainer.data.sampler import ClipOrder, MicroBatches, Position
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.noise import add_noise
-from crepa_trainer.reporting.trackers import MetricsTracker, read_metrics
+from crepa_trainer.reporting.trackers import MetricsTracker, log_values, read_metrics
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.state import TrainState, make_state, parameter_groups
 from crepa_trainer.step import StepReports, StepValues, check_finite, training_step
@@ -218,6 +218,16 @@ def test_a_run_that_ends_early_still_reports_the_step_before(
     with pytest.raises(type(error)):
         reported.of(1.0, 1.0, error=error)
     assert [step for step, _ in reported.rows] == [0, 1]
+
+
+def test_values_that_cannot_be_written_are_said_with_their_step(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, log_with=[MetricsTracker(tmp_path / "metrics.jsonl")])
+    accelerator.init_trackers("run")
+    log_values(accelerator, {"loss": 1.5}, 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"^the values of step 1 could not be logged: .*No space left on device"):
+        log_values(accelerator, {"loss": 1.25}, 1)
 
 
 def test_each_line_has_the_values_of_its_step_as_json(tmp_path: Path) -> None:

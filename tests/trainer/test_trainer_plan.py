@@ -200,6 +200,8 @@ def test_the_plan_says_what_issue_and_user_ask_for(folder: Path) -> None:
         "workers none: ",
     ):
         assert words in text, text
+    small = printed(planned(folder, CrepaConfig(), base_precision="int8", offload="block"))
+    assert "parameters, bf16, frozen weights in int8, offloaded by block, gradient checkpointing" in small
     assert "CREPA off" in printed(planned(folder, CrepaConfig()))
     assert "CREPA off" in printed(planned(folder, CrepaConfig(crepa_enabled=False, crepa_lambda=0.1)))
     idle = printed(planned(folder, CrepaConfig(crepa_lambda=0.1, crepa_block_index=1)))

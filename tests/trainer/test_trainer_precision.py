@@ -13,14 +13,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from crepa_trainer.families import TrainingFamily
-from crepa_trainer.precision import BasePrecision, check_base_precision, give_gradients, loading, prepare_base
+from crepa_trainer.precision import BasePrecision, check_base_precision, compute_in_bf16, loading, prepare_base
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.state import TrainState, add_lora, make_state, trained_parameters
 from diffusers import WanPipeline, WanTransformer3DModel
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from processes import environment
 from safetensors.torch import load_file
 from tiny import WAN, tiny_wan, wan_inputs
+from tiny_families import FAMILIES
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
 from crepa_kernels import CrepaRegularizer
@@ -90,6 +92,27 @@ def test_gradients_are_those_of_the_weights_as_they_are_stored(models: Path, bas
         # Its scales are multiplied in after the product, which bf16 rounds otherwise.
         off = error(*(torch.cat([each[name].flatten() for name in exact]) for each in (found, exact)))
         assert off < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@TORCHAO
+@pytest.mark.parametrize("name", TrainingFamily.known)
+def test_layers_of_every_family_compute_in_bf16_whatever_comes_in(name: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[name]
+    model = tiny.make()
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16, **loading("int8")).requires_grad_(False)
+    prepare_base(model, "int8", torch.bfloat16)
+    targets = list(TrainingFamily.known[name].lora_targets)
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    computed = set()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+            layer.register_forward_hook(lambda _, inputs, output: computed.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**tiny.inputs(model=model), return_dict=False)[0]
+    output.float().square().mean().backward()
+    assert computed == {torch.bfloat16}
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def trained(models: Path, output: Path, teacher: str, **changes: Any) -> list[dict[str, float]]:
@@ -172,13 +195,13 @@ def test_a_dynamic_fp8_layer_has_the_gradient_of_its_stored_weight() -> None:
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(RuntimeError, match="derivative"):  # or it needs no help any more
         layer(inputs.bfloat16()).sum().backward()
-    give_gradients(layer)
+    compute_in_bf16(layer)
     product = layer(inputs)
-    assert product.dtype == torch.float32
+    assert product.dtype == torch.bfloat16
     assert error(product, plain) < 0.05  # fp8 of the inputs
     direction = torch.randn_like(product)
     product.backward(direction)
-    true = direction.bfloat16() @ weight.dequantize()
+    true = direction @ weight.dequantize()
     torch.testing.assert_close(inputs.grad, true.float())
 
 
@@ -241,6 +264,11 @@ def test_bitsandbytes_layers_take_a_lora_and_a_projector(models: Path) -> None:
             four.load_state_dict(module.state_dict())
             transformer.blocks.set_submodule(name, four.to("cpu"))
     transformer.requires_grad_(False)
+    layer, fp32 = transformer.blocks[0].attn1.to_q, torch.zeros(1, transformer.blocks[0].attn1.to_q.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(fp32).dtype == torch.float32  # or it needs no help any more
+        prepare_base(transformer, "nf4", torch.bfloat16)
+        assert layer(fp32).dtype == torch.bfloat16
     settings = tiny_settings(models, models / "unused", mixed_precision="bf16")
     add_lora(transformer, TrainingFamily.of(settings.model), settings)
     transformer.enable_gradient_checkpointing()
@@ -263,8 +291,6 @@ def test_bitsandbytes_layers_take_a_lora_and_a_projector(models: Path) -> None:
 
 @pytest.mark.slow
 def test_convolutions_keep_their_type_in_fp8() -> None:
-    from tiny_families import FAMILIES
-
     transformer = FAMILIES["sanavideo"].make().bfloat16().requires_grad_(False)
     prepare_base(transformer, "fp8", torch.bfloat16)
     types = {

@@ -65,7 +65,9 @@ def test_a_table_of_toml_is_a_mapping_of_arguments(tmp_path: Path) -> None:
     settings, _ = load_settings(file, {"seed": 3})
     assert settings == RunSettings(**REQUIRED, optimizer_args={"betas": [0.9, 0.99], "eps": 1e-6}, seed=3)
     file.write_text("\n".join([*lines, "[optimizer_args]", "eps = 2024-01-02"]))
-    with pytest.raises(ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers, text, true"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer_args = .*2024.*: its values must be numbers that are finite, text, true"
+    ):
         load_settings(file, {})
 
 
@@ -255,6 +257,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"fps": 1001}, ["fps = 1001: "]),
     ({"hdr": "raw"}, ['hdr = "raw": ', '"tonemap" or "skip"']),
     ({"seed": -1}, ["seed = -1: "]),
+    ({"seed": 2**32}, ["seed = 4294967296: ", "an integer from 0 to 4294967295"]),
+    ({"validation_seed": 2**32}, ["validation_seed = 4294967296: ", "an integer from 0 to 4294967295"]),
+    ({"step_timeout": 604801}, ["step_timeout = 604801: ", "from 1 to 604800"]),
+    ({"optimizer_args": {"eps": float("inf")}}, ["optimizer_args = ", "its values must be numbers that are finite"]),
+    ({"data": "vid\0eos"}, ['data = "vid\\u0000eos": folder of videos']),
+    ({"model": "w\0n"}, ['model = "w\\u0000n": pipeline folder']),
+    ({"report_to": ["wandb", "wandb"]}, ['report_to = ["wandb", "wandb"]: ', "each once"]),
     ({"seed": 2**63}, ["seed = 9223372036854775808: ", "at most 64 bits"]),
     ({"max_train_steps": 1e30}, ["max_train_steps = 1", "at most 64 bits"]),
     ({"resolutions": [[32, 2**63]]}, ["resolutions = [[32, 9223372036854775808]]: ", "at most 64 bits"]),

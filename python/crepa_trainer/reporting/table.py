@@ -54,12 +54,14 @@ def _model_rows(plan: Plan) -> Rows:
     if settings.training == "lora":
         how = f"{_adapter(settings)} on {', '.join(settings.lora_targets or family.lora_targets)}"
     precision = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
+    base = "" if settings.base_precision == "bf16" else f", frozen weights in {settings.base_precision}"
+    base += "" if settings.offload == "none" else f", offloaded by {settings.offload}"
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     expert = f" ({family.transformer_part}, the {family.expert} noise levels)" if family.expert else ""
     size = f"{several(family.blocks, 'block')} of width {family.hidden_size}, {_number(plan.parameters)} parameters"
     return [
         ("model", f"{settings.model}{expert}: {family.name}, {settings.task}, {size}"),
-        ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{checkpointing}"),
+        ("trained", f"{how}: {_number(plan.trained)} parameters, {precision}{base}{checkpointing}"),
         ("optimizer", _optimizer(settings)),
     ]
 

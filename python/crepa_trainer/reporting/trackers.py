@@ -109,6 +109,14 @@ def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> Non
         raise ValueError(f"report_to: {type(error).__name__}: {line}") from error
 
 
+def log_values(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
+    """A step's values to all of them. OSError that says so where they cannot be written, as on a full disk."""
+    try:
+        accelerator.log(dict(values), step=step)
+    except OSError as error:
+        raise OSError(f"the values of step {step} could not be logged: {error}; checkpoints are whole") from error
+
+
 def log_picture(trackers: Iterable[GeneralTracker], name: str, picture: np.ndarray, step: int) -> None:
     """A picture (H, W, 3) uint8 to each that takes pictures; after the values of the steps before it."""
     for tracker in trackers:
