@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from .adapters import Adapter, adapter_layers, peft_names
-from .checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, trained_weights
+from .checkpoint import STATE_FILE, Checkpoint, newest_checkpoint, read_checkpoint, trained_weights
 from .comfyui import comfyui_lora
 from .sharding import is_sharded, whole_copy, whole_weights
 from .state import trained_parameters
@@ -100,7 +100,10 @@ def export_checkpoint(place: Path, folder: Path | None, form: str, dtype: torch.
             were trained, also as `TrainingFamily.of`: of the first the model's configs are read, of the second its
             weights.
     """
-    place = newest_checkpoint(place) or place
+    newest = newest_checkpoint(place)
+    if newest is None and place.is_dir() and not (place / STATE_FILE).exists():
+        raise ValueError(f"{place} is no complete checkpoint, and no run's folder that has one")
+    place = newest or place
     checkpoint = read_checkpoint(place)
     folder = place.resolve().parent.parent / EXPORTED / place.resolve().name if folder is None else folder
     weights = {name: tensor.to(dtype) for name, tensor in trained_weights(place).items()}

@@ -111,7 +111,7 @@ def test_a_whole_transformer_is_exported_from_its_checkpoint(models: Path, tmp_p
 
 def test_what_cannot_be_exported_is_one_line(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path)]) == 2
-    assert f"{tmp_path} is not a complete checkpoint: {STATE_FILE} is missing" in capsys.readouterr().err
+    assert f"{tmp_path} is no complete checkpoint, and no run's folder that has one" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert f"{tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
 
