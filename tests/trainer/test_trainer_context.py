@@ -11,8 +11,10 @@ from crepa_trainer.context import check_context
 from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import check_launcher
+from processes import run
 from safetensors.torch import load_file
-from tiny_pipelines import save_tiny_ltx_pipeline
+from sharded_families import SHARING, context_gradients, gradients_alone
+from tiny_pipelines import save_tiny_sana_pipeline
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
 
 # fp32 sums in another order, which AdamW passes on from step to step.
@@ -69,10 +71,22 @@ def test_what_does_not_divide_is_said_before_a_weight_is_loaded(
 
 
 def test_a_family_that_diffusers_does_not_train_so(models: Path, tmp_path: Path) -> None:
-    save_tiny_ltx_pipeline(tmp_path / "ltx")
+    save_tiny_sana_pipeline(tmp_path / "sana")
     settings = tiny_settings(models, tmp_path, context_parallel=2)
-    with pytest.raises(ValueError, match="diffusers does not train ltxvideo with its tokens shared out, only wan"):
-        check_context(settings, TrainingFamily.of(str(tmp_path / "ltx")), [], 2)
+    words = "diffusers does not train sanavideo with its tokens shared out, only ltxvideo, wan"
+    with pytest.raises(ValueError, match=words):
+        check_context(settings, TrainingFamily.of(str(tmp_path / "sana")), [], 2)
+
+
+def test_gradients_of_a_clip_that_is_shared_out_are_those_of_the_whole(tmp_path: Path) -> None:
+    """LTX with a text of an odd length that ends before its limit, and a time for each token."""
+    done = run(context_gradients, str(tmp_path), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for case in SHARING:
+        found, expected = torch.load(tmp_path / f"{case}.pt"), gradients_alone(case, samples=1)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=2e-6, rtol=1e-5, msg=f"{case}: {name}")
 
 
 def test_it_needs_gpus(models: Path, tmp_path: Path) -> None:
