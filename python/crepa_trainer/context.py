@@ -52,5 +52,6 @@ def share_tokens(transformer: Any, degree: int, device_type: str) -> None:
         whole = {name: cut for name, cut in given.items() if name not in _TEXT}
         plan = {**plan, "": {**whole, "timestep": replace(whole["hidden_states"], expected_dims=2)}}
     transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh), cp_plan=plan)
-    for block in family_of(transformer).blocks(transformer):
+    blocks: Iterable[Any] = family_of(transformer).blocks(transformer)
+    for block in blocks:
         block.attn2.processor._parallel_config = None

@@ -1,4 +1,7 @@
-"""Gradients of a step of every family's transformer, by one process and by several that have a share of it, or of each clip."""
+"""Gradients of a step of the families' transformers, by one process and by several.
+
+Those have a share of the transformer each, or of the tokens.
+"""
 
 from __future__ import annotations
 
