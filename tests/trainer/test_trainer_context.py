@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from crepa_trainer.checkpoint import newest_checkpoint, read_checkpoint
 from crepa_trainer.context import check_context
 from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.families import TrainingFamily
@@ -52,6 +53,32 @@ def test_processes_that_share_clips_log_and_learn_what_one_does(models: Path, tm
     for name, weight in one.items():
         torch.testing.assert_close(several[name], weight, rtol=0, atol=CLOSE)
     assert (tmp_path / "shared/validation/step-00000003").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_killed_run_that_shares_tokens_goes_on_as_if_it_had_not_stopped(
+    models: Path, tmp_path: Path, compiled: bool
+) -> None:
+    crepa = {"crepa_similarity_threshold": 0.9, "crepa_warmup_steps": 1, "crepa_relational_weight": 0.5}
+    config = tiny_config(models, **crepa)
+    given: dict[str, Any] = {"max_train_steps": 6, "checkpoint_every": 2, "context_parallel": 2, "ema_decay": 0.9}
+    given |= {"compile_blocks": compiled, "gradient_checkpointing": not compiled}
+    clips: dict[str, Any] = {"processes": 2, "wide": 3, "tall": 2, "accelerators": 1}
+    whole = train_elsewhere(tiny_settings(models, tmp_path / "whole", **given), config, **clips)
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    settings = tiny_settings(models, tmp_path / "killed", **given)
+    killed = train_elsewhere(settings, config, **clips, kill_at=5, kill_rank=1)
+    assert killed.returncode != 0
+    newest = newest_checkpoint(settings.output)
+    assert newest is not None
+    assert read_checkpoint(newest).step == 4
+    done = train_elsewhere(settings.model_copy(update={"resume": "latest"}), config, **clips)
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Bit for bit.
+    assert metrics_rows(tmp_path / "killed") == metrics_rows(tmp_path / "whole")
+    for name in ("trained/pytorch_lora_weights.safetensors", "trained/ema/pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

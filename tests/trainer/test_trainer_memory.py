@@ -216,15 +216,14 @@ def test_it_says_what_to_switch_on_to_fit(folder: Path) -> None:
 def test_several_processes_are_told_to_share_and_not_to_offload(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "small", tmp_path / "heavy")
     config = tmp_path / "heavy/transformer/config.json"
-    # Of a plan it is all that is read; its blocks are what a run needs most for.
-    config.write_text(json.dumps({**json.loads(config.read_text()), "ffn_dim": 2**18}))
+    # It is all that a plan reads; training must need more than encoding does.
+    config.write_text(json.dumps({**json.loads(config.read_text()), "ffn_dim": 2**16, "num_layers": 8}))
     settings = settings_for(folder, "small", model=str(tmp_path / "heavy"))
     keys = []
     for processes in (1, 2):
         memory = RunMemory(planned(settings, CrepaConfig(), processes=processes, device_type="cuda"))
         keys.append({each.key for each in memory.remedies(1)})
-    assert keys[0] - keys[1] == {"offload", "base_precision"}
-    assert keys[1] - keys[0] == {"sharding"}
+    assert keys == [{"offload"}, {"sharding"}]
 
 
 def test_a_teacher_elsewhere_or_put_away_takes_less(folder: Path) -> None:
