@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,6 +14,7 @@ from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.data.sampler import MicroBatch, Position
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import launched_processes
+from crepa_trainer.reporting.memory import RunMemory
 from crepa_trainer.reporting.plan import Plan, make_plan
 from crepa_trainer.run import make_accelerator
 from crepa_trainer.settings import RunSettings
@@ -80,6 +82,8 @@ def measured_apart(given: dict[str, Any], config: dict[str, Any], folder: str) -
     # diffusers' context parallelism counts them, and takes a CPU for none.
     mock.patch.object(torch.accelerator, "device_count", return_value=1).start()
     plan = planned(RunSettings(**given), CrepaConfig.from_dict(config), processes=launched_processes())
+    if os.environ["RANK"] == "0":
+        RunMemory(plan).training()  # as the first does on GPUs, before the processes meet
     found = measured(plan)
     torch.save(tuple(found), Path(folder) / f"{dist.get_rank()}.pt")
     dist.barrier()
