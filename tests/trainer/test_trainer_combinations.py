@@ -136,7 +136,6 @@ def test_what_is_accepted_runs(models: Path, tmp_path: Path) -> None:
     assert len(runs) > 24
     failed = []
     for number, (values, processes) in enumerate(runs):
-        print(number, len(runs), values, processes, flush=True)
         settings = tiny_settings(models, tmp_path / str(number), max_train_steps=2, **given(values))
         clips = {"wide": 2, "tall": 0, "pixels": values["cache_teacher"] == "frames"}
         config = tiny_config(models, crepa_encoder_image_size=28)

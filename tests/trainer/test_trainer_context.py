@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from crepa_trainer.context import check_context
 from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.launcher import check_launcher
-from processes import run
+from processes import environment, run
 from safetensors.torch import load_file
 from sharded_families import SHARING, context_gradients, gradients_alone
-from tiny_pipelines import save_tiny_sana_pipeline
+from tiny import tiny_dinov2
+from tiny_pipelines import save_tiny_ltx_pipeline, save_tiny_sana_pipeline
 from training_runs import TinyClips, metrics_rows, tiny_config, tiny_settings, train, train_elsewhere
+from videos import captioned_squares
 
 # fp32 sums in another order, which AdamW passes on from step to step.
 CLOSE = 1e-6
@@ -53,6 +57,44 @@ def test_processes_that_share_clips_log_and_learn_what_one_does(models: Path, tm
     for name, weight in one.items():
         torch.testing.assert_close(several[name], weight, rtol=0, atol=CLOSE)
     assert (tmp_path / "shared/validation/step-00000003").is_dir()
+
+
+# The command itself, where diffusers' context parallelism finds an accelerator to count.
+COUNTED = """\
+import runpy, torch
+
+torch.accelerator.device_count = lambda: 1
+runpy.run_module("crepa_trainer", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_ltx_trains_and_samples_with_its_tokens_shared_out(tmp_path: Path) -> None:
+    save_tiny_ltx_pipeline(tmp_path / "ltx")
+    captioned_squares(tmp_path / "videos", 2)
+    tiny_dinov2(tmp_path / "dinov2")
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    given = {"model": tmp_path / "ltx", "data": tmp_path / "videos", "cache": tmp_path / "cache", "lora_rank": 2}
+    given |= {"resolutions": "[[64, 96]]", "frame_counts": "[9]", "max_train_steps": 4, "mixed_precision": "no"}
+    given |= {"validation_prompts": '["a square"]', "validation_every": 4, "validation_steps": 2, "task": "image2video"}
+    given |= {"crepa_enabled": "true", "crepa_block_index": 1, "crepa_encoder": tmp_path / "dinov2"}
+    given |= {"crepa_encoder_image_size": 28, "learning_rate": 1e-3}
+    rows = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        each = {**given, "output": output, "context_parallel": processes}
+        words = [str(word) for key, value in each.items() for word in (f"--{key}", value)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (processes - 1)
+        environ = {**environment(), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [sys.executable, *launch, str(script), "run", *words], capture_output=True, text=True, env=environ
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        rows.append(metrics_rows(output))
+        assert (output / "validation/step-00000004").is_dir()
+    for one, several in zip(*rows, strict=True):
+        assert several == pytest.approx(one, abs=CLOSE, rel=CLOSE, nan_ok=True)
 
 
 @pytest.mark.slow
