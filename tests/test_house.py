@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from floors import floor, requirements
-from house import MOST_ROOMS, ROOT, against_the_walls, circle, imports, outside, pinned, private_names, rooms
+from house import (
+    MOST_ROOMS,
+    ROOT,
+    against_the_walls,
+    circle,
+    deepest_way,
+    imports,
+    outside,
+    pinned,
+    private_names,
+    rooms,
+)
 from packaging.requirements import Requirement
+
+from crepa_kernels import CrepaProjector, crepa_loss
 
 
 def test_a_reader_sees_the_wings_first() -> None:
@@ -26,6 +42,18 @@ def test_a_circle_and_an_arrow_through_a_wall_are_found() -> None:
     assert against_the_walls(arrows) == ["crepa_kernels.grid -> crepa_kernels.config.schema"]
     arrows["crepa_kernels.config.schema"] = {"crepa_kernels.loss"}
     assert set(circle(arrows)) == arrows.keys()
+
+
+@pytest.mark.parametrize(("backend", "most"), [("reference", 6), ("torch", 10), ("triton", 12)])
+def test_the_way_from_the_call_to_the_arithmetic_is_short(backend: str, most: int) -> None:
+    student, teacher = torch.randn(1, 2, 6, 8, requires_grad=True), torch.randn(1, 2, 8, 4)
+
+    def step() -> None:
+        grids: Any = {"student_grid": (2, 3), "teacher_grid": (2, 4), "spatial_align": "teacher"}
+        crepa_loss(student, teacher, CrepaProjector(8, 4), **grids, backend=backend).loss.backward()
+
+    step()  # loads what is loaded once
+    assert 2 < len(deepest_way(step)) <= most
 
 
 def test_no_test_pins_what_a_package_keeps_to_itself() -> None:

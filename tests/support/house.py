@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"crepa_kernels": ROOT / "crepa_kernels", "crepa_trainer": ROOT / "python" / "crepa_trainer"}
@@ -126,6 +127,29 @@ def against_the_walls(arrows: Mapping[str, set[str]]) -> list[str]:
         for room, behind in WALLS.items()
         if inside(module, room) and any(inside(target, other) for other in behind)
     )
+
+
+def deepest_way(function: Callable[[], object]) -> list[str]:
+    """The most files of ``crepa_kernels`` that lie on one way from its first call in ``function`` to a last one."""
+    ways: list[list[str]] = [[]]
+    folder = str(PACKAGES["crepa_kernels"])
+
+    def called(frame: FrameType | None, event: str, _: object) -> None:
+        if event != "call" or not (frame and frame.f_code.co_filename.startswith(folder)):
+            return
+        files: dict[str, None] = {}
+        while frame:
+            if frame.f_code.co_filename.startswith(folder):
+                files[frame.f_code.co_filename] = None
+            frame = frame.f_back
+        ways[0] = max(ways[0], list(files)[::-1], key=len)
+
+    sys.setprofile(called)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return ways[0]
 
 
 def rooms() -> list[str]:

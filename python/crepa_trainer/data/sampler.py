@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,10 +228,26 @@ def micro_batches(
 
 
 def _without_errors(loader: DataLoader[MicroBatch | Exception]) -> Generator[MicroBatch, None, None]:
-    for batch in loader:
+    for batch in _while_workers_live(loader):
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _while_workers_live(loader: DataLoader[MicroBatch | Exception]) -> Generator[MicroBatch | Exception, None, None]:
+    try:
+        yield from loader
+    except BaseException as error:
+        # The workers end when nothing refers to the loader's iterator any more. What was raised inside it does, by its
+        # frames: whoever keeps the error would keep the workers, and an interpreter that ends with one waits for them.
+        raised: BaseException | None = error
+        while raised is not None:
+            clear_frames(raised.__traceback__)
+            raised = raised.__cause__ or raised.__context__
+        # Killed while it sent a batch, and not known to be gone yet. torch says "Caught" of what a worker raised.
+        if loader.num_workers and isinstance(error, (EOFError, ConnectionError)) and "Caught" not in str(error):
+            raise RuntimeError("DataLoader worker (pid unknown) is gone while it sent a batch") from error
+        raise
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
