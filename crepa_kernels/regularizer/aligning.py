@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ..config.schema import CrepaConfig
 from ..config.shared import TaughtSettings
 from ..grid import Grid
 from ..projector import ConvolutionProjector, CrepaProjector, Projector
@@ -27,6 +28,11 @@ def make_projector(config: TaughtSettings, hidden_size: int, feature_size: int) 
     if config.irepa_enabled:
         return ConvolutionProjector(hidden_size, feature_size, config.irepa_projector_kernel_size)
     return CrepaProjector(hidden_size, feature_size)
+
+
+def compares_own_tokens(config: CrepaConfig) -> bool:
+    """Whether a rank's tokens are compared where they lie: no neighbouring token of the grid has a part in it."""
+    return config.spatial_align == "student" and not config.irepa_enabled
 
 
 class Sides(NamedTuple):

@@ -22,7 +22,7 @@ from ..teachers.clips import as_counts
 from ..teachers.encoding import EncoderSource
 from ..teachers.latents import VaeSource
 from ..transfer import index_into, touched_frames
-from .aligning import Sides
+from .aligning import Sides, compares_own_tokens
 from .attach import CREPA
 from .base import Logs, Measured, Regularizer
 from .capture import CapturedStates
@@ -192,7 +192,7 @@ class CrepaRegularizer(Regularizer):
         teacher_mask: torch.Tensor | None,
     ) -> Measured:
         shard, parts = student.layout.shard, 1
-        if shard is not None and not self._takes_shards:
+        if shard is not None and not compares_own_tokens(self.config):
             # Every rank compares the whole clips, and has an equal share of what comes of it.
             student, parts = student.gathered(), shard.ranks
         of_tokens, of_relation, wanted = self._shard_options(student.layout)
@@ -217,11 +217,6 @@ class CrepaRegularizer(Regularizer):
         if parts > 1:
             losses, logs = ({name: value / parts for name, value in each.items()} for each in (losses, logs))
         return Measured(losses, logs, sides.teacher_features, metric, shard)
-
-    @property
-    def _takes_shards(self) -> bool:
-        """Whether a rank's tokens are compared where they lie: no neighbouring token of the grid has a part in it."""
-        return self.config.spatial_align == "student" and not self.config.irepa_enabled
 
     def _shard_options(self, layout: TokenLayout) -> tuple[dict[str, Any], dict[str, Any], range | None]:
         """What both losses take of a rank's tokens, what the relational one takes, and the frames that teach them."""

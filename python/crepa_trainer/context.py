@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+
+from crepa_kernels.models.families import family_of
 
 if TYPE_CHECKING:
     from .data.dataset import Bucket
     from .families import TrainingFamily
     from .settings import RunSettings
+
+_TEXT = {"encoder_hidden_states", "encoder_attention_mask"}
 
 
 def check_context(settings: RunSettings, family: TrainingFamily, buckets: Iterable[Bucket], processes: int) -> None:
@@ -40,4 +45,13 @@ def share_tokens(transformer: Any, degree: int, device_type: str) -> None:
 
     shape = dist.get_world_size() // degree, 1, degree
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "ring", "ulysses"))
-    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
+    plan = transformer._cp_plan
+    if (given := plan[""]).keys() & _TEXT:
+        # Text stays whole, of any length, and so does attention to it: diffusers' backward takes a text that is shared
+        # out for as long as the video.
+        whole = {name: cut for name, cut in given.items() if name not in _TEXT}
+        plan = {**plan, "": {**whole, "timestep": replace(whole["hidden_states"], expected_dims=2)}}
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh), cp_plan=plan)
+    blocks: Iterable[Any] = family_of(transformer).blocks(transformer)
+    for block in blocks:
+        block.attn2.processor._parallel_config = None

@@ -1,13 +1,18 @@
-"""Gradients of a step of every family's transformer, by one process and by several that have a share of it each."""
+"""Gradients of a step of the families' transformers, by one process and by several.
+
+Those have a share of the transformer each, or of the tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from crepa_trainer.context import share_tokens
 from crepa_trainer.sharding import shard, whole, whole_copy
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_families import FAMILIES, TinyFamily
@@ -29,9 +34,20 @@ def _built(tiny: TinyFamily) -> tuple[Any, CrepaRegularizer]:
     return transformer, CrepaRegularizer(settings, transformer, feature_size=FEATURE_SIZE)
 
 
+def _inputs(tiny: TinyFamily, sample: int) -> dict[str, Any]:
+    inputs = tiny.inputs(seed=sample, model=tiny.make())
+    if tiny.name == "ltxvideo":
+        # A text that ends before its limit, and a first frame that is given: each token has its time.
+        inputs["encoder_attention_mask"][:, -2:] = 0
+        times = torch.full(inputs["hidden_states"].shape[:2], 500.0)
+        times[:, : tiny.grid[0] * tiny.grid[1]] = 0
+        inputs["timestep"] = times
+    return inputs
+
+
 def _backward(tiny: TinyFamily, transformer: Any, crepa: CrepaRegularizer, samples: Iterable[int], scale: float) -> Any:
     for sample in samples:
-        prediction = transformer(**tiny.inputs(seed=sample, model=tiny.make()))[0]
+        prediction = transformer(**_inputs(tiny, sample), return_dict=False)[0]
         shape = (1, tiny.frames, 6, FEATURE_SIZE)
         features = torch.randn(shape, generator=torch.Generator().manual_seed(sample))
         aux, _ = crepa.loss(step=0, features=features, feature_grid=(2, 3))
@@ -39,10 +55,10 @@ def _backward(tiny: TinyFamily, transformer: Any, crepa: CrepaRegularizer, sampl
     return {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
 
 
-def gradients_alone(case: str) -> dict[str, Tensor]:
-    """Of LoRA and projector, the mean over RANKS samples."""
+def gradients_alone(case: str, samples: int = RANKS) -> dict[str, Tensor]:
+    """Of LoRA and projector, the mean over some samples."""
     tiny = FAMILIES[case]
-    found: dict[str, Tensor] = _backward(tiny, *_built(tiny), range(RANKS), 1 / RANKS)
+    found: dict[str, Tensor] = _backward(tiny, *_built(tiny), range(samples), 1 / samples)
     return found
 
 
@@ -69,5 +85,27 @@ def sharded_gradients(folder: str) -> None:
             saved, expected = tiny.model.from_pretrained(Path(folder) / case).state_dict(), tiny.make().state_dict()
             assert saved.keys() == expected.keys()
             assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# Those of which RANKS processes can have a part of each sample.
+SHARING = ("wan", "ltxvideo")
+
+
+def context_gradients(folder: str) -> None:
+    """The same of one sample, of whose tokens each of RANKS processes has a part."""
+    dist.init_process_group("gloo")
+    for case in SHARING:
+        tiny = FAMILIES[case]
+        transformer, crepa = _built(tiny)
+        # It counts the machine's accelerators, and takes a CPU for none.
+        with mock.patch.object(torch.accelerator, "device_count", return_value=1):
+            share_tokens(transformer, RANKS, "cpu")
+        found = _backward(tiny, transformer, crepa, [0], 1.0)
+        for each in found.values():
+            dist.all_reduce(each)
+        if dist.get_rank() == 0:
+            torch.save(found, Path(folder) / f"{case}.pt")
     dist.barrier()
     dist.destroy_process_group()

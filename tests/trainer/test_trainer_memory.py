@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from crepa_trainer.data.dataset import Bucket, find_clips
-from crepa_trainer.data.sampler import MicroBatch, Position
+from crepa_trainer.data.dataset import Bucket
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.optimizers import OPTIMIZERS, make_optimizer, start_training
 from crepa_trainer.reporting.memory import BaseWeights, Phase, RunMemory, state_bytes
-from crepa_trainer.reporting.plan import Plan, make_plan
 from crepa_trainer.reporting.shadow import LiveBytes
 from crepa_trainer.reporting.table import memory_rows, readable_bytes
-from crepa_trainer.run import make_accelerator
 from crepa_trainer.settings import RunSettings
-from crepa_trainer.state import TrainState, make_ema, make_state
-from crepa_trainer.step import training_step
 from memory import allocated_peak
+from planned_steps import Measured, batch, made, measured, measured_apart, planned
+from processes import run
 from tiny import tiny_dinov2
 from tiny_families import FAMILIES
 from tiny_pipelines import save_tiny_ltx_pipeline, save_tiny_wan_pipeline
@@ -76,46 +74,6 @@ def crepa(folder: Path, **changes: Any) -> CrepaConfig:
     return CrepaConfig(**{**values, "crepa_encoder_image_size": 70, **changes})
 
 
-def planned(settings: RunSettings, config: CrepaConfig, **given: Any) -> Plan:
-    family = TrainingFamily.of(settings.model)
-    return make_plan(settings, config, family, find_clips(settings, family), **given)
-
-
-def made(plan: Plan) -> TrainState:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    state = make_state(make_accelerator(plan.settings), plan.family, plan.settings, plan.config)
-    state.transformer.train()
-    return state
-
-
-def batch(plan: Plan) -> MicroBatch:
-    family, bucket = plan.family, plan.buckets[0]
-    blank = {**family.blank_clip(bucket.bucket), **family.blank_text()}
-    clips = {name: torch.stack([each] * plan.settings.batch_size) for name, each in blank.items()}
-    teacher: dict[str, Any] = {}
-    if plan.config.crepa_enabled:
-        shape = plan.settings.batch_size, bucket.encoded or 0, 3, bucket.bucket.height, bucket.bucket.width
-        teacher["pixels"] = torch.randint(0, 256, shape, dtype=torch.uint8)
-    noise = torch.randn(clips["latents"].shape)
-    return MicroBatch(clips, teacher, noise, torch.full((len(noise),), 0.5))
-
-
-def measured(plan: Plan) -> tuple[int, int]:
-    """Bytes that are there before a step, and those that a step adds at the most."""
-    state = made(plan)
-    ema = make_ema(state.transformer, plan.settings.ema_decay)
-    # Optimizer state and teacher come with the first.
-    training_step(state, plan.family, batch(plan), Position(0, 0, 0))
-    held = [*state.transformer.parameters(), *(ema.shadow_params if ema is not None else ())]
-    held += [each for of in state.optimizer.state.values() for each in of.values() if isinstance(each, torch.Tensor)]
-    weights = 0
-    if plan.config.crepa_enabled:
-        weights = 4 * DinoV2(plan.config.crepa_encoder).parameters()
-    peak = allocated_peak(lambda: training_step(state, plan.family, batch(plan), Position(1, 0, 0)))
-    return sum(each.nbytes for each in held) + weights, peak
-
-
 def check_training(folder: Path, family: str, taught: bool, **changes: Any) -> None:
     plan = planned(settings_for(folder, family, **changes), crepa(folder) if taught else CrepaConfig())
     found = RunMemory(plan).training()
@@ -149,6 +107,59 @@ def test_training_of_every_kind_needs_what_the_plan_says(
 ) -> None:
     changes = {"training": training, "gradient_checkpointing": checkpointing, "mixed_precision": precision}
     check_training(folder, family, taught=taught, **changes)
+
+
+def check_apart(folder: Path, tmp_path: Path, family: str, processes: int, taught: bool, **changes: Any) -> None:
+    """The most that any of several processes needs."""
+    settings, config = settings_for(folder, family, **changes), crepa(folder) if taught else CrepaConfig()
+    # diffusers' context parallelism counts the accelerators, and takes a CPU for none.
+    with mock.patch.object(torch.accelerator, "device_count", return_value=1):
+        found = RunMemory(planned(settings, config, processes=processes)).training()
+    done = run(measured_apart, settings.model_dump(mode="json"), config.to_dict(), str(tmp_path), ranks=processes)
+    assert done.returncode == 0, done.stderr
+    each = [Measured(*torch.load(tmp_path / f"{rank}.pt")) for rank in range(processes)]
+    held = sum(found.terms[name] for name in ("transformer", "trained", "optimizer", "EMA"))
+    if taught:
+        held += 4 * DinoV2(config.crepa_encoder).parameters()
+    # Where a share does not come out even, the last processes have less.
+    assert held == pytest.approx(max(of.there for of in each), rel=0.01)
+    assert found.total - held == pytest.approx(max(of.peak for of in each), rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("family", "processes", "changes"),
+    [
+        ("wan", 2, {"sharding": "fsdp2"}),
+        pytest.param("wan", 2, {"context_parallel": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_each_of_two_processes_needs_what_the_plan_says(
+    folder: Path, tmp_path: Path, family: str, processes: int, changes: dict[str, Any]
+) -> None:
+    check_apart(folder, tmp_path, family, processes, taught=True, **changes)
+
+
+LAYERS = {"layersync_student_block": 0, "layersync_teacher_block": 2}
+FULL = {"training": "full", "mixed_precision": "no", "ema_decay": 0.9}
+WHOLE = {"gradient_checkpointing": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize(
+    ("family", "processes", "changes"),
+    [
+        ("wan", 3, {"sharding": "fsdp2", **FULL}),
+        ("ltxvideo", 2, {"sharding": "fsdp2", **FULL, **WHOLE, "mixed_precision": "bf16"}),
+        ("ltxvideo", 2, {"context_parallel": 2, **WHOLE}),
+        ("wan", 4, {"context_parallel": 2, **FULL}),
+        ("wan", 4, {"context_parallel": 4, "layersync_enabled": True, **LAYERS}),
+    ],
+)
+def test_each_of_several_processes_needs_what_the_plan_says(
+    folder: Path, tmp_path: Path, family: str, processes: int, changes: dict[str, Any], taught: bool
+) -> None:
+    check_apart(folder, tmp_path, family, processes, taught=taught, **changes)
 
 
 @pytest.mark.parametrize(("family", "size", "frames"), [("wan", (32, 48), 9), ("ltxvideo", (64, 96), 17)])
@@ -200,6 +211,19 @@ def test_it_says_what_to_switch_on_to_fit(folder: Path) -> None:
     assert dict(memory_rows(memory, need))["memory"].endswith(f", has {readable_bytes(need)}")
     hopeless = dict(memory_rows(memory, 1))["memory"]
     assert hopeless.endswith("is still too much without smaller resolutions, frame_counts or batch_size")
+
+
+def test_several_processes_are_told_to_share_and_not_to_offload(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "small", tmp_path / "heavy")
+    config = tmp_path / "heavy/transformer/config.json"
+    # It is all that a plan reads; training must need more than encoding does.
+    config.write_text(json.dumps({**json.loads(config.read_text()), "ffn_dim": 2**16, "num_layers": 8}))
+    settings = settings_for(folder, "small", model=str(tmp_path / "heavy"))
+    keys = []
+    for processes in (1, 2):
+        memory = RunMemory(planned(settings, CrepaConfig(), processes=processes, device_type="cuda"))
+        keys.append({each.key for each in memory.remedies(1)})
+    assert keys == [{"offload"}, {"sharding"}]
 
 
 def test_a_teacher_elsewhere_or_put_away_takes_less(folder: Path) -> None:

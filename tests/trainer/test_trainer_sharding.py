@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from crepa_trainer.checkpoint import FOLDER, newest_checkpoint, read_checkpoint
 from crepa_trainer.cli import main
 from crepa_trainer.export import EXPORTED
+from PIL import Image
 from processes import environment, run
 from safetensors.torch import load_file
 from sharded_families import gradients_alone, sharded_gradients
@@ -152,8 +154,12 @@ def test_looks_and_samples_of_a_sharded_run(models: Path, tmp_path: Path, irepa:
     assert_rows_alike(alone, run_sharded(models, tmp_path / "two", crepa, 2, **common))
     looks = [json.loads((tmp_path / run / "looks/step-00000001.json").read_text()) for run in ("one", "two")]
     torch.testing.assert_close(*(torch.tensor(look["matrix"]) for look in looks), atol=CLOSE, rtol=0)
-    sample = "validation/step-00000002/prompt-0.mp4"
-    assert (tmp_path / "one" / sample).read_bytes() == (tmp_path / "two" / sample).read_bytes()
+    strips = []
+    for name in ("one", "two"):
+        with Image.open(tmp_path / name / "validation/step-00000002/prompt-0.png") as strip:
+            strips.append(np.array(strip, dtype=int))
+    # Of weights that are only alike a color may be rounded the other way.
+    np.testing.assert_allclose(*strips, atol=1, rtol=0)
 
 
 @pytest.mark.slow

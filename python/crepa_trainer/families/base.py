@@ -44,7 +44,7 @@ class TrainingFamily(ModelSizes, TextLimits, ABC):
         encodes_first_frame: whether image to video needs latents of the first pixel frame alone, which the VAE makes
             others of than of the frame with those after it.
         shares_tokens: whether diffusers trains it with the tokens of a clip shared out over processes: its class has a
-            plan for that, and no attention to text of another length in it.
+            plan for that, and attention to text, by `attn2` of its blocks, is apart.
         lora_targets: attention projections that get a LoRA when the settings name none.
         original_names: layers by the names of the checkpoints that diffusers' were converted from, which ComfyUI has;
             a * is a block's number and what is the same after it. Layers with one original name are parts of one

@@ -21,6 +21,7 @@ class LtxVideoFamily(TrainingFamily):
     name = "ltxvideo"
     transformer_class = "LTXVideoTransformer3DModel"
     pixel_multiple = 32
+    shares_tokens = True
     original_names: ClassVar = {
         "transformer_blocks.*": "transformer_blocks.*",
         "caption_projection.*": "caption_projection.*",

@@ -10,6 +10,9 @@ Weights are counted on models without values, activations in steps on such model
     activations what one micro-batch of the largest bucket keeps at the most, by `gradient_checkpointing`
     teacher     its weights while frames are encoded in training, and what it makes of a micro-batch's frames
 
+With `sharding` each process has its share of the first five (`shares`), and beside them two whole blocks while they
+compute. With `context_parallel` the step that is counted is that of one process, on its part of each clip's tokens.
+
 Not counted: what CUDA itself takes of a card (half a GiB or so), fragments of its allocator, workspaces of its kernels.
 """
 
@@ -23,15 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crepa_kernels.regularizer.aligning import make_projector
+from crepa_kernels.regularizer.aligning import compares_own_tokens, make_projector
 from crepa_kernels.teachers.encoders import FrozenEncoder
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
+from crepa_kernels.transfer import touched_frames
 
 from ..data.cache import PROMPTS_AT_A_TIME
 from ..data.names import encoder_type, teacher_device, teacher_is_encoder
 from ..settings import RunSettings
 from .plan import Plan
 from .shadow import Features, Shadow, StepBytes, empty_transformer, empty_vae, weight_type
+from .shares import Shares, Weight
 
 if TYPE_CHECKING:
     from .plan import BucketPlan
@@ -66,6 +71,7 @@ class Choices:
     base_precision: str = "bf16"
     optimizer: str = "adamw"
     teacher_offload: bool = False
+    sharding: str = "none"
 
     @classmethod
     def of(cls, settings: RunSettings) -> Choices:
@@ -80,6 +86,7 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
     ("cache_teacher", "features"),
     ("vae_tiling", True),
     ("offload", "block"),
+    ("sharding", "fsdp2"),
     ("base_precision", "fp8"),
     ("base_precision", "nf4"),
     ("offload", "leaf"),
@@ -199,6 +206,9 @@ class RunMemory:
             return False
         if key == "cache_teacher" and not teacher_is_encoder(self.plan.config):
             return False
+        # One process has nobody to share with, and several do not offload.
+        if key in ("sharding", "offload") and (self.plan.processes == 1) is (key == "sharding"):
+            return False
         try:
             self.settings.replace(**{**applied, key: value})
         except ValueError:  # the settings' own rules
@@ -234,14 +244,29 @@ class RunMemory:
         return BaseWeights(**sizes, blocks=len(blocks))
 
     @cached_property
-    def projector(self) -> int:
-        """Parameters of CREPA's projector."""
+    def shares(self) -> Shares:
+        """Of transformer and projector on each of the run's processes, under FSDP2."""
+        model = empty_transformer(self.settings, self.family)
+        of = {id(p): n for n, block in enumerate(self.family.row.blocks(model)) for p in block.parameters()}
+        weights = [
+            Weight(each.shape, weight_type(name, self.settings, model).itemsize, each.requires_grad, of.get(id(each)))
+            for name, each in model.named_parameters()
+        ]
+        return Shares.of(weights, [Weight(shape, FP32, True) for shape in self._projector], self.plan.processes)
+
+    @cached_property
+    def _projector(self) -> list[torch.Size]:
         config = self.plan.config
         if not config.crepa_enabled:
-            return 0
+            return []
         with torch.device("meta"):
             made = make_projector(config, self.family.hidden_size, self._feature_size or self.family.hidden_size)
-        return sum(each.numel() for each in made.parameters())
+        return [each.shape for each in made.parameters()]
+
+    @property
+    def projector(self) -> int:
+        """Parameters of CREPA's projector."""
+        return sum(shape.numel() for shape in self._projector)
 
     @property
     def _largest(self) -> BucketPlan:
@@ -294,12 +319,23 @@ class RunMemory:
         encoder = named_encoder(config.crepa_encoder)
         if isinstance(encoder, FrozenEncoder) or each.encoded is None or not self._taught_here:
             return 0
-        frames, limit = clips * each.encoded, config.crepa_encoder_frames_batch_size
+        frames, limit = clips * self._frames_seen, config.crepa_encoder_frames_batch_size
         height, width = each.teacher_grid or each.grid
         patch = encoder.patch_size
         size = (patch * height, patch * width)
         at_a_time = min(frames, limit) if limit > 0 else frames
         return self._shadow.teaching(encoder, encoder.dtype(self._place), at_a_time, size)
+
+    @property
+    def _frames_seen(self) -> int:
+        """Of a clip by the teacher in one process; where tokens are shared out, the most that teach those of one."""
+        each, degree = self._largest, self.settings.context_parallel
+        if degree == 1 or not compares_own_tokens(self.plan.config):
+            return each.encoded or 0
+        length, neighbours = each.tokens // degree, self.plan.config.neighbours
+        ranges = ((rank * length, (rank + 1) * length) for rank in range(degree))
+        wanted = [neighbours.around(touched_frames(own, each.tokens_per_frame), each.frames) for own in ranges]
+        return ceil((each.encoded or 0) * max(map(len, wanted)) / each.frames)
 
     def texts(self) -> Phase:
         """Text encoders, and the widest layer's rows and scores of a round of prompts."""
@@ -344,40 +380,47 @@ class RunMemory:
 
     def _held(self, chosen: Choices) -> dict[str, int]:
         """What is there from the first optimizer step on."""
-        settings, trained = self.settings, self.plan.trained
+        model, trained = self.plan.trained, self.plan.trained + self.projector
+        if chosen.sharding == "fsdp2":
+            base, model, trained = self.shares.frozen, self.shares.model, self.shares.trained
+        else:
+            base = self.base.on_device(chosen.base_precision, chosen.offload)
         return {
-            "transformer": self.base.on_device(chosen.base_precision, chosen.offload),
-            "trained": FP32 * (trained + self.projector),
-            "optimizer": state_bytes(chosen.optimizer, trained + self.projector),
-            "EMA": 0 if settings.ema_decay is None else FP32 * trained,
+            "transformer": base,
+            "trained": FP32 * trained,
+            "optimizer": state_bytes(chosen.optimizer, trained),
+            "EMA": 0 if self.settings.ema_decay is None else FP32 * model,
         }
 
     def training(self, chosen: Choices | None = None) -> Phase:
         """What is there in every step, and gradients, activations and the teacher at its worst moment."""
         chosen = chosen or self.chosen
-        held, step = self._held(chosen), self._step(chosen.gradient_checkpointing)
-        gradients = FP32 * (self.plan.trained + self.projector)
+        held, step, layersync = self._held(chosen), self._step(chosen.gradient_checkpointing), self.plan.layersync
+        gradients, gathered = held["trained"], self._gathered(chosen)
         teacher = teaching = frames = 0
         if chosen.cache_teacher == "frames" and (encoded := self._largest.encoded) is not None:
             teacher = self._teacher_weights
             teaching = self._teaching(self._shadow.clips)
             frames = self._shadow.clips * encoded * 3 * self._largest.bucket.height * self._largest.bucket.width
         resident = 0 if chosen.teacher_offload else teacher
-        peak, kept = (each + self.plan.layersync + frames for each in (step.peak, step.kept))
+        peak, kept = (each + layersync + frames for each in (step.peak, step.kept))
         # Gradients and activations, at the moments of which one has most: those of earlier micro-batches are there
         # throughout, those of this one come block by block, as what the blocks kept goes.
         earlier = gradients if self.settings.gradient_accumulation_steps > 1 else 0
         blocks = self.base.blocks
         moments = [
-            (earlier, peak, 0),
-            (max(earlier, gradients - gradients // blocks), max(peak - (blocks - 1) * step.block, 0), 0),
-            (gradients, self._working(gradients), 0),
-            (earlier, kept, teaching + teacher - resident),
+            (earlier, peak, 0, gathered),
+            (max(earlier, gradients - gradients // blocks), max(peak - (blocks - 1) * step.block, 0), 0, gathered),
+            (gradients, self._working(gradients), 0, 0),
+            (earlier, kept, teaching + teacher - resident, 0),
         ]
-        grads, active, taught = max(moments, key=sum)
-        buckets = gradients if self.plan.processes > 1 else 0
-        terms = {**held, "gradients": grads + buckets, "activations": active, "teacher": resident + taught}
-        return Phase("training", terms)
+        grads, active, taught, whole = max(moments, key=sum)
+        buckets = gradients if self.plan.processes > 1 and chosen.sharding == "none" else 0
+        terms = {**held, "gathered": whole, "gradients": grads + buckets, "activations": active}
+        return Phase("training", {**terms, "teacher": resident + taught})
+
+    def _gathered(self, chosen: Choices) -> int:
+        return self.shares.gathered if chosen.sharding == "fsdp2" else 0
 
     def _working(self, gradients: int) -> int:
         """Bytes of an optimizer step beside its state: on a GPU all parameters are taken together."""
@@ -385,10 +428,12 @@ class RunMemory:
 
     def validation(self, chosen: Choices | None = None) -> Phase:
         """What training leaves there, the VAE in fp32, and a clip while it is denoised or decoded."""
-        held = self._held(chosen or self.chosen)
+        chosen = chosen or self.chosen
+        held = self._held(chosen)
         if self.family.expert is not None:
             # Of two transformers the other is loaded too, in the type of the trained one.
             full = self.settings.training == "full"
             held["transformer"] += FP32 * self.plan.parameters if full else self.base.on_device()
-        working = max(self.denoising, self._vae("decoding", (chosen or self.chosen).vae_tiling))
+        held["gathered"] = self._gathered(chosen)
+        working = max(self.denoising, self._vae("decoding", chosen.vae_tiling))
         return Phase("validation", {**held, "VAE": self._vae_weights, "activations": working})

@@ -13,7 +13,7 @@ from crepa_kernels import CrepaConfig
 from crepa_kernels.backends.triton.availability import why_not_triton_for
 from crepa_kernels.grid import Grid, num_tokens, plan_alignment
 from crepa_kernels.loss import KEPT_BYTES, requested_backend
-from crepa_kernels.regularizer.aligning import make_projector
+from crepa_kernels.regularizer.aligning import compares_own_tokens, make_projector
 from crepa_kernels.teachers.encoding import FrameEncoder, named_encoder
 
 from ..context import check_context
@@ -65,7 +65,7 @@ class CrepaMemory:
     """Bytes on the training device that a run without CREPA would not need, on each process.
 
     Attributes:
-        projector: its parameters, their gradients and AdamW's state, all in fp32.
+        projector: its parameters, their gradients and AdamW's state, all in fp32; of FSDP2 a share.
         kept: what the loss keeps between forward and backward for a micro-batch of the largest bucket.
         teacher: the encoder's weights while it is needed in training.
     """
@@ -170,7 +170,7 @@ def make_plan(
         trained,
         buckets,
         epochs=taken / batches,
-        memory=_memory(settings, config, family, buckets, device_type) if config.crepa_enabled else None,
+        memory=_memory(settings, config, family, buckets, device_type, processes) if config.crepa_enabled else None,
         layersync=_kept_by_layersync(settings, family, buckets, device_type) if settings.layersync_enabled else 0,
         workers=settings.workers_on(device_type),
         cut=tuple(family.cut_texts(_texts(settings, found))),
@@ -270,6 +270,7 @@ def _memory(
     family: TrainingFamily,
     buckets: Sequence[BucketPlan],
     device_type: str,
+    processes: int,
 ) -> CrepaMemory:
     hidden, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
     encoder = named_encoder(config.crepa_encoder) if teacher_is_encoder(config) else None
@@ -293,13 +294,15 @@ def _memory(
     projector = projector_bytes(hidden, features, config)
     # The convolution's weights in the products' type.
     copied = projector // (FP32 * COPIES_OF_TRAINED) * dtype.itemsize if dtype.itemsize < FP32 else 0
-    return CrepaMemory(projector, max(kept) + copied * config.irepa_enabled, weights)
+    largest = max(kept) // (settings.context_parallel if compares_own_tokens(config) else 1)
+    share = projector // (processes if settings.sharding == "fsdp2" else 1)
+    return CrepaMemory(share, largest + copied * config.irepa_enabled, weights)
 
 
 def _kept_by_layersync(
     settings: RunSettings, family: TrainingFamily, buckets: Sequence[BucketPlan], device_type: str
 ) -> int:
-    """Bytes that LayerSync keeps for a micro-batch of the largest bucket."""
+    """Bytes that LayerSync keeps for a micro-batch of the largest bucket, of the tokens that a process has of it."""
     width, dtype = family.hidden_size, PRECISIONS[settings.mixed_precision]
     keeps = KEPT_BYTES["triton" if _takes_triton("auto", device_type, dtype) else "torch"]
     kept = []
@@ -307,4 +310,4 @@ def _kept_by_layersync(
         plan = plan_alignment("student", each.grid, each.grid)
         frames = min(settings.batch_size, each.clips) * each.frames
         kept.append(keeps(plan, frames, width, width, dtype, dtype, device_type, given=True))
-    return max(kept)
+    return max(kept) // settings.context_parallel

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,12 +23,13 @@ from torch.utils._pytree import tree_iter
 
 from crepa_kernels import CrepaRegularizer, crepa_loss, relational_loss
 from crepa_kernels.grid import Grid
-from crepa_kernels.regularizer.aligning import Sides
+from crepa_kernels.regularizer.aligning import Sides, compares_own_tokens
 from crepa_kernels.teachers import TeacherFeatures
 from crepa_kernels.teachers.dinov2 import DinoV2
 from crepa_kernels.teachers.efficientnet import EfficientNetLite0
 from crepa_kernels.teachers.encoding import resized
 
+from ..context import share_tokens
 from ..state import PRECISIONS, add_lora
 from ..step import flow_matching_loss
 
@@ -86,6 +88,20 @@ def _counted(shapes: FakeTensorMode, *modules: nn.Module) -> Iterator[LiveBytes]
         for module in modules:
             live.leave_out(module)
         yield live
+
+
+@contextmanager
+def _shared_out(transformer: Any, processes: int) -> Iterator[None]:
+    """What the first of so many processes does that share out tokens; torch's fake group sends nothing."""
+    if processes == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=processes)
+    try:
+        share_tokens(transformer, processes, "cpu")
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,7 @@ class Shadow:
         return StepBytes(kept, peak, block)
 
     def _step(self, depth: Mapping[str, int], checkpointing: bool) -> StepBytes:
-        shapes, family = _shapes(), self.family.dense()
+        shapes, family, degree = _shapes(), self.family.dense(), self.settings.context_parallel
         transformer = self._transformer(shapes, depth).train()
         if checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -171,7 +187,7 @@ class Shadow:
             if each.requires_grad:
                 # As soon as it is made: how many gradients there are at a time is known without this.
                 each.register_post_accumulate_grad_hook(_drop_gradient)
-        with _counted(shapes, transformer) as live:
+        with _shared_out(transformer, degree), _counted(shapes, transformer) as live:
             batch, features = self._batch(), self._features()
             noisy = family.noisy(batch, torch.empty_like(batch["latents"]), torch.full((self.clips,), 0.5))
             with _autocast(self.settings):
@@ -191,7 +207,8 @@ class Shadow:
         shapes, family = _shapes(), self.family.dense()
         transformer = self._transformer(shapes, dict.fromkeys(family.depth, 1)).eval()
         two = replace(self, clips=2 if self.settings.validation_guidance > 1 else 1)
-        with _counted(shapes, transformer) as live, torch.no_grad():
+        degree = self.settings.context_parallel
+        with _shared_out(transformer, degree), _counted(shapes, transformer) as live, torch.no_grad():
             batch = two._batch()
             noisy = family.noisy(batch, torch.empty_like(batch["latents"]), torch.full((two.clips,), 0.5))
             with _autocast(self.settings):
@@ -301,10 +318,18 @@ def _alignment(crepa: CrepaRegularizer, features: TeacherFeatures | None) -> Ten
     """CREPA's loss of the last forward. Not by `crepa.loss`, which reads numbers that are not there."""
     config, student = crepa.config, crepa.captured()
     if features is None:
-        features = TeacherFeatures(student.hidden_states.detach(), student.layout.grid)
+        whole = student.gathered()
+        features = TeacherFeatures(whole.hidden_states.detach(), whole.layout.grid)
+    of_tokens: dict[str, Any] = {}
+    of_group: dict[str, Any] = {}
+    if (shard := student.layout.shard) is not None:
+        if compares_own_tokens(config):
+            of_tokens, of_group = {"token_range": shard.token_range}, {"context_group": shard.group}
+        else:
+            student = student.gathered()
     projector: Any = crepa.projector
     sides = Sides.of(config, projector, student, features)
-    loss: Tensor = sides.given_to(crepa_loss, **config.loss_options()).loss
+    loss: Tensor = sides.given_to(crepa_loss, **of_tokens, **config.loss_options()).loss
     if config.crepa_relational_weight > 0:
-        loss = loss + sides.given_to(relational_loss, **config.relational_options())
+        loss = loss + sides.given_to(relational_loss, **of_tokens, **of_group, **config.relational_options())
     return loss
