@@ -126,12 +126,10 @@ def check_apart(folder: Path, tmp_path: Path, family: str, processes: int, taugh
     assert found.total - held == pytest.approx(max(of.peak for of in each), rel=WITHIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "processes", "changes"),
-    [
-        ("wan", 2, {"sharding": "fsdp2"}),
-        pytest.param("wan", 2, {"context_parallel": 2}, marks=pytest.mark.slow),
-    ],
+    [("wan", 2, {"sharding": "fsdp2"}), ("wan", 2, {"context_parallel": 2})],
 )
 def test_each_of_two_processes_needs_what_the_plan_says(
     folder: Path, tmp_path: Path, family: str, processes: int, changes: dict[str, Any]
@@ -224,6 +222,12 @@ def test_several_processes_are_told_to_share_and_not_to_offload(folder: Path, tm
         memory = RunMemory(planned(settings, CrepaConfig(), processes=processes, device_type="cuda"))
         keys.append({each.key for each in memory.remedies(1)})
     assert keys == [{"offload"}, {"sharding"}]
+
+
+def test_counting_logs_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    RunMemory(planned(settings_for(folder, "small"), crepa(folder, crepa_similarity_threshold=0.9))).training()
+    assert [record.message for record in caplog.records if record.name.startswith("crepa")] == []
 
 
 def test_a_teacher_elsewhere_or_put_away_takes_less(folder: Path) -> None:

@@ -224,11 +224,11 @@ class Shadow:
     def _crepa(self, transformer: nn.Module) -> CrepaRegularizer | None:
         if not self.config.crepa_enabled:
             return None
-        # Which blocks they are changes nothing, and these are there at any depth.
-        blocks = {"crepa_block_index": 0}
+        # Which blocks they are changes nothing, nor does when CREPA ends, which would be logged at each count.
+        changes: dict[str, Any] = {"crepa_block_index": 0, "crepa_similarity_threshold": None}
         if self.config.crepa_feature_source == "backbone":
-            blocks["crepa_teacher_block_index"] = 1
-        config = self.config.replace(**blocks, crepa_backend="torch")
+            changes["crepa_teacher_block_index"] = 1
+        config = self.config.replace(**changes, crepa_backend="torch")
         width = self.family.hidden_size if self.features is None else self.features.width
         with torch.random.fork_rng(devices=[]):
             return CrepaRegularizer(
