@@ -14,6 +14,8 @@ JAPANESE = {
     "Hours": "時間",
     "Its process ended without a word: resume it.": "プロセスが突然終了しました。再開できます。",
     "Log": "ログ",
+    "Next": "次へ",
+    "Previous": "前へ",
     "No run yet: make one under New run.": "まだ学習がありません。「新しい学習」で作成してください。",
     "No samples yet.": "サンプルはまだありません。",
     "None yet: matrix_every says how often.": "まだありません。間隔は matrix_every で指定します。",
