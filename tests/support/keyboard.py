@@ -103,7 +103,8 @@ class Keyboard:
 
     def choose(self, label: str, option: str) -> None:
         """Tab to a list, opens it and goes down to one of its options."""
-        self.tab_to(label)
+        while self.tab_to(label).role != "combobox":  # a link may have its name
+            pass
         self.press("Enter")
         wanted = self.page.get_by_role("option", name=option, exact=True)
         wanted.wait_for()

@@ -79,9 +79,14 @@ def test_tab_comes_to_every_control_which_has_a_ring_and_a_name(
     server: Server, visit: Callable[..., Page], name: str, size: tuple[int, int], language: str, dark: bool
 ) -> None:
     page = visit(server.address + ADDRESSES[name], size=size, language=language, dark=dark)
-    ready = {"plan": "dl", "clips": "button[aria-label*='second.mp4']", "watch": ".js-line", "compare": ".js-line"}
+    ready = {
+        "plan": "dl",
+        "clips": "button[aria-label*='second.mp4']",
+        "watch": ".plot-container",
+        "compare": ".plot-container",
+    }
     if name in ready:
-        page.locator(ready[name]).last.wait_for()
+        page.locator(ready[name]).last.wait_for(timeout=SECONDS * 1000)  # a plan is made by a process
         page.wait_for_load_state("networkidle")
     keyboard = Keyboard(page)
     controls = keyboard.controls()
@@ -162,10 +167,10 @@ def test_the_lightbox_goes_on_and_back_and_gives_the_keyboard_back(server: Serve
     keyboard.press("Enter")
     expect(text).to_have_text(re.compile(r"^seen · step 10 .* 3 / 4$"))
     page.wait_for_function("document.querySelector('video')?.videoWidth == 48")
-    # It keeps the keyboard while it is open.
-    for _ in range(6):
+    # While it is open nothing behind it has the keyboard.
+    for _ in range(8):
         keyboard.press("Tab")
-        assert page.evaluate("!!document.activeElement.closest('[role=dialog]')")
+        page.wait_for_function("document.activeElement.matches('body, [role=dialog] *')")
     keyboard.tab_to("Next")
     keyboard.press("Enter")
     expect(text).to_have_text(re.compile(r"4 / 4$"))

@@ -64,6 +64,7 @@ JAPANESE = {
     "memory, validation": "メモリー（検証）",
     "frame rates": "フレームレート",
     "frames encoded": "エンコードするフレーム",
+    "optimizer": "オプティマイザー",
     "passed over": "対象外のファイル",
     "skipped": "除外された動画",
     "steps": "ステップ",
