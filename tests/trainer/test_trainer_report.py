@@ -67,6 +67,8 @@ def test_the_first_look_at_fifty_thousand_steps_takes_less_than_a_second(tmp_pat
         run = RunFolder(folder)
         figures = panels([Curves("long", run.metrics(), run.settings())], Options(window=1500))
         taken.append(time.process_time() - began)
+        if taken[-1] < 0.9:
+            break
     assert len(figures) == 8
     # Seconds of a processor, which other processes lengthen by half at most: 0.3 of an idle one, and 1.1 with one
     # Python call for each number.

@@ -20,7 +20,7 @@ class Range(ui.input):
     """A whole number from 0 to `most` on a slider: the browser's own, whose name and value screen readers say."""
 
     def __init__(self, name: str, value: int, most: int, on_change: Callable[[], None]) -> None:
-        super().__init__(value=value, on_change=on_change)
+        super().__init__(value=str(value), on_change=on_change)
         self.props(f'type=range min=0 step=1 dense borderless aria-label="{name}"')
         self.reach(most)
 
@@ -177,7 +177,7 @@ class Matrices:
         self.looks = looks
         self.slider.reach(len(looks) - 1)
         if follows:
-            self.slider.set_value(len(looks) - 1)
+            self.slider.set_value(str(len(looks) - 1))
         self._draw()
 
     def _draw(self) -> None:
