@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import crepa_trainer
 import numpy as np
 import pytest
 from corner_videos import corners, write
 from crepa_trainer.control import ask
 from crepa_trainer.data.dataset import find_clips
 from crepa_trainer.families import TrainingFamily
+from crepa_trainer.reporting.memory import RunMemory
 from crepa_trainer.reporting.plan import make_plan
-from crepa_trainer.reporting.table import plan_rows
+from crepa_trainer.reporting.table import memory_rows, plan_rows
+from crepa_trainer.reporting.words import JAPANESE
 from crepa_trainer.settings import RunSettings
 from crepa_trainer.ui.form import FIELDS, check
 from crepa_trainer.ui.form_words import field_help
@@ -22,6 +27,7 @@ from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.phrases import phrase
 from crepa_trainer.ui.starting import resume_run, save_settings
 
+import crepa_kernels
 from crepa_kernels import CrepaConfig
 
 # Words of which no sentence does without some.
@@ -50,14 +56,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(models: Path, data: Path, config: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
+def rows(
+    models: Path, data: Path, config: dict[str, Any], *, memory: bool = False, **changes: Any
+) -> list[tuple[str, str]]:
     values: dict[str, Any] = {"model": str(models / "wan"), "data": data, "output": data.parent / "out"}
     values |= {"max_train_steps": 10, "resolutions": ((32, 48),), "frame_counts": (5, 9), **changes}
     settings = RunSettings(**values)
     family = TrainingFamily.of(settings.model)
     found = find_clips(settings, family)
     plan = make_plan(settings, CrepaConfig.from_dict(config), family, found, processes=changes.get("batch_size", 1))
-    return plan_rows(plan)
+    needed = RunMemory(plan)
+    verdicts = [row for has in (None, 10**4, 10**12) * memory for row in memory_rows(needed, has)]
+    return [*plan_rows(plan), *verdicts]
 
 
 def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> None:
@@ -72,6 +82,10 @@ def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> No
         rows(models, data, {**crepa, **itself}, hdr="skip", cache_teacher="features", batch_size=1, **layersync),
         rows(models, data, {**crepa, "crepa_encoder_image_size": 28}, cache_teacher="features"),
         rows(models, data, {**crepa, "crepa_lambda": 0.0}),
+        rows(models, data, crepa, lora_type="dora", lora_dropout=0.1, lora_alpha=2.0, ema_decay=0.9, memory=True),
+        rows(models, data, crepa, optimizer="adamw8bit", lr_scheduler="constant_with_warmup", lr_warmup_steps=2),
+        rows(models, data, crepa, base_precision="int8", offload="block", cache_teacher="features", memory=True),
+        rows(models, data, crepa, sharding="fsdp2", batch_size=2),
     ]
     english = []
     for key, value in (row for plan in plans for row in plan):
@@ -82,6 +96,8 @@ def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> No
                 left = left.replace(name, "")
             if said == line or ENGLISH.search(left):
                 english.append((key, said))
+            # CREPA, iREPA, LayerSync and HDR are names.
+            assert key in JAPANESE or not key.islower(), key
             assert phrase(line, "en") == line
     assert english == []
 
@@ -99,6 +115,79 @@ def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> No
 )
 def test_names_stay_as_they_are(text: str, said: str) -> None:
     assert phrase(text, "ja") == said
+
+
+ODD = ("x", -1, 0, 1.5, 10**9, [], {}, True, "", [[1]], None)
+NEEDED = {"model": "a/b", "data": "d", "output": "o", "max_train_steps": 10}
+
+
+def test_whatever_is_wrong_of_a_setting_is_said_in_japanese() -> None:
+    said = set()
+    for key in FIELDS:
+        for value in ODD:
+            checked = check({**NEEDED, "crepa_enabled": True, key: value})
+            said |= {*checked.wrong.values(), *checked.others, *checked.notes}
+    assert len(said) > 400
+    assert sorted(line for line in said if phrase(line, "ja") == line) == []
+
+
+# Where sentences about settings are made; what stands behind "key = value: " is a rule.
+SOURCES = [
+    *("config/base.py", "config/layersync.py", "config/rules.py", "config/shared.py", "config/sources.py"),
+    *("settings.py", "adapters.py", "optimizers.py", "precision.py", "context.py", "launcher.py", "folders.py"),
+    *("control.py", "state.py", "ui/clips.py", "ui/form.py", "ui/guard.py", "ui/starting.py", "families/folder.py"),
+]
+# No sentences; or said to those who write programs, or start servers.
+OTHERS = {
+    "model = 7: Qwen encoders are 7",
+    "model = 7: a GPU that multiplies fp8 (compute capability 8.9 or MI300)",
+    "--queue 7: 7",
+}
+
+
+def _sentences(node: ast.expr) -> list[str]:
+    """What an expression may say, with 7 for every value in it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "7" for part in node.values)]
+    return [*_sentences(node.body), *_sentences(node.orelse)] if isinstance(node, ast.IfExp) else []
+
+
+def _said_in(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            if getattr(node.exc.func, "id", "") == "ValueError":
+                yield from _sentences(node.exc.args[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "describe":
+            yield from (f"model = 7: {rule}" for rule in _sentences(node.args[2]))
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "rule":
+            yield from (f"model = 7: {rule}" for rule in _sentences(node.value))
+
+
+def test_every_sentence_about_settings_has_its_japanese() -> None:
+    folders = [Path(crepa_trainer.__file__).parent, Path(crepa_kernels.__file__).parent]
+    found = [folder / name for name in SOURCES for folder in folders if (folder / name).is_file()]
+    assert len(found) >= len(SOURCES)
+    said = {line for file in found for line in _said_in(ast.parse(file.read_text()))}
+    # What a rule of pydantic's raises is said behind its key.
+    english = {
+        line
+        for line in said - OTHERS
+        if line == phrase(line, "ja") and phrase(f"fps = 7: {line}", "ja")[:8] == "fps = 7:"
+    }
+    assert len(said) > 80
+    assert sorted(line for line in english if re.search("[a-z]{2}", line.removeprefix("model = 7"))) == []
+
+
+def test_several_wrong_settings_in_one_line_are_each_in_japanese() -> None:
+    wrong = check({**NEEDED, "max_train_steps": 0, "crepa_lambda": -1, "lr_warmup_steps": -2}).wrong.values()
+    line = f"mine.json: {'; '.join(wrong)}; weight_decay: no sentence of ours"
+    said = phrase(line, "ja")
+    assert said.startswith("mine.json：max_train_steps")
+    assert said.endswith("；weight_decay: no sentence of ours")
+    assert not re.search(r"\bmust\b", said)
+    assert said.count("；") == 3
 
 
 def test_errors_of_the_page_are_in_japanese(tmp_path: Path) -> None:

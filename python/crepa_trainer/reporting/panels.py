@@ -20,6 +20,12 @@ POINTS = 1000  # of a curve at most, the least and the greatest of each stretch
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#e377c2", "#8c564b", "#17becf", "#bcbd22")
 _DASHES = ("solid", "dash", "dot")
 _GIB = 2.0**30
+# A drag zooms anyway, and a keyboard should not have to pass by more buttons than it can use.
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["zoom2d", "pan2d", "autoScale2d", "select2d", "lasso2d"],
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def _figure(panel: _Panel, runs: Sequence[Curves], options: Options) -> Figure:
     layout = _layout(options)
     layout["yaxis"] |= {**axis, "title": {"text": panel.unit}}
     layout["showlegend"] = sum(line.get("showlegend", True) for line in data) > 1
-    return {"data": data, "layout": layout, "config": {"displaylogo": False, "responsive": True}}
+    return {"data": data, "layout": layout, "config": _CONFIG}
 
 
 def _points(metrics: Metrics, column: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +205,7 @@ def matrix_figure(look: Look, options: Options) -> Figure:
     return {
         "data": [heat, *({**at, "line": line} for line in lines)],
         "layout": layout,
-        "config": {"displaylogo": False, "responsive": True},
+        "config": _CONFIG,
     }
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from functools import cache
 
+from crepa_kernels.config.sources import SUFFIXES
+
+from .error_phrases import ERRORS
 from .form import FIELDS
 from .form_words import field_help
 
@@ -47,6 +50,17 @@ _BLOCK = "0〜{last} のうちブロック {index}、重み {weight}、{schedule
 _EXTRA = "{total}：プロジェクター（勾配・オプティマイザー込み）{projector}、損失が保持 {kept}"
 _OPTIMIZED = "{optimizer}, learning rate {#rate}, {*schedule}, weight decay {#decay}"
 _AHEAD = "クリップの読み込みとノイズの生成を行い、最大 {ahead} マイクロバッチ先行"
+_TERMS = {
+    "text encoders": "テキストエンコーダー",
+    "VAE": "VAE",
+    "transformer": "transformer",
+    "trained": "学習する重み",
+    "optimizer": "オプティマイザー",
+    "EMA": "EMA",
+    "gradients": "勾配",
+    "activations": "活性",
+    "teacher": "教師",
+}
 _TEMPLATES = {
     # Model
     f"{{model}} ({{part}}, the {{expert}} noise levels): {_OF_SIZE}": (
@@ -139,6 +153,21 @@ _TEMPLATES = {
     "which share the model by FSDP2": "モデルを FSDP2 で分け持つ",
     "{#number} a clip": "1 クリップに {number}",
     # Memory
+    **{
+        f"{{#size}} {unit}: {{*terms}}": f"{{size}} {unit}：{{terms}}"
+        for unit in ("GiB", "MiB", "KiB", "bytes")
+    },
+    **{
+        f"{name} {{#size}} {unit}{english}": f"{said} {{size}} {unit}{japanese}"
+        for name, said in _TERMS.items()
+        for unit in ("GiB", "MiB", "KiB", "bytes")
+        for english, japanese in (
+            ("", ""),
+            (" ({other} without gradient checkpointing)", "（勾配チェックポイントなしなら {other}）"),
+            (" ({other} with gradient checkpointing)", "（勾配チェックポイントありなら {other}）"),
+        )
+        if not english or name == "activations"
+    },
     "needs {need}": "必要量 {need}",
     "needs {need}, has {all}": "必要量 {need}、搭載量 {all}",
     "needs {need}, has {all}: {*saved}": "必要量 {need}、搭載量 {all}：{saved}",
@@ -156,9 +185,9 @@ _TEMPLATES = {
     "{run}: no run is under way there": "{run}：そこで実行中の学習はありません",
     "{run} is no run's output folder": "{run} は学習の出力フォルダーではありません",
     "{file}: must be a file name without folders": "{file}：フォルダーを含まないファイル名にしてください",
-    "{run} has no settings.json that can be read: {why}": "{run} に読める settings.json がありません：{why}",
-    "{run}: its settings.json is of another folder, {folder}": (
-        "{run}：settings.json は別のフォルダー {folder} のものです"
+    "{run} has no {file} that can be read: {why}": "{run} に読める {file} がありません：{why}",
+    "{run}: its {file} is of another folder, {folder}": (
+        "{run}：{file} は別のフォルダー {folder} のものです"
     ),
     "{file} is there already": "{file} はすでにあります",
     "{file}: CREPA is not on in it": "{file}：CREPA がオンになっていません",
@@ -187,7 +216,10 @@ _TEMPLATES = {
         "{run}：今のステップの後にチェックポイントを保存して終了します"
     ),
     **_LISTED,
+    **ERRORS,
 }  # fmt: skip
+# Before what is said of the next setting.
+_NEXT = re.compile(rf"; (?=(?:{'|'.join(FIELDS)})(?: = |: )|\w+(?: = [^;]*)?: unknown key)")
 _SLOT = re.compile(r"\\\{(\\#|\\\*|)(\w+)\\\}")
 _WITHIN = {r"\#": r"[\d.,e+-]+", r"\*": ".+", "": ".+"}
 
@@ -208,15 +240,32 @@ def phrase(text: str, language: str) -> str:
     """A sentence of the plan or an error in a language of the page."""
     if language != "ja":
         return text
+    # A file's name, and what is wrong in it: several settings in one line.
+    file, colon, said = text.partition(": ")
+    if colon and file.lower().endswith(tuple(SUFFIXES)) and (found := _several(said)):
+        return f"{file}：{found}"
+    return _several(text) or text
+
+
+def _several(text: str) -> str | None:
+    """The Japanese of a line that may say something of each of several settings; what has none of it stays English."""
+    parts = _NEXT.split(text)
+    found = [_one(part) for part in parts]
+    if len(parts) > 1 and any(found):
+        return "；".join(said or part for said, part in zip(found, parts, strict=True))
+    return _one(text)
+
+
+def _one(text: str) -> str | None:
     found = _whole(text)
     if found is None:
         # A rule of a setting, in the words of its field; or several sentences.
         key, _, rule = text.partition(": ")
         field = FIELDS.get(key.partition(" = ")[0])
         if field is not None and rule == field.help:
-            return f"{key}：{field_help(field, language)}"
+            return f"{key}：{field_help(field, 'ja')}"
         parts = [_whole(part) for part in text.split(", ")]
-        found = "、".join(part for part in parts if part) if all(parts) else text
+        found = "、".join(part for part in parts if part) if all(parts) else None
     return found
 
 

@@ -17,9 +17,18 @@ from .guard import Folders
 from .phrases import phrase
 
 _LANGUAGE, _DARK = "crepa_language", "crepa_dark"
+_NARROW = 1023  # pixels up to which the navigation lies over the page
 _STYLE = """
 body { overflow-wrap: anywhere; }
-:focus-visible { outline: 2px solid #1976d2; outline-offset: 2px; }
+.modebar:focus-within, .modebar:focus-within .modebar-group { opacity: 1 !important; transition: none !important; }
+/* Of what is important the first layer wins: Quasar, in a later one, has its controls without a ring. */
+@layer base {
+  :focus-visible, .q-field:has(:focus-visible) .q-field__control {
+    outline: 2px solid var(--q-primary) !important; outline-offset: 2px;
+  }
+  .q-field :focus-visible { outline: none !important; }
+  .q-header :focus-visible { outline-color: white !important; }
+}
 .q-drawer a { text-decoration: none; }
 """
 
@@ -104,7 +113,11 @@ def _add(page: Page, pages: Sequence[Page], folders: Folders) -> None:
 def _frame(page: Page, pages: Sequence[Page], view: View) -> None:
     words = view.words
     # show-if-above alone: left to itself the drawer asks the browser, and complains where that is slow.
-    drawer = ui.left_drawer(value=False).props("show-if-above breakpoint=1023 width=220 bordered")
+    drawer = ui.left_drawer(value=False).props(f"show-if-above breakpoint={_NARROW} width=220 bordered")
+    # Over the page it takes the keyboard, and gives it back.
+    drawer.on("keydown.escape", drawer.hide)
+    for event, target in (("show", ".q-drawer a"), ("hide", "header button")):
+        drawer.on(event, js_handler=f"() => innerWidth <= {_NARROW} && document.querySelector('{target}').focus()")
     with drawer, ui.list().classes("w-full"):
         for each in pages:
             here = each is page
