@@ -181,7 +181,7 @@ def test_musubi_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(run_by)
 
     trainer.main = main  # type: ignore[attr-defined]
-    run(code)
+    run(code, __name__="__main__")
     assert found[0].crepa.frames_encoded == 3 * STEPS
 
 
