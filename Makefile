@@ -26,8 +26,9 @@ FLOORS_PYTHON ?= python3.10
 FLOORS_PIP := $(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 FLOORS_TESTS := $(patsubst %,tests/%.py,$(addprefix loss/test_,import loss relational triton) config/test_config \
 	ops/test_extension_operators regularizer/test_capture models/test_families teachers/test_teachers \
+	$(addprefix ui/test_,form guard new_run) \
 	$(addprefix trainer/test_trainer_,video every_kind dataset cache run validation stock_calls cut_captions \
-	family_runs end_to_end launcher))
+	family_runs end_to_end launcher optimizers precision trackers))
 
 .PHONY: demo test test-full test-triton-versions aot cuda-builds floors gpu-check lint bench results bench-gpu wheel clean
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models.families import Family, image_to_video_mask, register_family, supported_families
     from .models.layouts import TokenLayout
     from .regularizer.crepa import CrepaRegularizer
+    from .regularizer.joining import join_loss
     from .regularizer.layersync import LayerSync
     from .regularizer.schedule import CrepaSchedule
     from .regularizer.urepa import UrepaRegularizer
@@ -41,6 +42,7 @@ _LAZY = {
     "UrepaConfig": "config",
     "UrepaRegularizer": "regularizer",
     "image_to_video_mask": "models.families",
+    "join_loss": "regularizer.joining",
     "register_encoder": "teachers",
     "register_family": "models.families",
     "supported_families": "models.families",
@@ -66,6 +68,7 @@ __all__ = [
     "crepa_loss",
     "frame_indices",
     "image_to_video_mask",
+    "join_loss",
     "register_encoder",
     "register_family",
     "relational_loss",

@@ -159,6 +159,11 @@ class Settings(BaseModel):
         return cls(**cls.ours(mapping))
 
     @classmethod
+    def preset(cls: type[Self], name: str, *, family: str | None = None, **overrides: Any) -> Self:
+        """One of `PRESETS`, where there are any; ConfigError for another name."""
+        raise ConfigError([f"unknown preset {name!r}: {cls.TITLE} has no presets"])
+
+    @classmethod
     def from_file(cls: type[Self], path: str | Path, *, family: str | None = None) -> Self:
         """From a file of JSON, TOML or YAML, by its suffix; errors begin with its name."""
         values = read_settings(path)

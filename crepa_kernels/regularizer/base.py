@@ -104,9 +104,16 @@ class Regularizer:
         return True
 
     def _check_switches(self, given: Mapping[str, Any]) -> None:
-        """ValueError for a mapping that switches another regularizer on and says nothing of this one."""
+        """ValueError for a mapping that switches another regularizer on and says nothing of this one.
+
+        A warning for one that switches this one on, with keys of another whose switch it does not have.
+        """
         for other in (CREPA, UREPA):
             switch = f"{other.prefix}enabled"
+            strays = [key for key in given if key.startswith(other.prefix)]
+            if other is not self.OWNER and strays and switch not in given and self.config.enabled:
+                said = f"{', '.join(strays)} {'does' if len(strays) == 1 else 'do'} nothing for {self.OWNER.title}"
+                logger.warning("%s, whose keys begin with %s", said, self.OWNER.prefix)
             if other is not self.OWNER and given.get(switch) is True and f"{self.OWNER.prefix}enabled" not in given:
                 raise ValueError(
                     f"{switch} = true is of {other.title}, for a {other.model}: {other.regularizer}; "

@@ -70,7 +70,8 @@ class CrepaRegularizer(Regularizer):
             its name in the module, or that of an ``nn.ModuleList`` in which ``crepa_block_index`` counts; the width D
             of its tokens; and a callable from the arguments of the module's forward, by name and tensors as their
             shapes, to (frames, height, width) in tokens, in raster order, or to a ``TokenLayout``. ``vae`` then is
-            any callable from latents (B, C, T, H, W) to pixels (B, P, 3, H, W) in [0, 1], or a VAE that a family has.
+            any callable from latents (B, C, T, H, W) to pixels (B, P, 3, H, W) in [0, 1], or a VAE that a family has,
+            or a folder or hub id of one.
         context_group: the process group over whose ranks the transformer's sequence is cut, in runs in their order as
             ``torch.tensor_split`` cuts, where others than diffusers' ``enable_parallelism`` cut it, which is found.
 

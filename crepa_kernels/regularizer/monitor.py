@@ -20,7 +20,8 @@ _REST = "the {model}'s hidden states: teacher and projector are finite"
 class NonFiniteMonitor:
     """Watches the loss; when it is not finite, one warning names the side that is not finite either.
 
-    A sum is not finite when one of its terms is not, so the teacher's features and the projector's weights are summed.
+    A sum is not finite when one of its terms is not, so the projector's weights are summed, and the squares of the
+    teacher's features, which are not finite either where normalizing them is not.
     The hidden states are what is left: reading them once more in every step would cost as much as their statistics.
     The numbers are read at the first call after they have arrived on the host; on a CPU at once.
 
@@ -39,7 +40,8 @@ class NonFiniteMonitor:
         """Queues this step's check and reports those that have arrived; ``projector`` is the sum of its weights."""
         if self._told:
             return
-        numbers = torch.stack([loss.float(), features.sum(dtype=torch.float32), projector.float()])
+        size = torch.linalg.vector_norm(features, dtype=torch.float32)
+        numbers = torch.stack([loss.float(), size, projector.float()])
         self._under_way.append((step, HostCopy(numbers)))
         while self._under_way and self._under_way[0][1].arrived:
             self._report(*self._under_way.pop(0))

@@ -185,13 +185,9 @@ class LatentDecoder:
         return self._vae
 
     def _from_pretrained(self, source: str, device: torch.device) -> nn.Module:
-        if not self._family.vaes:
-            raise ValueError(
-                f"vae = {source}: {self._family.name} is in no table, so give the VAE itself, or a callable"
-            )
-        diffusers = require("diffusers", "decoding latents")
-        subfolder, name = _found(getattr(diffusers, self._family.vaes[0]), source)
-        if name not in self._family.vaes:
+        diffusers, known = require("diffusers", "decoding latents"), self._family.vaes or tuple(VAES)
+        subfolder, name = _found(getattr(diffusers, known[0]), source)
+        if name not in known:
             raise ValueError(f"vae = {source} holds an {name}; {self._family.name} needs an {_either(self._family)}")
         # Decoding for a teacher is most of CREPA's time, and its features do not need fp32 pixels.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,12 +1,15 @@
 """Every snippet for another trainer runs on a stand-in: classes with the names, methods and calls that it publishes.
 
-The trainers themselves are not here. What is not of a trainer is real: diffusers' Wan, its VAE, a DINOv2, optimizers.
+finetrainers itself runs where it can be imported; the others are in no registry. What is not of a trainer is real:
+diffusers' Wan, its VAE, a DINOv2, optimizers.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,8 +18,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tiny import clip_pixels, tiny_dinov2, tiny_vae, tiny_wan, wan_inputs
+from tiny_pipelines import save_tiny_wan_pipeline
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from crepa_kernels import CrepaRegularizer
 
@@ -284,12 +290,8 @@ class SFTTrainer:
         return gradients
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_finetrainers(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = snippets("finetrainers")
-    module(monkeypatch, "finetrainers.models.wan", WanModelSpecification=WanModelSpecification)
-    module(monkeypatch, "finetrainers.trainer", SFTTrainer=SFTTrainer)
-    args = {"train_steps": 200, "gradient_accumulation_steps": micro_batches, "pretrained_model_name_or_path": PIPELINE}
+def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
+    """(step, latents) of each loss that CREPA is asked for from here on."""
     seen: list[tuple[int, Tensor]] = []
     loss = CrepaRegularizer.loss
 
@@ -298,14 +300,84 @@ def test_finetrainers(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> No
         return loss(crepa, **given)
 
     monkeypatch.setattr(CrepaRegularizer, "loss", told)
-    names = run(code)
-    gradients = names["CrepaTrainer"](SimpleNamespace(**args), names["CrepaWan"]()).run()
+    return seen
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_finetrainers(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = snippets("finetrainers")
+    module(monkeypatch, "finetrainers.trainer", SFTTrainer=SFTTrainer)
+    args = {
+        "train_steps": 200 * micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "pretrained_model_name_or_path": PIPELINE,
+    }
+    seen = losses_of(monkeypatch)
+    gradients = run(code)["CrepaTrainer"](SimpleNamespace(**args), WanModelSpecification()).run()
     # The weight begins at 0 with the preset's warm-up, and the gradient with it.
     assert gradients[0] == 0
     assert all(gradient > 0 for gradient in gradients[1:])
     assert [step for step, _ in seen] == [step for step in range(STEPS) for _ in range(micro_batches)]
     for _, latents in seen:
         torch.testing.assert_close(latents, wan_inputs()["hidden_states"])
+
+
+class Clips(IterableDataset[dict[str, Any]]):
+    """Clips with captions, of the shape that finetrainers' own data sets have."""
+
+    _precomputable_once = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield {"caption": "red", "video": torch.rand(9, 3, 64, 64) * 2 - 1}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_finetrainers_itself(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its whole training, on what it does not have for a CPU: memory statistics and a list of devices with foreach."""
+    pytest.importorskip("finetrainers.trainer", exc_type=ImportError)
+    from finetrainers import data, utils
+    from finetrainers.args import BaseArgs
+    from finetrainers.models.wan import WanModelSpecification as Specification
+    from finetrainers.trainer.sft_trainer.config import SFTLowRankConfig
+
+    save_tiny_wan_pipeline(Path(PIPELINE), transformer={"num_layers": 10})
+    buckets = {"video_resolution_buckets": [[9, 32, 48]], "reshape_mode": "bicubic"}
+    datasets = [{"data_root": "clips", "dataset_type": "video", **buckets}]
+    Path("data.json").write_text(json.dumps({"datasets": datasets}))
+    options = {
+        "model_name": "wan", "pretrained_model_name_or_path": PIPELINE, "training_type": "lora", "rank": 2,
+        "target_modules": "blocks.*(to_q|to_k)", "dataset_config": "data.json", "output_dir": "out", "lr": 1e-3,
+        "train_steps": STEPS * micro_batches, "gradient_accumulation_steps": micro_batches, "lr_scheduler": "constant",
+        "parallel_backend": "accelerate", "flow_weighting_scheme": "logit_normal",
+        "checkpointing_steps": STEPS,
+    }  # fmt: skip
+    line = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train", *line])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(data, "initialize_dataset", lambda *_, **__: Clips())
+    monkeypatch.setattr(utils, "get_memory_statistics", lambda *_: {})
+    monkeypatch.setattr(utils.torch, "_device_has_foreach_support", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    args = BaseArgs()
+    args.register_args(SFTLowRankConfig())
+    args = args.parse_args()
+    seen = losses_of(monkeypatch)
+    (code,) = snippets("finetrainers")
+    specification = Specification(PIPELINE, text_encoder_dtype=torch.float32, vae_dtype=torch.float32)
+    run(code)["CrepaTrainer"](args, specification).run()
+    assert [step for step, _ in seen] == [step for step in range(STEPS) for _ in range(micro_batches)]
+    (lora,) = Path("out/lora_weights", f"{STEPS * micro_batches:06d}").glob("*.safetensors")
+    assert not [name for name in load_file(lora) if "crepa" in name]
+    state = load_file(Path("out", f"finetrainers_step_{STEPS * micro_batches}", "model.safetensors"))
+    assert state["crepa_projector.1.bias"].abs().sum() > 0  # begins at 0
 
 
 def test_diffusion_pipe() -> None:

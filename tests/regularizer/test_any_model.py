@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_vae
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -297,13 +298,22 @@ def test_a_registered_family_is_one_of_the_table(monkeypatch: pytest.MonkeyPatch
         ),
         ({"vae": lambda latents: None}, "got NoneType"),
         ({"vae": lambda latents: 300 * pixels_of(latents)}, r"\[0, 1\]"),
-        ({"vae": "some/folder"}, "SmallDiT is in no table, so give the VAE itself, or a callable"),
+        ({"vae": Path(__file__).parent}, r"neither config.json nor vae/config.json is in that folder"),
         ({"vae": None}, "no VAE to decode them"),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_it(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         train(1, SmallDiT(), lambda model: attach(model, **changes))
+
+
+def test_a_folder_holds_a_vae_of_any_family(tmp_path: Path) -> None:
+    tiny_vae(tmp_path / "vae")
+    model = SmallDiT()
+    crepa = attach(model, vae=tmp_path)
+    model(clip(), time=torch.ones(2))
+    crepa.loss(step=0, latents=clip())
+    assert crepa.frames_decoded == 2 * 9
 
 
 def test_what_only_comes_after_the_block_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

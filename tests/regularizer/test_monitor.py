@@ -51,6 +51,15 @@ def test_nan_stays_in_the_loss_and_its_side_is_said_once(
     assert "step 0" in said[0]
 
 
+def test_features_too_large_for_fp32_are_the_teacher_s(caplog: pytest.LogCaptureFixture) -> None:
+    transformer = tiny_wan()
+    crepa = CrepaRegularizer({"crepa_enabled": True, "crepa_block_index": 1}, transformer, feature_size=8)
+    transformer(**wan_inputs())
+    aux, _ = crepa.loss(step=0, features=torch.full((1, 3, 6, 8), 1e30))
+    assert not math.isfinite(aux.detach())
+    assert "from the teacher's features (said once)" in caplog.text
+
+
 def test_what_has_not_arrived_is_said_when_waited_for(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

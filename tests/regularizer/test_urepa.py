@@ -395,6 +395,8 @@ def test_defaults_and_other_names() -> None:
     assert config.urepa_model == "dinov2_vits14"
     assert (config.urepa_lambda, config.urepa_manifold_weight, config.urepa_spatial_align) == (0.5, 3.0, "teacher")
     assert UrepaConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="unknown preset 't2v': U-REPA has no presets"):
+        UrepaConfig.preset("t2v")
     assert UrepaConfig.parse_known_args(["--urepa_enabled", "--urepa_lambda", "0.3"])[0].urepa_lambda == 0.3
 
 
@@ -476,3 +478,12 @@ def test_off_attaches_nothing() -> None:
     unet(**unet_inputs("sd15"))
     assert urepa.loss(step=0) == (torch.zeros(()), {})
     assert not hasattr(unet, "urepa_projector")
+
+
+def test_keys_of_crepa_that_do_nothing_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    own = {"urepa_enabled": True, "crepa_encoder": "dinov2_vits14"}
+    UrepaRegularizer(own, tiny_unet("sd15"), feature_size=8)
+    assert "crepa_encoder does nothing for U-REPA, whose keys begin with urepa_" in caplog.text
+    caplog.clear()
+    UrepaRegularizer({**own, "crepa_enabled": False}, tiny_unet("sd15"), feature_size=8)
+    assert "does nothing" not in caplog.text

@@ -98,6 +98,9 @@ def test_a_build_says_what_is_in_it(trees: list[Path], backend: str) -> None:
     assert (str(metadata.name), metadata.version, metadata.license) == ("crepa-kernels", 0, "Apache-2.0")
     assert metadata.id.startswith(f"_crepa_kernels_{backend}_")
     pytest.importorskip("kernels._rust", reason="kernels before 0.17 does not look at digests")
+    validate = pytest.importorskip("kernels.validate")
+    for validator in (*validate.default_metadata_validators(), validate.ArchValidator()):
+        validator.validate_metadata(metadata=metadata, variant=variant.name)
     digest: Any = metadata.digest
     digest.validate(type(digest).hash_variant(digest.algorithm, variant))
     (variant / "grid.py").write_text((variant / "grid.py").read_text() + "\n")

@@ -178,6 +178,7 @@ def test_a_machine_that_lacks_something_says_so_before_a_weight_is_loaded(models
 
 
 @TORCHAO
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 on a CPU has no fp8 product scaled by rows")
 def test_a_dynamic_fp8_layer_has_the_gradient_of_its_stored_weight() -> None:
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow
