@@ -94,6 +94,7 @@ def three_digits(value: int) -> str:
     return f"{value / 1e9:.3g} B" if value >= 1e9 else f"{value / 1e6:.3g} M"
 
 
+@pytest.mark.slow
 def test_the_documented_parameters_are_those_of_the_models() -> None:
     """Every transformer built without memory, and its LoRA as the trainer adds it."""
     for (title, every, trained, *_), model in zip(memory_table(), MODELS, strict=True):

@@ -54,6 +54,7 @@ def test_a_part_that_fails_or_is_missing_does_not_stop_the_next(
     assert "hour.log, a.json" in summary(at.outcomes)
 
 
+@pytest.mark.slow
 def test_a_part_out_of_time_is_ended_with_all_that_it_began(tmp_path: Path) -> None:
     """A process that does not listen, in the middle of its output, and its own child."""
     pids = tmp_path / "pids"

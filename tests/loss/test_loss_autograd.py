@@ -329,7 +329,8 @@ def test_compiled_without_a_graph_break(case: Case, backend: str) -> None:
     check_compiled(case, backend, backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", ["equal", pytest.param("student-resampled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["equal", "student-resampled"])
 def test_compiled_by_inductor_with_dynamic_shapes(name: str) -> None:
     """Two grids that the trace finds equal must stay two numbers, not one symbol that Inductor loses."""
     check_compiled(simple(**VARIED[name]), "torch", dynamic=True)

@@ -130,6 +130,7 @@ def test_a_second_run_loads_no_encoder(models: Path, data: Path, teacher: str, m
     assert all(value.equal(second[n][name]) for n in range(len(first)) for name, value in first[n].items())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("resize", ["square", "grid"])
 @pytest.mark.parametrize("rule", ["last", "center", "mean"])
 def test_what_is_cached_gives_the_loss_of_the_whole_clip(models: Path, data: Path, rule: str, resize: str) -> None:

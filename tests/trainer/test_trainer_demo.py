@@ -81,8 +81,6 @@ def test_it_leaves_what_it_promises(finished: tuple[Path, Summary, str]) -> None
     output, summary, printed = finished
     for name in ("training.png", "similarity_matrix.png", "patches.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
-    assert len(list((output / "looks").glob("step-*.json"))) == len(list((output / "looks").glob("step-*.png"))) == 3
-    assert not (output / "without" / "looks").exists()
     for name in ("pytorch_lora_weights.safetensors", "crepa_projector.safetensors", "crepa_config.json"):
         assert (output / "trained" / name).stat().st_size > 0
     saved = json.loads((output / "summary.json").read_text())
@@ -97,10 +95,7 @@ def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple
     output, _, _ = finished
     rows = read_metrics(output / "metrics.jsonl")
     assert next(iter(rows[0])) == "step"
-    columns = COLUMNS | {"grad_norm_projector"} | CREPA_COLUMNS
-    # The best constant is of the steps at which a similarity matrix is kept.
-    assert [set(row) - columns for row in rows] == [{"crepa_constant"}, set()] * 3
-    assert columns <= set(rows[1])
+    assert set(rows[0]) == COLUMNS | {"grad_norm_projector"} | CREPA_COLUMNS
     assert [row["step"] for row in rows] == list(range(6))
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
@@ -108,7 +103,7 @@ def test_every_logged_value_is_in_the_metrics_and_in_tensorboard(finished: tuple
     for column in events.Tags()["scalars"]:
         # TensorBoard keeps 32-bit floats.
         assert [event.value for event in events.Scalars(column)] == pytest.approx(
-            [row[column] for row in rows if column in row], rel=1e-6
+            [row[column] for row in rows], rel=1e-6
         )
     for row in rows:
         parts = row["flow_loss"] + row["crepa_loss"]
@@ -219,6 +214,7 @@ def test_it_trains_what_a_run_of_the_same_folders_trains(
         assert (tmp_path / "run/trained" / name).read_bytes() == (output / "trained" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     demo(small(videos, output, steps=2, comparison=True))
@@ -253,6 +249,7 @@ def test_without_crepa_it_trains_and_says_so(videos: Path, tmp_path: Path) -> No
     assert not (tmp_path / "off" / "trained" / "crepa_projector.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_after_a_cutoff_no_frame_is_encoded(videos: Path, tmp_path: Path) -> None:
     summary, _ = demo(small(videos, tmp_path / "cutoff"), crepa_cutoff_step=2)
     assert summary.frames_encoded == 2 * 3

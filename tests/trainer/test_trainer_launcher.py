@@ -111,7 +111,7 @@ def test_what_the_launcher_says_of_the_device_is_done(monkeypatch: pytest.Monkey
     assert training_device() == "cpu"
 
 
-@pytest.mark.parametrize("dynamo", ["EAGER", "NO"])
+@pytest.mark.parametrize("dynamo", [pytest.param("EAGER", marks=pytest.mark.slow), "NO"])
 def test_a_run_under_accelerate_launch(models: Path, tmp_path: Path, dynamo: str) -> None:
     file, output = tmp_path / "accelerate.yaml", tmp_path / "run"
     file.write_text(DYNAMO.replace("EAGER", dynamo))

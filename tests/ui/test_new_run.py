@@ -12,7 +12,7 @@ from crepa_trainer.ui.form import FIELDS
 from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.starting import save_settings
 from playwright.sync_api import Page, expect
-from web_pages import PHONE, Server, page_server
+from web_pages import PHONE, Server, fill_file, page_server
 
 COMMIT = "a" * 40
 JSON, COMMAND = "Settings file (JSON)", "Command line"
@@ -113,7 +113,7 @@ def test_errors_stand_at_the_field_as_one_types(server: Server, visit: Callable[
 
 def test_file_and_command_fill_the_form(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new")
-    fill(page, JSON, '{"crepa_lambda": 0.25, "crepa_enabled": true, "hdr": "skip"}')
+    fill_file(page, '{"crepa_lambda": 0.25, "crepa_enabled": true, "hdr": "skip"}')
     expect(page.get_by_label("Weight", exact=True)).to_have_value("0.25")
     expect(page.get_by_role("switch", name="Enable CREPA")).to_be_checked()
     fill(page, COMMAND, "crepa-train run --crepa_lambda=0.75")
@@ -125,7 +125,7 @@ def test_file_and_command_fill_the_form(server: Server, visit: Callable[..., Pag
 
 def test_a_preset_shows_what_it_changes_and_the_weight_is_drawn(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new", size=PHONE)
-    fill(page, JSON, '{"model": "a/b", "data": "v", "output": "o", "max_train_steps": 1000, "preset": "t2v"}')
+    fill_file(page, '{"model": "a/b", "data": "v", "output": "o", "max_train_steps": 1000, "preset": "t2v"}')
     expect(page.get_by_text("The preset sets: crepa_enabled = true, crepa_lambda = 0.5")).to_be_visible()
     drawn = page.locator(".js-line")
     expect(drawn).to_be_attached()
@@ -183,7 +183,7 @@ ODD = ["[1, [2]]", '{"a": null}', '"<b>x</b>"', "1e400"]
 def test_any_value_of_any_field_is_shown_and_judged(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new")
     for value in ODD:
-        fill(page, JSON, "{" + ", ".join(f'"{key}": {value}' for key in FIELDS) + "}")
+        fill_file(page, "{" + ", ".join(f'"{key}": {value}' for key in FIELDS) + "}")
         expect(page.get_by_label(COMMAND)).to_have_value(re.compile("crepa_power"))
         assert page.locator("b", has_text="x").count() == 0
         # The page goes on.

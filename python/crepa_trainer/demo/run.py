@@ -63,7 +63,6 @@ DEMO_CREPA = {
 CAPTION = "a video"
 WITHOUT = "without"  # in the demo's folder, that of the run without CREPA
 CLIP = Bucket(64, 112, 17)
-LOOKS = 3  # similarity matrices over time, each of which takes about half a second
 NOISE_LEVEL = 0.1  # at which the student is asked what it has learned
 
 
@@ -103,7 +102,6 @@ class DemoOptions:
                 "projector_learning_rate": 3e-3,
                 "mixed_precision": "no",
                 "gradient_checkpointing": False,
-                "matrix_every": -(-self.steps // LOOKS),
                 "seed": self.seed,
                 "strict": self.strict,
             }

@@ -78,8 +78,8 @@ _RULES = {
     'ComfyUI reads {type} otherwise than it was trained: must be "diffusers" or "peft"': (
         "ComfyUI は {type} を学習時とは違う形で読みます。「diffusers」か「peft」にしてください"
     ),
-    "its values must be numbers, text, true, false, null, and lists and mappings of them": (
-        "値は数、文字列、true、false、null と、それらのリストと対応表"
+    "its values must be numbers that are finite, text, true, false, null, and lists and mappings of them": (
+        "値は有限の数、文字列、true、false、null と、それらのリストと対応表"
     ),
     "{optimizer} averages the weights itself": "{optimizer} は自身で重みを平均します",
     "{optimizer} finds the step itself and takes a factor of it: give one, as a rule 1": (
@@ -115,6 +115,8 @@ ERRORS = {
     "{title} is OFF: neither {key} nor a preset is given, without which {idle} does nothing": (
         "{title} はオフです：{key} もプリセットもないため、{idle} は働きません"
     ),
+    "{key} = {value}: no path has NUL in it": "{key} = {value}：パスに NUL は使えません",
+    "{key} = {value}: one is there twice": "{key} = {value}：同じものが 2 つあります",
     # Files of settings
     "data: a folder is needed": "data：フォルダーが必要です",
     "{path} is no video": "{path} は動画ではありません",
@@ -212,6 +214,7 @@ ERRORS = {
     "optimizer_args: {name} of {optimizer} is what {key} says": (
         "optimizer_args：{optimizer} の {name} は {key} で指定します"
     ),
+    "optimizer_args: {given} must be {rule}": "optimizer_args：{given} は {rule} でなければなりません",
     "optimizer_args: {name} is no argument of {optimizer}; {hint}": (
         "optimizer_args：{name} は {optimizer} の引数ではありません。{hint}"
     ),

@@ -82,6 +82,9 @@ _TEMPLATES = {
     ),
     _OPTIMIZED: "{optimizer}、学習率 {rate}、{schedule}、重み減衰 {decay}",
     "{schedule} after {#steps} step(s) of warm-up": "{schedule}（ウォームアップ {steps} ステップ）",
+    "frozen weights in {precision}": "凍結した重みは {precision}",
+    "offloaded by block": "ブロックごとにオフロード",
+    "offloaded by leaf": "層ごとにオフロード",
     "gradient checkpointing": "勾配チェックポイント",
     # Data
     "{folder}: {#clips} clip(s) of {#videos} video(s)": "{folder}：動画 {videos} 本からクリップ {clips} 個",
