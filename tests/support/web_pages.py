@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +23,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 # No calls to the browser's maker, whose refusal a closed network would log.
 QUIET = ["no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"]
 DESKTOP, PHONE = (1440, 900), (390, 844)
+SECONDS = 180  # that a run, which imports torch and diffusers first, may take to come to something
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,21 @@ def page_server(runs: Path, *options: str, folder: Path | None = None) -> Iterat
             process.kill()
         said.seek(0)
         assert "Traceback" not in (text := said.read()), text
+
+
+def end_runs(runs: Path) -> None:
+    """Kills what still runs in a folder of runs: they outlive the page that started them."""
+    for lock in runs.rglob(".run.lock"):
+        with suppress(OSError, IndexError, ValueError):
+            os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+
+
+def wait(ready: Callable[[], object]) -> None:
+    """Until it is so."""
+    end = time.monotonic() + SECONDS
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def fill_file(page: Page, text: str) -> None:

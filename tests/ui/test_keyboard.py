@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from crepa_trainer.control import is_running
@@ -20,9 +15,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 from run_folders import make_run, run_settings
 from videos import moving_square, write_video
-from web_pages import DESKTOP, PHONE, Server, page_server
+from web_pages import DESKTOP, PHONE, SECONDS, Server, end_runs, page_server, wait
 
-SECONDS = 180
 ADDRESSES = {
     "home": "",
     "new": "new",
@@ -60,16 +54,7 @@ def server(data: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -
     (runs / "short.json").write_text(json.dumps({**given, "max_train_steps": 2, "output": str(runs / "short")}))
     with page_server(runs, "--folder", str(data), folder=models) as served:
         yield served
-    for lock in runs.rglob(".run.lock"):
-        with suppress(OSError, IndexError, ValueError):
-            os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
-
-
-def wait(ready: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    end_runs(runs)
 
 
 @pytest.mark.slow

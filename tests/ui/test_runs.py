@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from crepa_trainer.ui.starting import resume_run
 from playwright.sync_api import Page, expect
 from run_folders import make_run, run_settings
 from videos import moving_square, write_video
-from web_pages import Server, page_server
-
-SECONDS = 180
+from web_pages import SECONDS, Server, end_runs, page_server, wait
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +43,7 @@ def server(settings: dict[str, Any], models: Path, tmp_path_factory: pytest.Temp
         )
     with page_server(runs, "--folder", settings["data"], folder=models) as served:
         yield served
-    for lock in runs.rglob(".run.lock"):
-        with suppress(OSError, IndexError, ValueError):
-            os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
-
-
-def wait(ready: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    end_runs(runs)
 
 
 def choose(page: Page, label: str, option: str) -> None:
