@@ -78,7 +78,7 @@ def test_a_run_from_its_start_to_its_end(server: Server, visit: Callable[..., Pa
 
     page.get_by_role("button", name="Stop: live").click()
     expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=SECONDS * 1000)
-    assert not is_running(output)
+    wait(lambda: not is_running(output))
     page.get_by_role("button", name="Export: live").click()
     wait(lambda: list(output.glob("exported/*/*.safetensors")))
     page.get_by_role("button", name="Resume: live").click()
