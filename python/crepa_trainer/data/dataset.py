@@ -235,8 +235,7 @@ def read_captions(videos: Sequence[Path]) -> dict[Path, str]:
         except (OSError, ValueError) as error:
             problems.append(f"{file} {error.strerror if isinstance(error, OSError) else error}")
     if problems:
-        of = several(len(videos), "video")
-        raise DataError(f"no caption beside {len(problems)} of {of}: {listed(problems)}")
+        raise DataError(f"no caption beside {len(problems)} of {several(len(videos), 'video')}: {listed(problems)}")
     return captions
 
 

@@ -51,8 +51,10 @@ def list_videos(folder: Path, ours: tuple[Path, ...] = ()) -> Listing:
     search.folder(folder)
     passed = search.passed_over()
     if not search.videos:
-        there = f"; passed over: {counted(passed)}" if passed else ""
-        raise DataError(f"--data {folder}: no video in this folder ({' '.join(sorted(VIDEO_SUFFIXES))}){there}")
+        kinds = " ".join(sorted(VIDEO_SUFFIXES))
+        raise DataError(
+            f"--data {folder}: no video in this folder ({kinds}){f'; passed over: {counted(passed)}' if passed else ''}"
+        )
     return Listing(tuple(sorted(search.videos)), passed)
 
 

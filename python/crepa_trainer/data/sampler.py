@@ -223,8 +223,10 @@ def micro_batches(
         # torch raises it in whatever this process is at when a worker is gone.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        lower = f"workers = {workers} needs more memory than there is: lower it, 0 reads clips in the training process"
-        raise ChildProcessError(f"{str(error).rstrip(' .')}: {lower}, and go on with --resume latest") from error
+        raise ChildProcessError(
+            f"{str(error).rstrip(' .')}: workers = {workers} needs more memory than there is: lower it, 0 reads clips "
+            "in the training process, and go on with --resume latest"
+        ) from error
 
 
 def _without_errors(loader: DataLoader[MicroBatch | Exception]) -> Generator[MicroBatch, None, None]:

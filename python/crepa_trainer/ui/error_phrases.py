@@ -99,7 +99,11 @@ _RULES = {
     ),
     "{type} has none in peft": "{type} にはこの設定がありません（peft）",
     "{optimizer} refuses it": "{optimizer} が受け付けない値です",
-    "{why}; only {off} or null is accepted": "使えません。{off} か null だけが書けます",
+    "not supported by this package": "このパッケージでは使えません",
+    "not supported by this package; only {off} or null is accepted": (
+        "このパッケージでは使えません。{off} か null だけが書けます"
+    ),
+    "Qwen encoders are not supported by this package": "このパッケージでは Qwen のエンコーダーは使えません",
     "{family} makes images, whose one frame has no other: use \"frame\", or crepa_relational_weight = 0": (
         "{family} の画像は 1 フレームだけです。「frame」か crepa_relational_weight = 0 にしてください"
     ),
@@ -233,7 +237,199 @@ ERRORS = {
         "report_to：{name} がありません：pip install {package}"
     ),
     "crepa_backend = triton cannot run here: {why}": "crepa_backend = triton はここでは動きません：{why}",
+    # Families
+    "{model}: {image} ({transformer}) makes images, and crepa-train trains on videos: attach CrepaRegularizer in a "
+    "loop of your own, as examples/train_flux_repa.py does": (
+        "{model}：{image}（{transformer}）は画像のモデルで、crepa-train が学習するのは動画です："
+        "examples/train_flux_repa.py のように、自分のループで CrepaRegularizer を使ってください"
+    ),
+    "{model}: its UNet makes images, and crepa-train trains transformers on videos: attach UrepaRegularizer in a "
+    "loop of your own, as examples/train_sdxl_urepa.py does": (
+        "{model}：UNet は画像のモデルで、crepa-train が学習するのは動画の transformer です："
+        "examples/train_sdxl_urepa.py のように、自分のループで UrepaRegularizer を使ってください"
+    ),
+    "{model}: its VAE is an {vae}; {family} needs an {vaes}": (
+        "{model}：VAE が {vae} です。{family} には {vaes} が必要です"
+    ),
+    "{model}: {part} is an {own}, where its model_index.json has {kind}": (
+        "{model}：{part} は {own} ですが、model_index.json には {kind} とあります"
+    ),
+    "{model}: prediction_type = {type} of the scheduler: must be v_prediction": (
+        "{model}：スケジューラーの prediction_type = {type}：v_prediction であること"
+    ),
+    "{size} with {#frames} frame(s): {model} has learned positions for {only} with {#most} frames alone": (
+        "{size}、{frames} フレーム：{model} の学習済みの位置は {only}、{most} フレームのものだけです"
+    ),
+    "task = {task}: the transformer of {model} takes {#given} channels, {same} needs {needed} (the VAE makes "
+    "{#made})": (
+        "task = {task}：{model} の transformer が受け取るのは {given} チャネルで、"
+        "必要なのは {needed}（VAE が作るのは {made}）"
+    ),
+    "{model}: the transformer takes {#given} channels, {task} with image_condition_type = {condition} needs {#needed} "
+    "(the VAE makes {#made})": (
+        "{model}：transformer が受け取るのは {given} チャネルで、"
+        "image_condition_type = {condition} の {task} に必要なのは {needed}（VAE が作るのは {made}）"
+    ),
+    "{model}: the transformer takes {#given} channels and the VAE makes {#made}: supported are {#plain} and, with an "
+    "image by channels, {#more}": (
+        "{model}：transformer が受け取るのは {given} チャネル、VAE が作るのは {made}："
+        "対応しているのは {plain} と、画像をチャネルで渡すときの {more} です"
+    ),
+    "{model} lacks {part}, which makes the text encoder's image of the first frame": (
+        "{model} に、最初のフレームをテキストエンコーダーに渡す {part} がありません"
+    ),
+    "{model} lacks {part}, whose image embeddings the transformer takes": (
+        "{model} に、画像の埋め込みを作る {part} がありません"
+    ),
+    "{model} wants a first and a last frame (pos_embed_seq_len): not supported": (
+        "{model} は最初と最後のフレームを使うモデルで（pos_embed_seq_len）、対応していません"
+    ),
+    "{model} has two transformers and no boundary_ratio in its model_index.json": (
+        "{model} には transformer が 2 つありますが、model_index.json に boundary_ratio がありません"
+    ),
+    "the text encoder reads the first frame at {mark}, which a text must not contain": (
+        "テキストエンコーダーは {mark} の位置で最初のフレームを読むので、文章に {mark} は書けません"
+    ),
+    "{model} attends sparsely (attention_type = nabla), which has no backward on a CPU: train it on a GPU": (
+        "{model} の疎な注意（attention_type = nabla）は CPU では逆伝播できません。GPU で学習してください"
+    ),
+    "batch_size = {#size}: {family} has no mask for texts of different lengths, so a forward takes one clip: set "
+    "batch_size to 1 and gradient_accumulation_steps to as many": (
+        "batch_size = {size}：{family} には長さの違う文章のためのマスクがなく、順伝播は 1 クリップずつです："
+        "batch_size を 1 に、gradient_accumulation_steps を {size} にしてください"
+    ),
+    "frame count {#frames}: the image-to-video pipeline makes clips of {#least} frames or more": (
+        "フレーム数 {frames}：画像から動画を作るパイプラインのクリップは {least} フレーム以上です"
+    ),
+    "frame count {#frames}: {#latent} latent frame(s), not a multiple of the transformer's temporal patch {#patch}": (
+        "フレーム数 {frames}：潜在フレーム {latent} は、transformer の時間方向のパッチ {patch} の倍数ではありません"
+    ),
+    "task = image2video: the transformer of {model} has no channels that say which frame is given (visual_cond)": (
+        "task = image2video：{model} の transformer には、与えたフレームを示すチャネルがありません（visual_cond）"
+    ),
+    # Videos and captions
+    "--data {folder}: no video in this folder ({kinds})": (
+        "--data {folder}：このフォルダーに動画がありません（{kinds}）"
+    ),
+    "--data {folder}: no video in this folder ({kinds}); passed over: {passed}": (
+        "--data {folder}：このフォルダーに動画がありません（{kinds}）。対象外：{passed}"
+    ),
+    "no usable clip in {#number} video(s): {reasons}": "動画 {number} 本に使えるクリップがありません：{reasons}",
+    "{#number} of {#all} caption(s) cannot be used: {files}": (
+        "キャプション {all} 個のうち {number} 個が使えません：{files}"
+    ),
+    "{text}: the text encoder makes NaN or infinity of it": "{text}：テキストエンコーダーの出力が NaN か無限大です",
+    "the {part} makes NaN or infinity of the clip at frame {#frame}": (
+        "フレーム {frame} のクリップで {part} の出力が NaN か無限大です"
+    ),
+    "the processes see different files in {folder}: cache must be a folder that they share": (
+        "プロセスごとに {folder} の中身が違います。cache は共有フォルダーにしてください"
+    ),
+    "{why}; it was removed: start again, with --resume latest": (
+        "{why}。そのファイルは削除しました。--resume latest でもう一度始めてください"
+    ),
+    "colour matrix {#matrix} of H.273 is not supported": "H.273 のカラーマトリックス {matrix} には対応していません",
+    'cache_teacher = "features", but the encoder {name} is a callable without a key, so what it made cannot be told '
+    "from another one's: give FrozenEncoder(key=...), or cache_teacher = \"frames\"": (
+        "cache_teacher =「features」ですが、エンコーダー {name} は key のない関数で、その出力を他と区別できません："
+        "FrozenEncoder(key=...) か cache_teacher =「frames」にしてください"
+    ),
+    "there is no clip to train on": "学習するクリップがありません",
+    # A run
+    "step {#step}: the {found}; lower the learning rate": "ステップ {step}：{found}。学習率を下げてください",
+    "step {#step}: the {found}; it came from {source}, which no learning rate changes: the teacher's weights or its "
+    "frames are damaged": (
+        "ステップ {step}：{found}。原因は {source} で、学習率では変わりません。教師の重みかフレームが壊れています"
+    ),
+    "no shared memory for a batch ({why}): give it more, or lower workers": (
+        "バッチのための共有メモリーがありません（{why}）。増やすか、workers を減らしてください"
+    ),
+    "{what}: workers = {#workers} needs more memory than there is: lower it, 0 reads clips in the training process, "
+    "and go on with --resume latest": (
+        "{what}：workers = {workers} にはメモリーが足りません。減らして（0 なら学習プロセスで読み込みます）、"
+        "--resume latest で続けてください"
+    ),
+    "{what}; crepa-train run --plan says what each phase needs, and what to switch on": (
+        "{what}。段階ごとの必要量と減らし方は、プランのページか crepa-train run --plan で見られます"
+    ),
+    "checkpoint {folder} could not be written: {why}; the ones before it are whole": (
+        "チェックポイント {folder} を書き込めませんでした：{why}。それより前のものは無事です"
+    ),
+    "the values of step {#step} could not be logged: {why}; checkpoints are whole": (
+        "ステップ {step} の値を記録できませんでした：{why}。チェックポイントは無事です"
+    ),
+    "report_to: {kind}: {why}": "report_to：{kind}：{why}",
+    "--queue {folder}: runs of several processes do not wait for each other": (
+        "--queue {folder}：複数プロセスの学習は順番待ちをしません"
+    ),
+    "launched as {#number} process(es), of which each knows {#known}": (
+        "{number} プロセスで起動されましたが、各プロセスから見えるのは {known} です"
+    ),
+    "launched with {kind}, which is not used: see sharding and context_parallel": (
+        "{kind} で起動されましたが、使われません。sharding と context_parallel を見てください"
+    ),
     # Checkpoints
+    "{folder}: no such folder": "{folder}：そのフォルダーはありません",
+    "{folder} has checkpoints after step {#step} ({later}): remove them to go back to it, or go on from the newest "
+    "with resume = latest": (
+        "{folder} にはステップ {step} より後のチェックポイントがあります（{later}）："
+        "戻るならそれらを削除し、最新から続けるなら resume を latest にしてください"
+    ),
+    "{folder} holds a checkpoint of step {#step}: it was renamed or damaged": (
+        "{folder} の中身はステップ {step} のチェックポイントです：名前が変えられたか、壊れています"
+    ),
+    "{folder} is not a complete checkpoint: {files} missing": (
+        "{folder} は完全なチェックポイントではありません：{files} がありません"
+    ),
+    "{folder} is not a complete checkpoint: {files} of another size than was written": (
+        "{folder} は完全なチェックポイントではありません：{files} の大きさが書き込んだときと違います"
+    ),
+    "{folder} is damaged: {files} with other bytes than were written; remove it to go on from the one before it, or "
+    "start anew in another output": (
+        "{folder} は壊れています：{files} の中身が書き込んだときと違います。"
+        "削除して 1 つ前から続けるか、別の output で始めてください"
+    ),
+    "{folder} is of a run on other clips than {data} gives: {changed}; go on with what it had, or start anew in "
+    "another output": (
+        "{folder} は、{data} とは別のクリップの学習のものです：{changed}。"
+        "元のもので続けるか、別の output で始めてください"
+    ),
+    "{folder} is of a run on other clips than {data} gives now: start anew in another output": (
+        "{folder} は、今の {data} とは別のクリップの学習のものです：別の output で始めてください"
+    ),
+    "{folder} is of a run with other settings: {differing}; go on with what it had, or start anew in another output": (
+        "{folder} は設定の違う学習のものです：{differing}。元の設定で続けるか、別の output で始めてください"
+    ),
+    "{folder} is of an earlier version, in files that can hold code: it is not opened; start anew in another output": (
+        "{folder} は以前の版のもので、コードを含みうるファイルなので開きません。別の output で始めてください"
+    ),
+    "{file} is of another model, first at {name}": "{file} は別のモデルのものです（最初の違いは {name}）",
+    "{file} is of another run: {why}": "{file} は別の学習のものです：{why}",
+    # Exported files
+    "ComfyUI divides a DoRA's magnitudes by other norms than it was trained with: take the format diffusers": (
+        "ComfyUI は DoRA の大きさを学習時とは違うノルムで割ります。形式を diffusers にしてください"
+    ),
+    "{layer} is one layer in ComfyUI, and the LoKr of its parts are no LoKr of it: leave them out of lora_targets, or "
+    "take the format peft": (
+        "{layer} は ComfyUI では 1 つの層で、部分ごとの LoKr はその LoKr になりません。"
+        "lora_targets から外すか、形式を peft にしてください"
+    ),
+    "ComfyUI's name for {layer} of {family} is not known: leave it out of lora_targets, or take the format diffusers": (
+        "{family} の {layer} の ComfyUI での名前が分かりません。"
+        "lora_targets から外すか、形式を diffusers にしてください"
+    ),
+    "ComfyUI's names for the layers of {family} are not known, those of {known} are: take the format diffusers": (
+        "{family} の層の ComfyUI での名前は分かりません（分かるのは {known}）。形式を diffusers にしてください"
+    ),
+    "--format {form}: {folder} has no LoRA, all weights were trained": (
+        "--format {form}：{folder} に LoRA はありません（すべての重みを学習したもの）"
+    ),
+    "--format {form}: stock diffusers loads no {kind}: take peft or comfyui": (
+        "--format {form}：diffusers は {kind} を読み込めません。peft か comfyui にしてください"
+    ),
+    "{folder} is no complete checkpoint, and no run's folder that has one": (
+        "{folder} は完全なチェックポイントでも、それがある学習のフォルダーでもありません"
+    ),
     "resume = {folder}: no such folder; {hint}": "resume = {folder}：そのフォルダーはありません。{hint}",
     "{folder} is damaged: {why}": "{folder} は壊れています：{why}",
     "{folder} is not a complete checkpoint: {file} is missing": (

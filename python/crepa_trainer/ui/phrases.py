@@ -31,6 +31,12 @@ _REASONS = {
 }
 _LISTED = {
     **{f"{{name}} ({reason})": f"{{name}}（{said}）" for reason, said in _REASONS.items()},
+    "{file} is missing": "{file} がありません",
+    "{file} is empty": "{file} は空です",
+    "{file} is not UTF-8 text": "{file} は UTF-8 の文章ではありません",
+    "{file} is UTF-16 or UTF-32, not UTF-8 text": "{file} は UTF-8 ではなく UTF-16 か UTF-32 です",
+    "{file} has NUL bytes: it is not UTF-8 text": "{file} には NUL があり、UTF-8 の文章ではありません",
+    "{file} has nothing but characters that nobody sees": "{file} には見えない文字しかありません",
     "{name} has {#size} of its {#whole} bytes": "{name}：{whole} バイトのうち {size} バイトのみ",
     "{name} ends before its last part": "{name}：最後の部分の前で終わっています",
     "{name} loses {#share}% of its picture": "{name}：画面の {share}% が失われます",
