@@ -66,6 +66,7 @@ def held_bytes(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) 
 
 def allocated_peak(call: Callable[[], object]) -> int:
     """The most bytes that the CPU allocator has given out at a time during ``call()``, beside those of before it."""
+    gc.collect()  # else what was garbage before is taken off when it is collected in between
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     # `profiler.events()` has no sizes.

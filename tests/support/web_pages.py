@@ -16,7 +16,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from huggingface_hub import constants
-from playwright.sync_api import Page, expect
 from processes import begin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -77,18 +76,3 @@ def wait(ready: Callable[[], object]) -> None:
     while not ready():
         assert time.monotonic() < end
         time.sleep(0.1)
-
-
-def fill_file(page: Page, text: str) -> None:
-    """Fills in the settings' file of a new run. Once in some dozens the first that is filled in is lost: again then."""
-    file, command = page.get_by_label("Settings file (JSON)"), page.get_by_label("Command line", exact=True)
-    before = command.input_value()
-    for _ in range(2):
-        file.fill(text)
-        try:
-            expect(command).not_to_have_value(before, timeout=8_000)
-        except AssertionError:
-            file.fill("")
-        else:
-            return
-    file.fill(text)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect
-from web_pages import Server, fill_file, page_server
+from web_pages import Server, page_server
 
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
 
@@ -155,7 +155,7 @@ def test_settings_reach_no_shell(server: Server, visit: Callable[..., Page], tmp
     page = visit(f"{server.address}new")
     trap = tmp_path / "trap"
     wanted = f"$(touch {trap}) `touch {trap}`; touch {trap} #'\""
-    fill_file(page, json.dumps({"data": wanted, "model": wanted}))
+    page.get_by_label("Settings file (JSON)").fill(json.dumps({"data": wanted, "model": wanted}))
     shown_command = page.get_by_label("Command line")
     expect(shown_command).to_have_value(re.compile("touch"))
     command = shown_command.input_value()

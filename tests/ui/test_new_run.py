@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from crepa_trainer.ui.form import FIELDS
 from crepa_trainer.ui.guard import Folders
 from crepa_trainer.ui.starting import save_settings
-from playwright.sync_api import Page, expect
-from web_pages import PHONE, Server, fill_file, page_server
+from playwright.sync_api import Page, WebSocketRoute, expect
+from web_pages import PHONE, Server, page_server
 
 COMMIT = "a" * 40
 JSON, COMMAND = "Settings file (JSON)", "Command line"
@@ -113,7 +114,7 @@ def test_errors_stand_at_the_field_as_one_types(server: Server, visit: Callable[
 
 def test_file_and_command_fill_the_form(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new")
-    fill_file(page, '{"crepa_lambda": 0.25, "crepa_enabled": true, "hdr": "skip"}')
+    fill(page, JSON, '{"crepa_lambda": 0.25, "crepa_enabled": true, "hdr": "skip"}')
     expect(page.get_by_label("Weight", exact=True)).to_have_value("0.25")
     expect(page.get_by_role("switch", name="Enable CREPA")).to_be_checked()
     fill(page, COMMAND, "crepa-train run --crepa_lambda=0.75")
@@ -123,9 +124,38 @@ def test_file_and_command_fill_the_form(server: Server, visit: Callable[..., Pag
     expect(page.get_by_role("alert").get_by_text("Expecting property name")).to_be_visible()
 
 
+@pytest.mark.parametrize("query", ["", "?file=begun.json"])
+def test_what_is_typed_before_the_server_speaks_stays(server: Server, visit: Callable[..., Page], query: str) -> None:
+    save_settings(Folders(server.runs), "begun.json", {"crepa_lambda": 0.5, "model": "a/b"})
+    page, held = visit(f"{server.address}new{query}"), list[tuple[WebSocketRoute, str | bytes]]()
+
+    def hold_what_is_said(browser: WebSocketRoute) -> None:
+        def said(message: str | bytes) -> None:
+            if held or '42["' in str(message):
+                held.append((browser, message))
+            else:
+                browser.send(message)
+
+        browser.connect_to_server().on_message(said)
+
+    page.route_web_socket(re.compile("socket.io"), hold_what_is_said)
+    page.reload()
+    page.wait_for_function("window.did_handshake === true")
+    fill(page, JSON, '{"crepa_lambda": 0.25}')
+    end = time.monotonic() + 20
+    while not any('"0.25"' in str(message) for _, message in held) and time.monotonic() < end:
+        page.wait_for_timeout(50)
+    for browser, message in held:
+        browser.send(message)
+    held.clear()
+    expect(page.get_by_label("Weight", exact=True)).to_have_value("0.25")
+    expect(page.get_by_label(COMMAND, exact=True)).to_have_value(re.compile("--crepa_lambda=0.25$"))
+    expect(page.get_by_label(JSON)).to_have_value('{"crepa_lambda": 0.25}')
+
+
 def test_a_preset_shows_what_it_changes_and_the_weight_is_drawn(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new", size=PHONE)
-    fill_file(page, '{"model": "a/b", "data": "v", "output": "o", "max_train_steps": 1000, "preset": "t2v"}')
+    fill(page, JSON, '{"model": "a/b", "data": "v", "output": "o", "max_train_steps": 1000, "preset": "t2v"}')
     expect(page.get_by_text("The preset sets: crepa_enabled = true, crepa_lambda = 0.5")).to_be_visible()
     drawn = page.locator(".js-line")
     expect(drawn).to_be_attached()
@@ -183,7 +213,7 @@ ODD = ["[1, [2]]", '{"a": null}', '"<b>x</b>"', "1e400"]
 def test_any_value_of_any_field_is_shown_and_judged(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}new")
     for value in ODD:
-        fill_file(page, "{" + ", ".join(f'"{key}": {value}' for key in FIELDS) + "}")
+        fill(page, JSON, "{" + ", ".join(f'"{key}": {value}' for key in FIELDS) + "}")
         expect(page.get_by_label(COMMAND)).to_have_value(re.compile("crepa_power"))
         assert page.locator("b", has_text="x").count() == 0
         # The page goes on.

@@ -35,15 +35,20 @@ from ..starting import read_settings, save_settings, saved_name, settings_files
 
 
 class _Field:
-    """One setting's widget, with its help, its key, what is wrong of it, and where its value comes from."""
+    """One setting's widget, with its help, its key, what is wrong of it, and where its value comes from.
 
-    def __init__(self, field: FormField, view: View, on_edit: Callable[[str, Any], None], hints: list[str]) -> None:
+    It is made with its value: one that it got later would be sent after the page, over what was typed in until then.
+    """
+
+    def __init__(
+        self, field: FormField, view: View, values: Values, on_edit: Callable[[str, Any], None], hints: list[str]
+    ) -> None:
         self.field, self.view, self.words, self._on_edit = field, view, view.words, on_edit
         self._filling = False
         label = field_label(field, view.language)
         with ui.column().classes("gap-0 w-full") as self.box:
             with ui.row().classes("w-full items-center no-wrap gap-1"):
-                self.widget = self._make(label, hints)
+                self.widget = self._make(label, self._held(values), hints)
                 clear = f"{view.words('Back to the default')}: {label}"
                 self.clear = ui.button(icon="backspace", on_click=lambda: self._edited(None))
                 self.clear.props(f'flat round dense size=sm aria-label="{clear}"').tooltip(clear)
@@ -54,16 +59,32 @@ class _Field:
                 ui.label(help_text).classes("inline")
             self.source = ui.label().classes("text-caption text-primary")
 
-    def _make(self, label: str, hints: list[str]) -> Any:
+    def _held(self, values: Values) -> Any:
+        """What the widget itself holds of the values; what is not given is its placeholder's."""
+        value, source = shown_value(values, self.field.key)
+        if self.field.kind == "flag":
+            return value is True
+        given = value if source == "given" else None
+        if self.field.kind == "choice":
+            return given
+        return "" if given is None else self.field.written(given)
+
+    def _options(self, held: Any) -> list[Any]:
+        return [*self.field.choices, *([] if held is None or held in self.field.choices else [held])]
+
+    def _make(self, label: str, held: Any, hints: list[str]) -> Any:
         mark = f"{label} *" if self.field.required else label
         if self.field.kind == "flag":
-            return ui.switch(mark, on_change=lambda event: self._edited(event.value))
+            return ui.switch(mark, value=held, on_change=lambda event: self._edited(event.value))
         if self.field.kind == "choice":
-            options = list(self.field.choices)
-            made: Any = ui.select(options, label=mark, on_change=lambda event: self._edited(event.value))
+            made: Any = ui.select(
+                self._options(held), label=mark, value=held, on_change=lambda event: self._edited(event.value)
+            )
             return made.classes("grow").props("dense")
         choices = hints or [self.field.written(word) for word in self.field.choices]
-        entry = ui.input(mark, on_change=lambda event: self._typed(event.value), autocomplete=choices or None)
+        entry = ui.input(
+            mark, value=held, on_change=lambda event: self._typed(event.value), autocomplete=choices or None
+        )
         return entry.classes("grow").props("dense stack-label")
 
     def _typed(self, text: str | None) -> None:
@@ -86,16 +107,11 @@ class _Field:
         value, source = shown_value(values, self.field.key)
         default = "" if value is None else self.field.written(value)
         with self._fill():
-            if self.field.kind == "flag":
-                self.widget.set_value(value is True)
-            elif self.field.kind == "choice":
-                given = value if source == "given" else None
-                options = list(self.field.choices)
-                if given is not None and given not in options:
-                    options.append(given)
-                self.widget.set_options(options, value=given)
-            elif not edited:
-                self.widget.set_value(default if source == "given" else "")
+            held = self._held(values)
+            if self.field.kind == "choice":
+                self.widget.set_options(self._options(held), value=held)
+            elif self.field.kind == "flag" or not edited:
+                self.widget.set_value(held)
             if self.field.kind != "flag" and source != "given":
                 self.widget.props(add=f'placeholder="{_quoted(default)}"')
                 if self.field.kind == "choice":
@@ -114,45 +130,49 @@ def _quoted(text: str) -> str:
 
 
 class _NewRun:
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, name: str | None) -> None:
+        """name: of a file of the runs' folder that the form begins with."""
         self.view, self.words = view, view.words
         self.values: Values = {}
         self.opened: str | None = None
+        begun = saved_name(name) if name and self._read(name) else ""
         self._checked = Checked({}, (), (), ())
         with ui.row().classes("w-full items-end gap-2"):
-            self._file_bar()
+            self._file_bar(begun)
         with ui.grid().classes("w-full grid-cols-1 lg:grid-cols-5 gap-4"):
             with ui.column().classes("lg:col-span-3 gap-2 w-full"):
                 self.fields = self._sections()
             with ui.column().classes("lg:col-span-2 gap-2 w-full lg:sticky lg:top-16 self-start"):
                 self._texts()
+        self.show(edited=None)
 
     # Files
 
-    def _file_bar(self) -> None:
+    def _file_bar(self, begun: str) -> None:
         words = self.words
         self.open_menu = ui.select(settings_files(self.view.folders), label=words("Open a file"), on_change=self._open)
         self.open_menu.classes("min-w-48").props("dense")
-        self.name = ui.input(words("File name"), placeholder="my-run.json").classes("min-w-48").props("dense")
+        self.name = ui.input(words("File name"), placeholder="my-run.json", value=begun)
+        self.name.classes("min-w-48").props("dense")
         ui.button(words("Save"), icon="save", on_click=self._save)
         ui.button(words("Plan"), icon="checklist", on_click=self._plan).props("outline")
         ui.button(words("To the runs"), icon="play_arrow", on_click=self._to_runs).props("outline")
 
-    def open(self, name: str) -> None:
-        """Fills the form with a file of the runs' folder."""
+    def _read(self, name: str) -> bool:
+        """Takes the values of a file of the runs' folder; False, and says why, where they cannot be read."""
         try:
-            values = read_settings(self.view.folders, name)
+            self.values = dict(read_settings(self.view.folders, name))
         except ValueError as error:
             self.view.problem(str(error))
-            return
+            return False
         # What is saved is JSON: another format stays as it was, and so does a file of the name that it would have.
         self.opened = name if name == saved_name(name) else None
-        self.name.set_value(saved_name(name))
-        self.take(values)
+        return True
 
     def _open(self, event: Any) -> None:
-        if event.value:
-            self.open(event.value)
+        if event.value and self._read(event.value):
+            self.name.set_value(saved_name(event.value))
+            self.show(edited=None)
 
     async def _save(self) -> bool:
         name = (self.name.value or "").strip()
@@ -201,7 +221,9 @@ class _NewRun:
                 with ui.grid().classes("w-full grid-cols-1 md:grid-cols-2 gap-x-4 gap-y-3"):
                     for field in FIELDS.values():
                         if field.section == section:
-                            fields[field.key] = _Field(field, self.view, self._edit, self._hints(field.key))
+                            fields[field.key] = _Field(
+                                field, self.view, self.values, self._edit, self._hints(field.key)
+                            )
         fields["model"].widget.on("blur", self._fill_from_model).on("keydown.enter", self._fill_from_model)
         return fields
 
@@ -239,7 +261,8 @@ class _NewRun:
             self.words("Filled in from the model: {what}").format(what=", ".join(new)) if new else ""
         )
         if new:
-            self.take({**self.values, **new})
+            self.values |= new
+            self.show(edited=None)
 
     # The texts beside it
 
@@ -247,9 +270,17 @@ class _NewRun:
         words = self.words
         self.problems = ui.column().classes("w-full gap-0").props("role=status aria-live=polite")
         self.model_says = ui.label().classes("text-caption text-primary").props("role=status")
-        self.json = ui.textarea(words("Settings file (JSON)"), on_change=lambda event: self._typed_json(event.value))
+        self.json = ui.textarea(
+            words("Settings file (JSON)"),
+            value=json_text(self.values),
+            on_change=lambda event: self._typed_json(event.value),
+        )
         self.json_error = ui.label().classes("text-negative text-caption").props("role=alert")
-        self.command = ui.textarea(words("Command line"), on_change=lambda event: self._typed_command(event.value))
+        self.command = ui.textarea(
+            words("Command line"),
+            value=command_line(self.values),
+            on_change=lambda event: self._typed_command(event.value),
+        )
         self.command_error = ui.label().classes("text-negative text-caption").props("role=alert")
         for text in (self.json, self.command):
             text.classes("w-full font-mono").props("outlined autogrow spellcheck=false input-class=text-xs")
@@ -274,11 +305,6 @@ class _NewRun:
         self.show(edited=edited)
 
     # All of it
-
-    def take(self, values: Values) -> None:
-        """Shows other values."""
-        self.values = dict(values)
-        self.show(edited=None)
 
     def show(self, edited: str | None) -> None:
         """Brings everything up to the values but the text that was just edited: a field's key, "json", "command"."""
@@ -321,11 +347,7 @@ class _NewRun:
 
 
 def _build(view: View) -> None:
-    form = _NewRun(view)
-    if name := view.query.get("file"):
-        form.open(name)
-    else:
-        form.show(edited=None)
+    _NewRun(view, view.query.get("file"))
 
 
 PAGE = Page("/new", "New run", "add_circle", _build)
