@@ -58,9 +58,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("request", asked)
         page.goto(address)
         if origin.startswith("http") and "/files/" not in address:
-            # What is typed before that is lost, as on every page that a server draws: some of it comes late.
+            # Drawn: what is counted or asked by a script does not wait for it.
             page.wait_for_function("window.did_handshake === true")
-            page.wait_for_load_state("networkidle")
         return page
 
     yield open_page
