@@ -350,7 +350,7 @@ ERRORS = {
         "--resume latest で続けてください"
     ),
     "{what}; crepa-train run --plan says what each phase needs, and what to switch on": (
-        "{what}。段階ごとの必要量と減らし方は、プランのページか crepa-train run --plan で見られます"
+        "{what}。段階ごとの必要量と減らし方は、「計画」のページか crepa-train run --plan で見られます"
     ),
     "checkpoint {folder} could not be written: {why}; the ones before it are whole": (
         "チェックポイント {folder} を書き込めませんでした：{why}。それより前のものは無事です"

@@ -82,7 +82,7 @@ _JAPANESE: dict[str, tuple[str, str]] = {
     ),
     "context_parallel": (
         "コンテキスト並列",
-        "各クリップのトークンを分け合うプロセス数。diffusersのUlysses注意機構による",
+        "各クリップのトークンを分け合うプロセス数。diffusers の Ulysses 注意機構による",
     ),
     "gradient_checkpointing": ("勾配チェックポイント", "活性を逆伝播で計算し直す"),
     "compile_blocks": ("ブロックのコンパイル", "各ブロックに torch.compile を使う"),
