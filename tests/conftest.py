@@ -34,9 +34,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays, and no collection of garbage need look through all of it again."""
     if "triton" in sys.modules:
         remember_builtins()
+    _keep_what_is_imported()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and len(sys.modules) > _imported + 200:
+        _keep_what_is_imported()
+
+
+_imported = 0
+
+
+def _keep_what_is_imported() -> None:
+    """What is imported by now stays: no collection of garbage need look through all of it again."""
+    global _imported
+    _imported = len(sys.modules)
     gc.collect()
     gc.freeze()
 

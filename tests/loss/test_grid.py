@@ -51,6 +51,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor, tol
     assert error <= tolerance * tokens.double().abs().max(), f"{error:.2e}"
 
 
+@pytest.mark.every(5)
 @types
 @filters
 @pytest.mark.parametrize(("source", "target"), TRAINED, ids=ids(TRAINED))
@@ -110,6 +111,7 @@ def test_where_nothing_shrinks_the_filters_are_one(source: Grid) -> None:
     assert torch.equal(resample_tokens(tokens, source, source), tokens)
 
 
+@pytest.mark.every(5)
 @types
 @filters
 @pytest.mark.parametrize(("source", "target"), TRAINED, ids=ids(TRAINED))
@@ -222,6 +224,7 @@ def test_which_side_moves(align: str, student: Grid, teacher: Grid, grid: Grid, 
     assert (plan.student, plan.teacher) == changes
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("align", ["student", "teacher", "smaller", "pool"])
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -115,6 +115,7 @@ def test_the_loss_pulls_each_student_token_to_its_own_place(
     check(found - places(student), plan_alignment("student", student, teacher, antialias))
 
 
+@pytest.mark.every(5)
 @both_backends
 @filters
 @pairs

@@ -168,6 +168,7 @@ def test_uninitialized_memory_is_never_read(backend: str) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.every(5)
 @both_backends
 @pytest.mark.parametrize("weights_type", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -255,6 +256,7 @@ def test_autocast_changes_nothing_but_the_products_of_fp32_tokens(case: Case, dt
         assert torch.equal(gradient, leaf.grad)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("backend", available_backends())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @varied

@@ -337,6 +337,7 @@ def test_a_norm_that_overflows_is_no_finite_loss(large: str, options: dict[str, 
     assert not output.self_similarity.isfinite()
 
 
+@pytest.mark.every(5)
 @ANYWHERE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spatial_align", ["student", "teacher", "pool"])

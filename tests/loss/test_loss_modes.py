@@ -128,6 +128,7 @@ PADDED = {
 }
 
 
+@pytest.mark.every(5)
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fill", [0.0, 1e4, math.nan, math.inf], ids=str)

@@ -31,6 +31,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.mark.every(5)
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("seed", range(IN_CI))
 def test_float64_results_are_exact(seed: int) -> None:
@@ -56,6 +57,7 @@ def test_a_long_clip(distance: int, cumulative: bool) -> None:
             assert error <= FP64_TOLERANCE * exact.size(name), name
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("native", [True, False], ids=["bf16-products", "fp32-products"])
 @pytest.mark.parametrize("seed", range(IN_CI))
 def test_bf16_with_and_without_bf16_products(seed: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:

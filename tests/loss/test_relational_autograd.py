@@ -127,6 +127,7 @@ def test_uninitialized_memory_is_never_read(backend: str) -> None:
         assert all(value.isfinite().all() for value in found.values()), related
 
 
+@pytest.mark.every(5)
 @both_backends
 @pytest.mark.parametrize("weights_type", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

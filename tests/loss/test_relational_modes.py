@@ -129,6 +129,7 @@ def test_rows_that_are_turned_as_one_cost_nothing(pairs: str) -> None:
 PADDED = {"equal": {"teacher_grid": (3, 4)}, "teacher": {}, "student": {"spatial_align": "teacher"}}
 
 
+@pytest.mark.every(5)
 @both_backends
 @each_cost
 @every_pairs

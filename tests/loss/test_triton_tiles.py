@@ -112,6 +112,7 @@ def test_info_names_versions_and_why_a_backend_is_off() -> None:
     assert "wan-14b-480p: Choice(training='split'" in interpreted.stdout
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("module", ["crepa_kernels.tune", "benches.gpu", "benches.gpu.choices", "benches.gpu.hour"])
 def test_what_needs_a_gpu_stops_with_one_line(module: str) -> None:
     done = run(module)

@@ -118,6 +118,7 @@ def test_states_and_gradients_in_bf16(name: str, how: str, tmp_path: Path) -> No
     assert crepa.projector[1].weight.grad.dtype == torch.float32
 
 
+@pytest.mark.every(2)
 @every_family
 @pytest.mark.parametrize("settings", [{}, BACKBONE], ids=["dinov2", "backbone"])
 @pytest.mark.parametrize("mode", [None, reentrant], ids=["not reentrant", "reentrant"])

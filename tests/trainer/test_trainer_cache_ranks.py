@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from crepa_trainer.cli import main
 from crepa_trainer.data.cache import prepare_cache
 from crepa_trainer.families import TrainingFamily
 from crepa_trainer.families.hunyuan_video import HunyuanVideoFamily
@@ -120,12 +121,19 @@ def test_a_cache_that_the_processes_do_not_share_is_refused(given: dict[str, Any
     assert "cache must be a folder that they share" in done.stderr
 
 
-def test_the_command_runs_in_two_processes_that_speak_with_one_voice(given: dict[str, Any], tmp_path: Path) -> None:
+def command(words: Sequence[str]) -> None:
+    sys.exit(main(words))
+
+
+def test_the_command_runs_in_two_processes_that_speak_with_one_voice(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     validation = {"validation_every": 2, "validation_steps": 1}
     settings = {**given["settings"], **validation, "max_train_steps": 2, "mixed_precision": "no", "lora_rank": 2}
     file = tmp_path / "run.json"
     file.write_text(json.dumps({**settings, **given["config"]}))
-    done = torchrun("-m", "crepa_trainer", "run", "--config", str(file), "--cache_teacher", "frames")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    done = run(command, ["run", "--config", str(file), "--cache_teacher", "frames"], ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = " ".join(done.stdout.split())
     for words in ("2 clips a step, 2 processes", "encoded 4 videos into", "1 of 5 videos skipped", "3.mp4: damaged"):

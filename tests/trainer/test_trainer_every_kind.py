@@ -117,6 +117,7 @@ def ids(kinds: list[Kind]) -> dict[str, Any]:
 TRAINED = [kind for kind in KINDS if kind.frames]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", **ids(TRAINED))
 def test_what_is_trained_on_is_what_a_player_shows(folder: Folder, kind: Kind) -> None:
     info, clips = folder.clips(kind)
@@ -132,6 +133,7 @@ def test_what_is_trained_on_is_what_a_player_shows(folder: Folder, kind: Kind) -
     assert info.rate == pytest.approx((len(lasts) - 1) / (times[-2] - times[0]), rel=0.03)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", **ids(TRAINED))
 def test_frames_are_taken_at_their_times(folder: Folder, kind: Kind) -> None:
     times = kind.times or [n / RATE for n in range(len(kind.frames) + 1)]
