@@ -14,7 +14,7 @@ from run_folders import run_settings
 from test_guard import ask
 from tiny import CHANNELS
 from videos import moving_square, write_video
-from web_pages import Server, page_server
+from web_pages import SECONDS, Server, page_server
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def server(data: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_the_plan_names_what_it_passes_over_and_crops(server: Server, visit: Callable[..., Page]) -> None:
     page = visit(f"{server.address}plan?file=good.json")
-    expect(page.get_by_text("2 clips of 2 videos, 1 skipped")).to_be_visible()
+    expect(page.get_by_text("2 clips of 2 videos, 1 skipped")).to_be_visible(timeout=SECONDS * 1000)
     expect(page.get_by_text("short.mp4 (2 frames, the shortest clip needs 5)")).to_be_visible()
     expect(page.get_by_text(re.compile("tall.mp4 loses 67% of its picture"))).to_be_visible()
     expect(page.get_by_text(re.compile("extra memory"))).to_be_visible()
@@ -63,7 +63,7 @@ def test_a_plan_that_cannot_be_made_says_why(
     server: Server, visit: Callable[..., Page], name: str, language: str, said: str
 ) -> None:
     page = visit(f"{server.address}plan?file={name}.json", language=language)
-    expect(page.get_by_role("alert").get_by_text(said)).to_be_visible()
+    expect(page.get_by_role("alert").get_by_text(said)).to_be_visible(timeout=SECONDS * 1000)
 
 
 def test_captions_are_edited_in_place(server: Server, data: Path, visit: Callable[..., Page]) -> None:
