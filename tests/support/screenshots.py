@@ -55,6 +55,7 @@ def main() -> None:
                 page.wait_for_function("window.did_handshake === true")
                 if not phone:
                     page.locator(ready).first.wait_for(timeout=120_000)
+                    page.wait_for_function("[...document.images].every(image => image.complete)")
                     if top:
                         page.locator(top).first.scroll_into_view_if_needed()
                         page.locator(top).first.evaluate(
