@@ -112,6 +112,16 @@ def test_every_sentence_of_a_plan_is_in_japanese(models: Path, data: Path) -> No
         ("no sentence of ours: off, hidden", "no sentence of ours: off, hidden"),
         ("off", "オフ"),
         ("step 7: the loss is nan; lower the learning rate", "ステップ 7：loss is nan。学習率を下げてください"),
+        (
+            "step 7: the loss is nan; it came from the teacher, which no learning rate changes: the teacher's weights "
+            "or its frames are damaged",
+            "ステップ 7：loss is nan。原因は the teacher で、学習率では変わりません。"
+            "教師の重みかフレームが壊れています",
+        ),
+        (
+            "CUDA out of memory; crepa-train run --plan says what each phase needs, and what to switch on",
+            "CUDA out of memory。段階ごとの必要量と減らし方は、「計画」のページか crepa-train run --plan で見られます",
+        ),
         ("{x} is there already", "{x} はすでにあります"),
     ],
 )
@@ -136,7 +146,7 @@ def test_whatever_is_wrong_of_a_setting_is_said_in_japanese() -> None:
 # Where what a person reads of settings, models, videos and runs is said: all of the trainer but for what is said to
 # those who start a server or the demo, or write programs.
 ELSEWHERE = ("cli.py", "demo", "data/clips.py", "data/shares.py", "reporting/report.py", "step.py", "ui/server.py")
-SAID = ("ValueError", "DataError", "VideoError", "FloatingPointError", "OSError", "ChildProcessError")
+SAID = ("ValueError", "DataError", "VideoError", "OSError", "ChildProcessError")
 # No sentences; said behind others; or to those who write programs, or start servers.
 OTHERS = {
     "model = 7: 7; only 7 or null is accepted",

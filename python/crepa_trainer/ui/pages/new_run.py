@@ -136,7 +136,6 @@ class _NewRun:
         self.values: Values = {}
         self.opened: str | None = None
         begun = saved_name(name) if name and self._read(name) else ""
-        self._checked = Checked({}, (), (), ())
         with ui.row().classes("w-full items-end gap-2"):
             self._file_bar(begun)
         with ui.grid().classes("w-full grid-cols-1 lg:grid-cols-5 gap-4"):
@@ -308,7 +307,7 @@ class _NewRun:
 
     def show(self, edited: str | None) -> None:
         """Brings everything up to the values but the text that was just edited: a field's key, "json", "command"."""
-        self._checked = checked = check(self.values)
+        checked = check(self.values)
         for key, field in self.fields.items():
             field.show(self.values, checked.wrong.get(key), edited=key == edited)
         self._filling = True
