@@ -24,9 +24,22 @@ def remember_builtins() -> None:
         return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
 
     def patch(package: Any, *rest: Any) -> None:
-        for name in names(package):
+        found = names(package)
+        if found and not is_builtin(getattr(package, found[-1])):
+            return  # patched by the kernel that calls this function
+        for name in found:
             member = getattr(package, name)
-            if is_builtin(member):  # not patched yet
+            if is_builtin(member):
                 interpreter._patch_attr(package, name, member, *rest)
 
     interpreter._patch_builtin = patch
+    # Its table of types is made anew at each call.
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def kept(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = look_up(kind)
+        return known[name]
+
+    interpreter._get_np_dtype = kept
