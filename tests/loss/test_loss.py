@@ -69,6 +69,33 @@ def yardstick(exact: Truth, eager: Callable[[Tensors], Results], tensors: Tensor
     return {name: max((e[name] for e in draws if e[name] == e[name]), default=0.0) for name in draws[0]}
 
 
+def typical_error(exact: Truth, run: Callable[[Tensors], Results], tensors: Tensors, floored: bool, name: str) -> float:
+    """The rms of a result's error over 16 orders in which the channels of h and of the features are summed."""
+    squares = []
+    for seed in range(16):
+        generator = torch.Generator().manual_seed(seed)
+        width, features = (torch.randperm(tensors["weight"].shape[axis], generator=generator) for axis in (1, 0))
+        found = shuffled(run(shuffled(tensors, width, features)), width.argsort(), features.argsort())
+        squares.append(errors(exact, found, floored)[name] ** 2)
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+def shuffled(values: dict[str, Any], width: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
+    """Inputs or results with the channels of h and of the features in these orders."""
+    orders: dict[str, dict[int, torch.Tensor]] = {
+        **{name: {-1: width} for name in ("h", "gamma", "beta")},
+        **{name: {-1: features} for name in ("bias", "y")},
+        "weight": {-2: features, -1: width},
+    }
+
+    def moved(value: torch.Tensor, axes: dict[int, torch.Tensor]) -> torch.Tensor:
+        for axis, order in axes.items():
+            value = value.index_select(axis, order)
+        return value
+
+    return {name: t if t is None else moved(t, orders.get(name, {})) for name, t in values.items()}
+
+
 def eager_results(case: Case, backend: str) -> Callable[[Tensors], Results]:
     """What a backend is measured by: ``torch`` by ``reference``, ``reference`` by the oracle's code in fp32."""
     if backend == "torch":
@@ -93,7 +120,7 @@ def test_float64_results_are_exact(seed: int) -> None:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @seeds
 def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, dtype: torch.dtype) -> None:
-    """At most max(2 x eager's, 8 eps x the norm without cancellation)"""
+    """At most max(2 x eager's, 8 eps x the norm without cancellation)."""
     case = draw(seed)
     tensors = case.tensors(dtype)
     exact = truth(case, tensors)
@@ -111,9 +138,14 @@ def test_errors_are_those_of_eager_arithmetic_in_the_same_type(seed: int, dtype:
                 continue  # a gradient divided by 1e-12 overflows fp16
             eager = yardstick(exact, eager_results(case, backend), tensors, floored)
             for name, error in errors(exact, found, floored).items():
-                bound = max(2 * eager[name], 8 * eps * exact.size(name, floored))
-                assert error <= bound, (
-                    f"{backend} {name} floored={floored}: error {error:.3e} > {bound:.3e}, eager's {eager[name]:.3e}, "
+                yard, least = eager[name], 8 * eps * exact.size(name, floored)
+                if error > max(2 * yard, least):  # one draw against five, which may be small by luck: 16 of each
+                    error, yard = (
+                        typical_error(exact, run, tensors, floored, name)
+                        for run in (lambda given, by=backend: results(case, given, by), eager_results(case, backend))
+                    )
+                assert error <= max(2 * yard, least), (
+                    f"{backend} {name} floored={floored}: error {error:.3e}, eager's {yard:.3e}, least {least:.3e}, "
                     f"in {case}"
                 )
 
