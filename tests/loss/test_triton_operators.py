@@ -51,7 +51,7 @@ ways = pytest.mark.parametrize(
         pytest.param(WAYS[1], torch.bfloat16, True, id="combined-masked-recomputed"),
         pytest.param(WAYS[2], torch.float32, False, id="resampled-masked"),
         pytest.param(WAYS[3], torch.bfloat16, True, id="pooled-recomputed", marks=pytest.mark.slow),
-        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters", marks=pytest.mark.slow),
+        pytest.param(WAYS[4], torch.bfloat16, False, id="without-parameters"),
         pytest.param(WAYS[5], torch.bfloat16, False, id="growing"),
         pytest.param(WAYS[6], torch.bfloat16, False, id="without-projector"),
     ],

@@ -23,7 +23,7 @@ each_filter = pytest.mark.parametrize("antialias", [True, False], ids=["antialia
 EPS = 1e-5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # torch registers a library once, and a worker may come back to this file
 def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cuda_on_cpu.load(tmp_path_factory.mktemp("cuda_on_cpu"))
 

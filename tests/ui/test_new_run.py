@@ -127,7 +127,7 @@ def test_file_and_command_fill_the_form(server: Server, visit: Callable[..., Pag
 @pytest.mark.parametrize("query", ["", "?file=begun.json"])
 def test_what_is_typed_before_the_server_speaks_stays(server: Server, visit: Callable[..., Page], query: str) -> None:
     save_settings(Folders(server.runs), "begun.json", {"crepa_lambda": 0.5, "model": "a/b"})
-    page, held, holding = visit(f"{server.address}new{query}"), list[tuple[WebSocketRoute, str | bytes]](), True
+    page, held, holding = visit(f"{server.address}compare"), list[tuple[WebSocketRoute, str | bytes]](), True
 
     def hold_what_is_said(browser: WebSocketRoute) -> None:
         def said(message: str | bytes) -> None:
@@ -139,7 +139,7 @@ def test_what_is_typed_before_the_server_speaks_stays(server: Server, visit: Cal
         browser.connect_to_server().on_message(said)
 
     page.route_web_socket(re.compile("socket.io"), hold_what_is_said)
-    page.reload()
+    page.goto(f"{server.address}new{query}")
     page.wait_for_function("window.did_handshake === true")
     fill(page, JSON, '{"crepa_lambda": 0.25}')
     end = time.monotonic() + 20
