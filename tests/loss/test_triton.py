@@ -23,13 +23,14 @@ from crepa_kernels.backends.triton.rows import add_seven
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGURATIONS = 200
 IN_CI = CONFIGURATIONS // 10
-LARGE = 11  # takes the interpreter as long as the others of CI together
+# Seed 11 takes the interpreter as long as the others of CI together; 21 resamples a teacher of which frames are chosen.
+DRAWN_BY_CI = {*range(IN_CI), 21} - {11}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 seeds = pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(seed, id=f"seed{seed}", marks=[] if seed < IN_CI and seed != LARGE else pytest.mark.slow)
+        pytest.param(seed, id=f"seed{seed}", marks=[] if seed in DRAWN_BY_CI else pytest.mark.slow)
         for seed in range(CONFIGURATIONS)
     ],
 )

@@ -214,25 +214,29 @@ def test_it_trains_what_a_run_of_the_same_folders_trains(
         assert (tmp_path / "run/trained" / name).read_bytes() == (output / "trained" / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("comparison", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_second_demo_takes_the_place_of_the_first(videos: Path, tmp_path: Path, comparison: bool) -> None:
     output = tmp_path / "demo"
-    demo(small(videos, output, steps=2, comparison=True))
+    demo(small(videos, output, steps=1, clips_per_video=1, comparison=comparison))
     other = tmp_path / "other"
     other.mkdir()
     write_video(other / "third.mp4", moving_square(9, seed=5))
     (output / "clips" / "mine.mp4").symlink_to(videos / "video0.mp4")
     (output / "clips" / "mine.txt").write_text("my own words")
-    summary, _ = demo(small(other, output, steps=3, clips_per_video=1, comparison=True))
-    for folder in (output, output / "without"):
-        assert len(read_metrics(folder / "metrics.jsonl")) == 3
+    summary, _ = demo(small(other, output, steps=2, clips_per_video=1, comparison=comparison))
+    for folder in (output, output / "without") if comparison else (output,):
+        assert len(read_metrics(folder / "metrics.jsonl")) == 2
     # What somebody else put there is trained on, and is not removed.
     assert {path.name for path in (output / "clips").iterdir()} == {"third.mp4", "third.txt", "mine.mp4", "mine.txt"}
     assert summary.clips == 2
-    # A run that is not the demo's keeps its checkpoints.
-    options = small(videos, output)
-    options.model_folder.rename(output / "moved")
-    settings = options.settings().model_copy(update={"model": str(output / "moved"), "output": tmp_path / "own"})
+
+
+@pytest.mark.slow
+def test_a_demo_does_not_take_the_place_of_another_run(videos: Path, tmp_path: Path) -> None:
+    options = small(videos, tmp_path / "demo", steps=1)
+    demo(options)
+    moved = options.model_folder.rename(tmp_path / "moved")
+    settings = options.settings().model_copy(update={"model": str(moved), "output": tmp_path / "own"})
     run(settings, CrepaConfig(), Console(file=io.StringIO()))
     with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         demo(small(videos, tmp_path / "own"))
