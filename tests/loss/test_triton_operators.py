@@ -19,12 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from crepa_kernels import CrepaProjector, available_backends, crepa_loss
 from crepa_kernels.backends.triton import launch, operator, self_check
-from crepa_kernels.backends.triton.call import CHANGES, TENSORS, TYPES, Arguments, Call
-from crepa_kernels.backends.triton.operator import (
-    frame_alignment_backward_op,
-    frame_alignment_op,
-    operator_arguments,
-)
+from crepa_kernels.backends.triton.call import CHANGES, TENSORS, TYPES, Arguments, Call, operator_arguments
+from crepa_kernels.backends.triton.operator import frame_alignment_backward_op, frame_alignment_op
 from crepa_kernels.grid import plan_alignment
 from crepa_kernels.inputs import LossInputs, check_inputs
 from crepa_kernels.neighbours import Neighbours

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from ...grid import should_project_first, should_save_aligned
+from ...grid import SpatialPlan, should_project_first, should_save_aligned
+from ...inputs import LossInputs, frames_at
 from ...ops import has_extension
 
 if TYPE_CHECKING:
@@ -91,6 +92,51 @@ SCHEMA = ", ".join(
 )
 
 
+def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
+    """What ``frame_alignment`` takes, of a call."""
+    h, (gamma, beta, weight, bias, eps), plan = inputs.hidden_states, inputs.projector, inputs.plan
+    trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    keep_aligned = keep and any(tensor is not None and tensor.requires_grad for tensor in (gamma, weight))
+    tokens = h if inputs.token_range is not None else h.flatten(1, 2)
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    teacher, frame_index = _teacher(inputs)
+    # Kernels read them one element after the other.
+    gamma, beta, bias = (None if tensor is None else tensor.contiguous() for tensor in (gamma, beta, bias))
+    neighbours = inputs.neighbours
+    return Arguments(
+        tokens, teacher, gamma, beta, weight, bias, frame_index, inputs.frame_mask, inputs.teacher_mask,
+        keep, keep_aligned, inputs.recompute, plan.antialias, neighbours.cumulative, neighbours.normalize_sum,
+        inputs.normalize_by_frames, CHANGES.index(plan.student), TYPES.index(inputs.compute_dtype), inputs.frames,
+        0 if inputs.token_range is None else inputs.token_range[0], neighbours.distance, *plan.student_grid,
+        *plan.grid, eps, neighbours.tau,
+    ).packed()  # fmt: skip
+
+
+def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
+    """Teacher features on the common grid (B, S, M, E), last axis contiguous, and the frame index still to apply."""
+    teacher, index, plan, taught = inputs.teacher_features, inputs.frame_index, inputs.plan, inputs.taught_frames
+    if index is None and len(taught) < inputs.frames:
+        # The others are nobody's: they are those at the ends.
+        teacher = teacher[:, taught.start : taught.stop]
+        frame = torch.arange(inputs.frames, device=teacher.device)
+        index = (frame.clamp(taught.start, taught.stop - 1) - taught.start).expand(inputs.batch, -1)
+    if plan.teacher != "keep":
+        with torch.no_grad():
+            if index is not None and teacher.shape[1] > inputs.frames:
+                teacher, index = frames_at(teacher, index), None
+            kind = resampled_type(teacher.dtype, inputs.compute_dtype)
+            teacher = plan.align(teacher.to(kind), "teacher")
+    if teacher.dtype not in TYPES:
+        teacher = teacher.float()
+    return (teacher if teacher.stride(-1) == 1 else teacher.contiguous()), index
+
+
+def resampled_type(teacher: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32."""
+    return torch.promote_types(teacher, torch.bfloat16 if compute == torch.bfloat16 else torch.float32)
+
+
 class Call(Arguments):
     """The arguments as the launchers read them.
 
@@ -105,6 +151,16 @@ class Call(Arguments):
         """Of arguments as ``SCHEMA`` has them."""
         *tensors, flags, sizes, eps, tau = arguments
         return cls._make([*tensors, *flags, *sizes, eps, tau])
+
+    @classmethod
+    def of_shapes(
+        cls, tensors: Sequence[Tensor | None], plan: SpatialPlan, frames: int, dtype: torch.dtype, recompute: bool
+    ) -> Call:
+        """Of tokens, teacher and projector that have no values, in training; the other options are anything."""
+        return cls._make((
+            *tensors, None, None, None, True, True, recompute, plan.antialias, False, False, True,
+            CHANGES.index(plan.student), TYPES.index(dtype), frames, 0, 1, *plan.student_grid, *plan.grid, 0.0, 1.0,
+        ))  # fmt: skip
 
     @property
     def batch(self) -> int:

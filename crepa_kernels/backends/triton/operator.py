@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...grid import SpatialPlan, num_tokens
-from ...inputs import LossInputs, frames_at
+from ...inputs import LossInputs
 from ...ops.namespace import add_op_namespace_prefix, ops
 from ...ops.register import define, keeps_type
 from ...output import CrepaOutput
-from .call import CHANGES, SCHEMA, TENSORS, TYPES, Arguments, Call
+from .call import SCHEMA, TENSORS, TYPES, Call, operator_arguments, resampled_type
 
 define("frame_alignment", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 10)})")
 define(
@@ -34,51 +34,6 @@ def crepa_triton(inputs: LossInputs) -> CrepaOutput:
     loss, metrics, frame_similarity, *_ = frame_alignment_op(*operator_arguments(inputs))
     similarity, self_similarity, alignment_score = metrics.unbind()
     return CrepaOutput(loss, similarity, self_similarity, alignment_score, frame_similarity)
-
-
-def operator_arguments(inputs: LossInputs) -> tuple[Any, ...]:
-    """What ``frame_alignment`` takes, of a call."""
-    h, (gamma, beta, weight, bias, eps), plan = inputs.hidden_states, inputs.projector, inputs.plan
-    trained = [tensor for tensor in (h, gamma, beta, weight, bias) if tensor is not None]
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    keep_aligned = keep and any(tensor is not None and tensor.requires_grad for tensor in (gamma, weight))
-    tokens = h if inputs.token_range is not None else h.flatten(1, 2)
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    teacher, frame_index = _teacher(inputs)
-    # Kernels read them one element after the other.
-    gamma, beta, bias = (None if tensor is None else tensor.contiguous() for tensor in (gamma, beta, bias))
-    neighbours = inputs.neighbours
-    return Arguments(
-        tokens, teacher, gamma, beta, weight, bias, frame_index, inputs.frame_mask, inputs.teacher_mask,
-        keep, keep_aligned, inputs.recompute, plan.antialias, neighbours.cumulative, neighbours.normalize_sum,
-        inputs.normalize_by_frames, CHANGES.index(plan.student), TYPES.index(inputs.compute_dtype), inputs.frames,
-        0 if inputs.token_range is None else inputs.token_range[0], neighbours.distance, *plan.student_grid,
-        *plan.grid, eps, neighbours.tau,
-    ).packed()  # fmt: skip
-
-
-def _teacher(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
-    """Teacher features on the common grid (B, S, M, E), last axis contiguous, and the frame index still to apply."""
-    teacher, index, plan, taught = inputs.teacher_features, inputs.frame_index, inputs.plan, inputs.taught_frames
-    if index is None and len(taught) < inputs.frames:
-        # The others are nobody's: they are those at the ends.
-        teacher = teacher[:, taught.start : taught.stop]
-        frame = torch.arange(inputs.frames, device=teacher.device)
-        index = (frame.clamp(taught.start, taught.stop - 1) - taught.start).expand(inputs.batch, -1)
-    if plan.teacher != "keep":
-        with torch.no_grad():
-            if index is not None and teacher.shape[1] > inputs.frames:
-                teacher, index = frames_at(teacher, index), None
-            kind = _resampled_type(teacher.dtype, inputs.compute_dtype)
-            teacher = plan.align(teacher.to(kind), "teacher")
-    if teacher.dtype not in TYPES:
-        teacher = teacher.float()
-    return (teacher if teacher.stride(-1) == 1 else teacher.contiguous()), index
-
-
-def _resampled_type(teacher: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """A 16-bit teacher beside 16-bit products stays so; otherwise it is resampled into fp32."""
-    return torch.promote_types(teacher, torch.bfloat16 if compute == torch.bfloat16 else torch.float32)
 
 
 def kept_bytes(
@@ -101,16 +56,12 @@ def kept_bytes(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    kind = teacher_dtype if plan.teacher == "keep" else _resampled_type(teacher_dtype, dtype)
+    kind = teacher_dtype if plan.teacher == "keep" else resampled_type(teacher_dtype, dtype)
     teacher = new(1, frames, plan.tokens, feature_size, dtype=kind if kind in TYPES else torch.float32)
     tokens = new(1, frames * num_tokens(plan.student_grid), hidden_size, dtype=dtype)
     shapes = (hidden_size,), (hidden_size,), (feature_size, hidden_size), (feature_size,)
     gamma, beta, weight, bias = (None if given else new(*shape) for shape in shapes)
-    call = Call(
-        tokens, teacher, gamma, beta, weight, bias, None, None, None, True, True, recompute, plan.antialias,
-        False, False, True, CHANGES.index(plan.student), TYPES.index(dtype), frames, 0, 1, *plan.student_grid,
-        *plan.grid, 0.0, 1.0,
-    )  # fmt: skip
+    call = Call.of_shapes((tokens, teacher, gamma, beta, weight, bias), plan, frames, dtype, recompute)
     return sum(tensor.nbytes for tensor in (*_align_fake(*call.packed())[3:], teacher))
 
 

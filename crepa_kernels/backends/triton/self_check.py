@@ -33,8 +33,8 @@ from ...ops.relation import relate_frames_op
 from ...output import CrepaOutput
 from ..torch.autograd import crepa_torch
 from .availability import forget_devices, interpreting, why_not_triton_for
-from .call import Call
-from .operator import crepa_triton, operator_arguments
+from .call import Call, operator_arguments
+from .operator import crepa_triton
 from .relational import relate_tiles_op
 
 logger = logging.getLogger(__name__)
