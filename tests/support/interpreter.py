@@ -16,7 +16,7 @@ def remember_builtins() -> None:
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+    if not all(hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr", "_get_np_dtype")):
         return
 
     @cache
